@@ -1,0 +1,119 @@
+"""torchvision's ResNets as the trunk of every system.
+
+He, Zhang, Ren & Sun, "Deep Residual Learning for Image Recognition", CVPR 2016.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.resnet import Bottleneck
+
+from networks.outputs import Features
+
+BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+STRIDE = 32  # pixels of the input per cell of the final map
+
+
+class Backbone(nn.Module):
+    """A ResNet trunk without its classifier.
+
+    `pretrained` is None (random weights), the name of torchvision weights ("DEFAULT", "IMAGENET1K_V2", ...; downloaded
+    by torchvision) or the path of a .pth file with torchvision's parameter names in any floating type.
+
+    `stride_on_first_conv` puts the stride of a bottleneck on its 1x1 convolution, as the original paper and Caffe
+    weights have it, instead of on the 3x3 convolution (torchvision, "v1.5"). Weights trained one way lose a little
+    accuracy the other way.
+
+    `channels` holds the channel count of each map, `embedding_channels` that of the last one.
+    """
+
+    def __init__(self, name: str = "resnet50", *, pretrained: str | None = None, stride_on_first_conv: bool = False):
+        super().__init__()
+        if name not in BACKBONES:
+            raise ValueError(f"unknown backbone {name!r}; choose one of {', '.join(BACKBONES)}")
+        weights = None if pretrained is None or is_weights_file(pretrained) else _torchvision_weights(name, pretrained)
+        trunk = torchvision.models.get_model(name, weights=weights)
+        self.channels = {
+            "stage2": trunk.layer3[0].conv1.in_channels,
+            "stage3": trunk.layer4[0].conv1.in_channels,
+            "final": trunk.fc.in_features,
+        }
+        self.embedding_channels = trunk.fc.in_features
+        trunk.fc = nn.Identity()  # every system brings its own classifiers
+        self.trunk = trunk
+        if stride_on_first_conv:
+            _move_stride_to_first_conv(trunk, name)
+        if pretrained is not None and is_weights_file(pretrained):
+            load_trunk_weights(trunk, pretrained)
+
+    def forward(self, images: Tensor) -> Features:
+        """Map images [B, 3, H, W], normalised with ImageNet's mean and deviation, to their `Features`."""
+        trunk = self.trunk
+        x = trunk.maxpool(trunk.relu(trunk.bn1(trunk.conv1(images))))
+        stage2 = trunk.layer2(trunk.layer1(x))
+        stage3 = trunk.layer3(stage2)
+        *earlier_blocks, last_block = trunk.layer4
+        penultimate = stage3
+        for block in earlier_blocks:
+            penultimate = block(penultimate)
+        final = last_block(penultimate)
+        return Features(stage2, stage3, penultimate, final, embedding=final.mean(dim=(2, 3)))
+
+
+def is_weights_file(pretrained: str) -> bool:
+    """Tell a file of weights from the name of torchvision weights."""
+    return Path(pretrained).suffix in (".pth", ".pt") or Path(pretrained).is_file()
+
+
+def _torchvision_weights(name: str, weights_name: str) -> torchvision.models.WeightsEnum:
+    choices = torchvision.models.get_model_weights(name)
+    try:
+        return choices[weights_name.rpartition(".")[2]]
+    except KeyError:
+        raise ValueError(
+            f"unknown pretrained weights {weights_name!r} for {name}: give a .pth file or one of "
+            f"{', '.join(choices.__members__)}"
+        ) from None
+
+
+def _move_stride_to_first_conv(trunk: nn.Module, name: str) -> None:
+    for stage in (trunk.layer2, trunk.layer3, trunk.layer4):
+        if not isinstance(stage[0], Bottleneck):
+            raise ValueError(
+                f"stride_on_first_conv needs bottleneck blocks, and {name} has none: use resnet50 or deeper"
+            )
+        stage[0].conv1.stride = (2, 2)
+        stage[0].conv2.stride = (1, 1)
+
+
+def load_trunk_weights(trunk: nn.Module, path: str | Path) -> None:
+    """Load a file of torchvision-named ResNet weights; a `module.` prefix and the unused `fc` are tolerated.
+
+    Raises FileNotFoundError without the file, ValueError where it does not hold exactly this trunk's weights.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"pretrained weights {path} are not there: give the path of a .pth file")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"pretrained weights {path} are not a plain file of tensors: {reason}") from None
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"pretrained weights {path} hold no state dict: a dict of tensors by name was expected")
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    state = {name: value for name, value in state.items() if not name.startswith("fc.")}
+    # Old files (torch < 0.4.1) lack these counters, which nothing here reads.
+    counters = {k: v for k, v in trunk.state_dict().items() if k.endswith("num_batches_tracked")}
+    try:
+        trunk.load_state_dict(counters | state, strict=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"pretrained weights {path} do not fit this backbone: {reason[:300]}") from None

@@ -1,0 +1,86 @@
+"""Cutting boxes out of a batch of pictures and resizing them, in one call.
+
+Boxes are `(x0, y0, x1, y1)` pixel corners whose ends belong to the box (see `networks.outputs.NetworkOutput`).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """Cut `boxes` out of `images` and resize every cut to size x size, bilinearly with aligned corners.
+
+    Shapes: images [B, 3, H, W]; boxes [B, 4], giving [B, 3, size, size], or [B, N, 4], giving [B*N, 3, size, size] in
+    the order of the boxes. Equals `F.interpolate(image[:, y0:y1+1, x0:x1+1], size, mode="bilinear",
+    align_corners=True)` box by box. Boxes may have fractional corners; no gradient flows into them.
+    """
+    B, C, H, W = images.shape
+    boxes = boxes.detach().reshape(B, -1, 4)
+    N = boxes.shape[1]
+    steps = torch.linspace(0, 1, size, device=images.device, dtype=boxes.dtype)
+    x = boxes[..., 0, None] + (boxes[..., 2] - boxes[..., 0])[..., None] * steps  # [B, N, size] pixels
+    y = boxes[..., 1, None] + (boxes[..., 3] - boxes[..., 1])[..., None] * steps
+    # grid_sample with align_corners=True puts the centre of the first pixel at -1 and that of the last at 1.
+    x = x * (2 / max(W - 1, 1)) - 1
+    y = y * (2 / max(H - 1, 1)) - 1
+    shape = (B, N, size, size)
+    grid = torch.stack([x[:, :, None, :].expand(shape), y[:, :, :, None].expand(shape)], dim=-1)
+    # All boxes of an image are sampled as one tall picture, so the image need not be repeated for each of them.
+    grid = grid.view(B, N * size, size, 2).to(images.dtype)
+    crops = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=True)
+    return crops.view(B, C, N, size, size).transpose(1, 2).reshape(B * N, C, size, size)
+
+
+def resize_boxes(boxes: Tensor, scale: float) -> Tensor:
+    """Carry inclusive boxes [..., 4] over to a picture `scale` times as large, covering the same part of it."""
+    starts, ends = boxes[..., :2], boxes[..., 2:]
+    return torch.cat([starts * scale, (ends + 1) * scale - 1], dim=-1)
+
+
+def boxes_in_image(window_boxes: Tensor, object_boxes: Tensor, input_size: int) -> Tensor:
+    """Carry window boxes [B, N, 4] of the object crop, input_size pixels wide, back to the picture it was cut from.
+
+    `object_boxes` [B, 4] are the crops' boxes in that picture; returns [B, N, 4] with fractional corners.
+    """
+    origin = object_boxes[:, None, :2].repeat(1, 1, 2)
+    extent = (object_boxes[:, 2:] - object_boxes[:, :2])[:, None].repeat(1, 1, 2)
+    return origin + window_boxes * (extent / (input_size - 1))
+
+
+def resize_images(images: Tensor, size: int) -> Tensor:
+    """Scale square images [B, 3, S, S] down to size x size with antialiasing; unchanged where S is `size` already.
+
+    Raises ValueError where they are not square or smaller than `size`.
+    """
+    height, width = images.shape[-2:]
+    if height != width or height < size:
+        raise ValueError(
+            f"images of {height}x{width} pixels came, square ones of at least {size}x{size} were expected: "
+            "resize them first, or build the network with a smaller input_size"
+        )
+    if height == size:
+        return images
+    return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
+
+
+def crop_objects(images: Tensor, boxes: Tensor, *, input_size: int, masks: Tensor | None = None) -> Tensor:
+    """Cut the objects out of images [B, 3, S, S] and enlarge them to the images' own size: [B, 3, S, S].
+
+    `boxes` [B, 4] are in input_size pixels. Where S is larger than `input_size` the cut is made at the images' full
+    resolution. `masks` [B, g, g] bool blanks the cells outside the object to the data set's mean colour, zero.
+    """
+    size = images.shape[-1]
+    if masks is not None:
+        images = images * F.interpolate(masks[:, None].to(images.dtype), size=(size, size), mode="nearest")
+    return crop_and_resize(images, resize_boxes(boxes, size / input_size), size)
+
+
+def crop_windows(crops: Tensor, boxes: Tensor, *, input_size: int) -> Tensor:
+    """Cut windows [B, N, 4], in input_size pixels, out of object crops [B, 3, S, S].
+
+    Returns [B*N, 3, input_size / 2, input_size / 2].
+    """
+    return crop_and_resize(crops, resize_boxes(boxes, crops.shape[-1] / input_size), input_size // 2)

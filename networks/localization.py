@@ -1,0 +1,110 @@
+"""From activation maps to object boxes and masks, without learnt parameters.
+
+Attention object location module of Zhang, Li, Xu, Zhou, Tu & Xu, "Multi-branch and Multi-scale Attention Learning for
+Fine-Grained Visual Categorization" (MMAL-Net), MMM 2021; adaptive mask of SG-KRL. The published code labels components
+image by image with scikit-image on the host; here all images are done at once on their device, with equal results.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Localization(NamedTuple):
+    """Where the object is, in cells of the grid."""
+
+    cells: Tensor  # [B, H, W] bool: largest component of the activation's mask, where the penultimate mask agrees
+    boxes: Tensor  # [B, 4] int64, (x0, y0, x1, y1) round the cells, ends exclusive; the whole grid where there are none
+
+
+def activation_map(features: Tensor) -> Tensor:
+    """Sum the channels of features [B, C, H, W]: [B, H, W] float32, without gradient."""
+    return features.detach().float().sum(dim=1)
+
+
+def largest_component(mask: Tensor) -> Tensor:
+    """Keep the largest 8-connected component of each mask [B, H, W] bool.
+
+    Of components of equal area the one met first in row-major order is kept; an empty mask stays empty.
+    """
+    B, H, W = mask.shape
+    cell_count = H * W
+    occupied = mask.flatten(1)  # [B, HW]
+    # Which cell reaches which: the adjacency matrix squared until paths of any length are in it. The number of
+    # squarings is fixed by the grid, so nothing is read back to the host, and a product of ones and zeros that is
+    # compared with zero is exact in every float type.
+    reach = (_neighbours(H, W, mask.device) & occupied[:, :, None] & occupied[:, None, :]).float()
+    for _ in range(max(cell_count - 1, 1).bit_length()):
+        reach = (torch.bmm(reach, reach) > 0).float()
+    area = reach.sum(dim=2).long()  # [B, HW], of the component that the cell lies in
+    order = torch.arange(cell_count, device=mask.device)
+    seed = (area * cell_count - order).argmax(dim=1)  # largest area first, then the first cell
+    component = reach.gather(1, seed[:, None, None].expand(B, 1, cell_count)).squeeze(1) > 0
+    return component.view(B, H, W)
+
+
+def _neighbours(rows: int, columns: int, device: torch.device) -> Tensor:
+    """[HW, HW] bool: cells at most one step apart, diagonals and the cell itself included."""
+    row = torch.arange(rows, device=device).repeat_interleave(columns)
+    column = torch.arange(columns, device=device).repeat(rows)
+    return ((row[:, None] - row[None, :]).abs() <= 1) & ((column[:, None] - column[None, :]).abs() <= 1)
+
+
+def localize(activation: Tensor, penultimate_activation: Tensor) -> Localization:
+    """Find the object in activation maps [B, H, W] of the final (or fused) and the penultimate features.
+
+    Both maps are thresholded at their mean (MMAL-Net section 3.2).
+    """
+    component = largest_component(_above_mean(activation))
+    cells = component & _above_mean(penultimate_activation)
+    return Localization(cells, _bounding_boxes(cells))
+
+
+def _above_mean(activation: Tensor) -> Tensor:
+    return activation > activation.mean(dim=(1, 2), keepdim=True)
+
+
+def _bounding_boxes(cells: Tensor) -> Tensor:
+    """Boxes [B, 4] int64 round the cells [B, H, W], ends exclusive; the whole grid where no cell is set."""
+    _, H, W = cells.shape
+    x0, x1 = _extent(cells.any(dim=1), W)
+    y0, y1 = _extent(cells.any(dim=2), H)
+    return torch.stack([x0, y0, x1, y1], dim=1)
+
+
+def _extent(line: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """First set position and one past the last of each line [B, length] bool; (0, length) for an empty line."""
+    position = torch.arange(length, device=line.device)
+    start = torch.where(line, position, length).amin(dim=-1)
+    end = torch.where(line, position + 1, 0).amax(dim=-1)
+    empty = end == 0
+    return torch.where(empty, 0, start), torch.where(empty, length, end)
+
+
+def cell_boxes_to_pixels(boxes: Tensor, stride: int) -> Tensor:
+    """Turn boxes [B, 4] in cells (ends exclusive) into float32 pixel boxes (ends inclusive), as published.
+
+    A box starts one pixel before its first cell (unless at the border) and ends with the last pixel of its last cell.
+    """
+    starts = (boxes[:, :2] * stride - 1).clamp(min=0)
+    ends = boxes[:, 2:] * stride - 1
+    return torch.cat([starts, ends], dim=1).float()
+
+
+def adaptive_mask(localization: Localization) -> Tensor:
+    """Object mask [B, H, W] bool of SG-KRL.
+
+    In every row that holds a cell of the object, the cells from its first to its last one are filled and one more on
+    either side, as far as it lies inside the box. Everything is kept where no object was found.
+    """
+    cells, boxes = localization
+    _, _, W = cells.shape
+    column = torch.arange(W, device=cells.device)
+    first = torch.where(cells, column, W).amin(dim=2, keepdim=True)  # [B, H, 1]
+    last = torch.where(cells, column, -1).amax(dim=2, keepdim=True)
+    filled = (column >= first - 1) & (column <= last + 1) & (last >= 0)
+    in_box = (column >= boxes[:, 0, None]) & (column < boxes[:, 2, None])  # [B, W]
+    return (filled & in_box[:, None, :]) | ~cells.any(dim=2).any(dim=1)[:, None, None]

@@ -1,0 +1,74 @@
+"""MMAL-Net: raw, object and part branches on one backbone.
+
+Zhang, Li, Xu, Zhou, Tu & Xu, "Multi-branch and Multi-scale Attention Learning for Fine-Grained Visual Categorization",
+MMM 2021. Behaviour follows the published code, batched.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from networks.backbone import STRIDE, Backbone
+from networks.crops import crop_objects, crop_windows, resize_images
+from networks.localization import activation_map, cell_boxes_to_pixels, localize
+from networks.outputs import NetworkOutput, combine_branches
+from networks.windows import WindowSelector
+
+
+class MMALNet(nn.Module):
+    """Branches `raw`, `object` and `window` share the backbone and the classifier; the answer is `object`."""
+
+    branches = ("raw", "object", "window")
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        num_classes: int,
+        *,
+        input_size: int = 448,
+        windows: str | tuple = "birds",
+        dropout: float = 0.5,
+    ):
+        super().__init__()
+        self.input_size = input_size
+        self.answer = ("object",)
+        self.backbone = backbone
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(backbone.embedding_channels, num_classes)
+        self.window_selector = WindowSelector(windows, grid_size=input_size // STRIDE, stride=STRIDE)
+
+    def forward(
+        self, images: Tensor, *, mask_background: bool = False, branches: tuple[str, ...] | None = None
+    ) -> NetworkOutput:
+        """Map normalised images [B, 3, S, S], S >= input_size, to a `NetworkOutput`.
+
+        Logits: `raw`, `object` [B, classes], `window` [B, N, classes]. Only the passes that `branches` need are
+        computed (None: all). MMAL-Net has no mask: `mask_background` changes nothing.
+        """
+        wanted = self.branches if branches is None else branches
+        raw = self.backbone(resize_images(images, self.input_size))
+        logits = {"raw": self.classifier(self.dropout(raw.embedding))}
+        localization = localize(activation_map(raw.final), activation_map(raw.penultimate))
+        object_boxes = cell_boxes_to_pixels(localization.boxes, STRIDE)
+        if not {"object", "window"} & set(wanted):
+            return NetworkOutput(logits, object_boxes)
+
+        crops = crop_objects(images, object_boxes, input_size=self.input_size)
+        cropped = self.backbone(resize_images(crops, self.input_size))
+        logits["object"] = self.classifier(self.dropout(cropped.embedding))
+        window_boxes = self.window_selector(activation_map(cropped.final))
+        if "window" not in wanted:
+            return NetworkOutput(logits, object_boxes, window_boxes)
+
+        windows = self.backbone(crop_windows(crops, window_boxes, input_size=self.input_size))
+        embeddings = windows.embedding.unflatten(0, (-1, self.window_selector.count))  # [B, N, C]
+        logits["window"] = self.classifier(self.dropout(embeddings))
+        return NetworkOutput(logits, object_boxes, window_boxes)
+
+    def predict_logits(self, output: NetworkOutput) -> Tensor:
+        """Return the system's one answer, [B, classes]."""
+        return combine_branches(output, self.answer)
+
+    def heads(self) -> list[nn.Module]:
+        """Parts that start from random weights and may want a higher learning rate than the trunk."""
+        return [self.classifier]

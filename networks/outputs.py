@@ -1,0 +1,45 @@
+"""What passes between a network and the rest of the code: the output contract.
+
+Only batch-first tensors and None, in NamedTuples, so that `nn.DataParallel` can gather an output and
+`torch.compile` can trace it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Features(NamedTuple):
+    """Feature maps of one backbone pass over pictures of H x W pixels."""
+
+    stage2: Tensor  # [B, C2, H/8, W/8]
+    stage3: Tensor  # [B, C3, H/16, W/16]
+    penultimate: Tensor  # [B, C, H/32, W/32], output of the last stage's second-to-last block
+    final: Tensor  # [B, C, H/32, W/32]
+    embedding: Tensor  # [B, C], global average of `final`, before dropout
+
+
+class NetworkOutput(NamedTuple):
+    """What every system returns. Boxes are `(x0, y0, x1, y1)` pixel corners whose ends belong to the box.
+
+    This is torchvision's order of corners. The published MMAL-Net and SG-KRL code writes the same inclusive
+    pixels rows first, `(row0, col0, row1, col1)`: swap the pairs to compare. Add 1 to x1 and y1 for
+    torchvision's box operations, which treat the ends as edges.
+    """
+
+    logits: dict[str, Tensor]  # branch name -> [B, classes]; "window" -> [B, N, classes]
+    object_boxes: Tensor | None = None  # [B, 4], in the input scaled to input_size x input_size
+    window_boxes: Tensor | None = None  # [B, N, 4], in the object crop enlarged to input_size x input_size
+    object_masks: Tensor | None = None  # [B, g, g] bool, the adaptive object mask in grid cells
+
+
+def combine_branches(output: NetworkOutput, branches: tuple[str, ...]) -> Tensor:
+    """Return [B, classes] logits of the mean class probability over `branches` (one branch: its logits as they are)."""
+    if len(branches) == 1:
+        return output.logits[branches[0]]
+    log_probabilities = torch.stack([output.logits[name].float().log_softmax(-1) for name in branches])
+    return torch.logsumexp(log_probabilities, dim=0) - math.log(len(branches))

@@ -1,0 +1,122 @@
+"""SG-KRL: semantic-guided fusion, cropping, weighting, windows and a graph on one backbone.
+
+After the published SG-KRL code, which adds to MMAL-Net (Zhang et al., MMM 2021) a cross-attention fusion that guides
+the object crop, CBAM weighting that guides the windows, and a graph convolution over the windows.
+
+Two wirings of the same parts. `published` repeats that code, in which the fusion and the weighting are used only
+detached: they never learn and keep their random start (here they are frozen, which is the same). `trained`, ours, gives
+every part a gradient: the fused map is classified, the object is classified from its weighted map, and the graph links
+windows of one picture only, so that no prediction depends on the batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from networks.attention import SemanticFusion, SemanticWeighting
+from networks.backbone import STRIDE, Backbone
+from networks.crops import crop_objects, crop_windows, resize_images
+from networks.graph import GraphHead
+from networks.localization import activation_map, adaptive_mask, cell_boxes_to_pixels, localize
+from networks.outputs import NetworkOutput, combine_branches
+from networks.windows import WindowSelector
+
+WIRINGS = ("trained", "published")
+GRAPH_SCOPES = ("image", "batch")
+
+
+class SGKRL(nn.Module):
+    """Branches `raw`, `fused` (trained wiring only), `object`, `window` and `graph`.
+
+    One linear classifier serves all branches but the graph: their maps have the same channels with the same meaning,
+    which keeps the fused map an activation map that localization can use. The answer is by default the mean
+    probability of `raw`, `fused`, `object` and `graph`, in the published wiring `object`, MMAL-Net's choice.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        num_classes: int,
+        *,
+        input_size: int = 448,
+        windows: str | tuple = "birds",
+        wiring: str = "trained",
+        graph_scope: str = "image",
+        dropout: float = 0.5,
+    ):
+        super().__init__()
+        if wiring not in WIRINGS:
+            raise ValueError(f"unknown wiring {wiring!r}; choose one of {', '.join(WIRINGS)}")
+        if graph_scope not in GRAPH_SCOPES:
+            raise ValueError(f"unknown graph_scope {graph_scope!r}; choose one of {', '.join(GRAPH_SCOPES)}")
+        trained = wiring == "trained"
+        if trained and graph_scope == "batch":
+            raise ValueError("graph_scope 'batch' came with the trained wiring; it exists only for wiring 'published'")
+        self.trained = trained
+        self.input_size = input_size
+        self.branches = (
+            ("raw", "fused", "object", "window", "graph") if trained else ("raw", "object", "window", "graph")
+        )
+        self.answer = ("raw", "fused", "object", "graph") if trained else ("object",)
+
+        channels = backbone.embedding_channels
+        self.backbone = backbone
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(channels, num_classes)
+        self.fusion = SemanticFusion(backbone.channels, residual=trained)
+        self.weighting = SemanticWeighting(channels, identity_start=trained)
+        self.window_selector = WindowSelector(windows, grid_size=input_size // STRIDE, stride=STRIDE)
+        self.graph = GraphHead(channels, num_classes, symmetric=trained, scope=graph_scope, dropout=dropout)
+        if not trained:
+            self.fusion.requires_grad_(False)
+            self.weighting.requires_grad_(False)
+
+    def forward(
+        self, images: Tensor, *, mask_background: bool = False, branches: tuple[str, ...] | None = None
+    ) -> NetworkOutput:
+        """Map normalised images [B, 3, S, S], S >= input_size, to a `NetworkOutput`.
+
+        The raw pass sees the images scaled down to input_size; object crop and windows are cut at their full size.
+        Logits: `raw`, `fused`, `object`, `graph` [B, classes], `window` [B, N, classes]. `mask_background` blanks what
+        lies outside the adaptive object mask before the object is cut. Only the passes that `branches` need are
+        computed (None: all).
+        """
+        wanted = set(self.branches if branches is None else branches)
+        raw = self.backbone(resize_images(images, self.input_size))
+        logits = {"raw": self.classifier(self.dropout(raw.embedding))}
+
+        with torch.set_grad_enabled(self.trained and torch.is_grad_enabled()):
+            fused = self.fusion(raw)
+        if self.trained:
+            logits["fused"] = self.classifier(self.dropout(fused.mean(dim=(2, 3))))
+        localization = localize(activation_map(fused), activation_map(raw.penultimate))
+        object_boxes = cell_boxes_to_pixels(localization.boxes, STRIDE)
+        object_masks = adaptive_mask(localization)
+        if not wanted & {"object", "window", "graph"}:
+            return NetworkOutput(logits, object_boxes, None, object_masks)
+
+        masks = object_masks if mask_background else None
+        crops = crop_objects(images, object_boxes, input_size=self.input_size, masks=masks)
+        cropped = self.backbone(resize_images(crops, self.input_size))
+        with torch.set_grad_enabled(self.trained and torch.is_grad_enabled()):
+            weighted = self.weighting(cropped.final)
+        object_embedding = weighted.mean(dim=(2, 3)) if self.trained else cropped.embedding
+        logits["object"] = self.classifier(self.dropout(object_embedding))
+        window_boxes = self.window_selector(activation_map(weighted))
+        if not wanted & {"window", "graph"}:
+            return NetworkOutput(logits, object_boxes, window_boxes, object_masks)
+
+        windows = self.backbone(crop_windows(crops, window_boxes, input_size=self.input_size))
+        nodes = self.dropout(windows.embedding.unflatten(0, (-1, self.window_selector.count)))  # [B, N, C]
+        logits["window"] = self.classifier(nodes)
+        logits["graph"] = self.graph(nodes, window_boxes)
+        return NetworkOutput(logits, object_boxes, window_boxes, object_masks)
+
+    def predict_logits(self, output: NetworkOutput) -> Tensor:
+        """Return the system's one answer, [B, classes]: the mean probability over the branches of `answer`."""
+        return combine_branches(output, self.answer)
+
+    def heads(self) -> list[nn.Module]:
+        """Parts that start from random weights and may want a higher learning rate than the trunk."""
+        return [self.classifier, self.graph]

@@ -1,0 +1,149 @@
+"""Multi-scale window selection: where in the object crop to look closer.
+
+Attention part proposal module of Zhang et al., "Multi-branch and Multi-scale Attention Learning for Fine-Grained Visual
+Categorization" (MMAL-Net), MMM 2021, section 3.3. Boxes are inclusive pixel corners `(x0, y0, x1, y1)`.
+
+A window set is a tuple of groups; a group is `(sizes, quota)`: sizes `(height, width)` in cells of a 14-cell grid and
+how many windows to keep of the group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+REFERENCE_GRID = 14  # cells; the published grid, 448 pixels at stride 32
+
+Sizes = tuple[tuple[int, int], ...]
+WindowSet = tuple[tuple[Sizes, int], ...]
+
+WINDOW_SETS: dict[str, WindowSet] = {
+    "birds": (
+        (((4, 4), (3, 5), (5, 3)), 2),
+        (((6, 6), (5, 7), (7, 5)), 3),
+        (((8, 8), (6, 10), (10, 6), (7, 9), (9, 7), (7, 10), (10, 7)), 2),
+    ),
+    "vehicles": (
+        (((6, 6), (5, 7), (7, 5)), 3),
+        (((8, 8), (6, 10), (10, 6), (7, 9), (9, 7)), 2),
+        (((10, 10), (9, 11), (11, 9), (8, 12), (12, 8)), 1),
+    ),
+}
+
+
+def resolve_window_set(windows: str | Sequence) -> WindowSet:
+    """Return the window set of that name, or a user's own set checked and as tuples. Raises ValueError."""
+    if isinstance(windows, str):
+        if windows not in WINDOW_SETS:
+            raise ValueError(f"unknown window set {windows!r}; choose one of {', '.join(WINDOW_SETS)} or give your own")
+        return WINDOW_SETS[windows]
+    try:
+        groups = tuple((tuple((h, w) for h, w in sizes), quota) for sizes, quota in windows)
+    except (TypeError, ValueError):
+        groups = ()
+    numbers = [n for sizes, quota in groups for n in (quota, len(sizes), *(side for size in sizes for side in size))]
+    if not numbers or not all(isinstance(n, int) and n >= 1 for n in numbers):
+        raise ValueError(
+            f"windows {windows!r} were given; expected a tuple of groups (((height, width), ...), quota) "
+            "with whole numbers of at least 1, such as ((((4, 4), (3, 5)), 2),)"
+        )
+    return groups
+
+
+def scale_window_set(window_set: WindowSet, grid_size: int) -> WindowSet:
+    """Carry a window set, given for 14 x 14 cells, over to a grid of grid_size x grid_size cells.
+
+    Sides are rounded to the nearest cell (halves up) and kept between 1 and the grid; sizes of a group that become
+    equal are kept once.
+    """
+
+    def scale(side: int) -> int:
+        return min(max(math.floor(side * grid_size / REFERENCE_GRID + 0.5), 1), grid_size)
+
+    return tuple((tuple(dict.fromkeys((scale(h), scale(w)) for h, w in sizes)), quota) for sizes, quota in window_set)
+
+
+def window_grid(sizes: Sizes, grid_size: int, stride: int) -> Tensor:
+    """Pixel boxes [n, 4] float32 of every placement of every size: sizes in order, each row by row.
+
+    As published, a window starts one pixel before its first cell (unless at the border) and ends with the last pixel
+    of its last cell.
+    """
+    boxes = [
+        (max(column * stride - 1, 0), max(row * stride - 1, 0), (column + w) * stride - 1, (row + h) * stride - 1)
+        for h, w in sizes
+        for row in range(grid_size - h + 1)
+        for column in range(grid_size - w + 1)
+    ]
+    return torch.tensor(boxes, dtype=torch.float32)
+
+
+def window_scores(activation: Tensor, sizes: Sizes) -> Tensor:
+    """Mean activation [B, n] under each window, in the order of `window_grid`, of activation maps [B, H, W].
+
+    Equals the channel sum of the average-pooled feature map, since the activation map is its channel sum.
+    """
+    maps = activation.float()[:, None]
+    return torch.cat([F.avg_pool2d(maps, size, stride=1).flatten(1) for size in sizes], dim=1)
+
+
+def overlap_conflicts(boxes: Tensor, max_iou: float = 0.25) -> Tensor:
+    """[n, n] bool: pairs of inclusive boxes [n, 4] that overlap by an IoU of more than `max_iou`."""
+    boxes = boxes.double()
+    sides = boxes[:, 2:] - boxes[:, :2] + 1
+    area = sides.prod(dim=1)
+    starts = torch.maximum(boxes[:, None, :2], boxes[None, :, :2])
+    ends = torch.minimum(boxes[:, None, 2:], boxes[None, :, 2:])
+    overlap = (ends - starts + 1).clamp(min=0).prod(dim=2)
+    return overlap / (area[:, None] + area[None, :] - overlap) > max_iou
+
+
+def greedy_selection(scores: Tensor, conflicts: Tensor, quota: int) -> Tensor:
+    """Non-maximum suppression with a fixed number of results: indices [B, quota] int64 into scores [B, n].
+
+    Takes the highest score (of equal ones the lowest index), drops all that conflict with it ([n, n] bool), and so on;
+    once nothing remains the last one taken is repeated.
+    """
+    available = torch.ones_like(scores, dtype=torch.bool)
+    picks: list[Tensor] = []
+    for _ in range(quota):
+        best = torch.where(available, scores, -torch.inf).argmax(dim=1)
+        if picks:
+            best = torch.where(available.any(dim=1), best, picks[-1])
+        picks.append(best)
+        available = available & ~conflicts[best]
+    return torch.stack(picks, dim=1)
+
+
+class WindowSelector(nn.Module):
+    """Chooses the windows of a window set with the highest mean activation, few of which overlap.
+
+    Raises ValueError where a group's quota is larger than the number of its placements on the grid.
+    """
+
+    def __init__(self, window_set: str | Sequence, *, grid_size: int, stride: int, max_iou: float = 0.25):
+        super().__init__()
+        self.window_set = scale_window_set(resolve_window_set(window_set), grid_size)
+        self.count = sum(quota for _, quota in self.window_set)
+        for index, (sizes, quota) in enumerate(self.window_set):
+            boxes = window_grid(sizes, grid_size, stride)
+            if quota > len(boxes):
+                raise ValueError(
+                    f"window group {index + 1} asks for {quota} windows but its sizes {sizes} fit only {len(boxes)} "
+                    f"times on a grid of {grid_size}x{grid_size} cells: lower its quota or choose smaller windows"
+                )
+            self.register_buffer(f"boxes{index}", boxes, persistent=False)
+            self.register_buffer(f"conflicts{index}", overlap_conflicts(boxes, max_iou), persistent=False)
+
+    def forward(self, activation: Tensor) -> Tensor:
+        """Return inclusive pixel boxes [B, N, 4] of the windows chosen on activation maps [B, g, g]."""
+        chosen = []
+        for index, (sizes, quota) in enumerate(self.window_set):
+            boxes, conflicts = self.get_buffer(f"boxes{index}"), self.get_buffer(f"conflicts{index}")
+            picks = greedy_selection(window_scores(activation, sizes), conflicts, quota)
+            chosen.append(boxes[picks])
+        return torch.cat(chosen, dim=1)
