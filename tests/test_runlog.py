@@ -1,0 +1,107 @@
+"""The run's log read back: TensorBoard's own reader, strict JSON, resuming."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from utils.runlog import RunLog
+
+
+def _events(folder):
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "tensors": 0})
+    events.Reload()
+    return events
+
+
+def _lines(folder):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    text = (folder / "log.jsonl").read_text()
+    assert text == "" or text.endswith("\n")
+    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+def _log(folder, epochs, shift=0.0, resume_epoch=None):
+    with RunLog(folder, resume_epoch=resume_epoch) as log:
+        for epoch in epochs:
+            train = {"loss/total": 10.0 - epoch + shift, "images": 90}
+            validation = {"accuracy/object": epoch / 10 + shift}
+            groups = {"train": train, "validation": validation}
+            groups |= {"schedule": {"learning_rate": 0.25}, "speed": {"images_per_second": 33}}
+            log.log_epoch(epoch, groups)
+
+
+def test_tensorboard_and_json_hold_the_same(tmp_path):
+    _log(tmp_path, [1, 2])
+    lines = _lines(tmp_path)
+    assert lines[1] == {
+        "epoch": 2,
+        "train/loss/total": 8.0,
+        "train/images": 90,
+        "validation/accuracy/object": 0.2,
+        "schedule/learning_rate": 0.25,
+        "speed/images_per_second": 33,
+    }
+    events = _events(tmp_path)
+    assert set(events.Tags()["scalars"]) == set(lines[0]) - {"epoch"}
+    for tag in events.Tags()["scalars"]:
+        points = [(point.step, point.value) for point in events.Scalars(tag)]
+        assert points == [(line["epoch"], pytest.approx(line[tag])) for line in lines]
+
+
+def test_each_epoch_is_on_disk_before_the_log_is_closed(tmp_path):
+    log = RunLog(tmp_path / "deep" / "folder")
+    log.log_epoch(1, {"train": {"loss/total": torch.tensor(0.5)}})
+    assert _lines(tmp_path / "deep" / "folder") == [{"epoch": 1, "train/loss/total": 0.5}]
+    assert _events(tmp_path / "deep" / "folder").Scalars("train/loss/total")[0].value == 0.5
+    log.close()
+
+
+def test_numbers_that_are_not_finite_stay_json(tmp_path):
+    with RunLog(tmp_path) as log:
+        losses = {"loss/total": float("nan"), "loss/raw": float("-inf"), "loss/object": 1.0}
+        log.log_epoch(1, {"train": losses})
+    expected = {"epoch": 1, "train/loss/total": None, "train/loss/raw": None, "train/loss/object": 1.0}
+    assert _lines(tmp_path) == [expected]
+
+
+def test_resume_drops_later_epochs_in_both(tmp_path):
+    _log(tmp_path, [1, 2, 3])
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"epoch": 4, "train/lo')  # killed while writing
+    _log(tmp_path, [2, 3], shift=0.5, resume_epoch=1)
+    assert [(line["epoch"], line["train/loss/total"]) for line in _lines(tmp_path)] == [(1, 9.0), (2, 8.5), (3, 7.5)]
+    points = [(point.step, point.value) for point in _events(tmp_path).Scalars("train/loss/total")]
+    assert points == [(1, 9.0), (2, 8.5), (3, 7.5)]
+
+
+def test_a_new_run_in_an_old_folder_starts_empty(tmp_path):
+    _log(tmp_path, [0, 1, 2])
+    _log(tmp_path, [0], shift=0.5)
+    assert [line["train/loss/total"] for line in _lines(tmp_path)] == [10.5]
+    points = [(point.step, point.value) for point in _events(tmp_path).Scalars("train/loss/total")]
+    assert points == [(0, 10.5)]
+
+
+def test_pictures_and_settings(tmp_path):
+    with RunLog(tmp_path) as log:
+        log.log_pictures("pictures/validation", torch.zeros(3, 20, 30, dtype=torch.uint8), epoch=4)
+        log.log_settings({"model": "sgkrl", "classes": "a|b"})
+    events = _events(tmp_path)
+    picture = events.Images("pictures/validation")[0]
+    assert (picture.step, picture.width, picture.height) == (4, 30, 20)
+    text = events.Tensors("settings/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert text.splitlines() == ["| setting | value |", "| --- | --- |", "| model | sgkrl |", "| classes | a\\|b |"]
+
+
+def test_a_disabled_log_writes_nothing(tmp_path):
+    with RunLog(tmp_path / "run", enabled=False) as log:
+        log.log_epoch(1, {"train": {"loss/total": 1.0}})
+        log.log_pictures("pictures/train", torch.zeros(3, 8, 8, dtype=torch.uint8), epoch=1)
+        log.log_settings("text")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,97 @@
+"""One process, or several started by `torchrun`: the rest of the code asks here and works the same in both cases."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+
+def is_distributed() -> bool:
+    """True after `setup_distributed` has joined several processes."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def rank() -> int:
+    """This process's number, 0 when it is alone."""
+    return torch.distributed.get_rank() if is_distributed() else 0
+
+
+def world_size() -> int:
+    """Number of processes, 1 when this one is alone."""
+    return torch.distributed.get_world_size() if is_distributed() else 1
+
+
+def is_main() -> bool:
+    """True in the one process that prints and writes files."""
+    return rank() == 0
+
+
+def setup_distributed(device: str | torch.device | None = None) -> torch.device:
+    """Join the other processes if `torchrun` started this one, and return the device this process computes on.
+
+    Args:
+        device: where to compute; None: CUDA when there is one, else the CPU. Under torchrun a CUDA device becomes
+            the GPU numbered LOCAL_RANK.
+
+    Raises:
+        ValueError: torchrun started more processes on this machine than it has GPUs.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return device
+    if device.type != "cuda":
+        torch.distributed.init_process_group("gloo")
+        return device
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"process {local_rank} of this machine has no GPU of its own: {torch.cuda.device_count()} visible; "
+            "start torchrun with --nproc_per_node no larger than that"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl", device_id=device)
+    return device
+
+
+def cleanup() -> None:
+    """Leave the process group; nothing to do for a lone process."""
+    if is_distributed():
+        torch.distributed.destroy_process_group()
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Sum a tensor over all processes, in place, and return it. NCCL wants it on the GPU."""
+    if is_distributed():
+        torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.SUM)
+    return tensor
+
+
+def barrier() -> None:
+    """Wait until every process has come this far."""
+    if is_distributed():
+        torch.distributed.barrier()
+
+
+def wrap_network(network: nn.Module, device: torch.device, *, data_parallel: bool) -> nn.Module:
+    """Spread a network, already on `device`, over processes or GPUs.
+
+    Under torchrun: DistributedDataParallel. Alone with `data_parallel`, a CUDA device without a number ("cuda", not
+    "cuda:1", which asks for that one) and several GPUs visible: DataParallel over all of them. Otherwise: the network.
+    """
+    if is_distributed():
+        device_ids = [device.index] if device.type == "cuda" else None
+        # a schedule can switch branches off, and their parameters then get no gradient
+        return nn.parallel.DistributedDataParallel(network, device_ids=device_ids, find_unused_parameters=True)
+    if data_parallel and device.type == "cuda" and device.index is None and torch.cuda.device_count() > 1:
+        return nn.DataParallel(network)
+    return network
+
+
+def unwrap(network: nn.Module) -> nn.Module:
+    """The network inside a DataParallel or DistributedDataParallel, for its own attributes and its state dict."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    return network.module if isinstance(network, wrappers) else network

@@ -1,0 +1,185 @@
+"""Numbers that describe an epoch: accuracies with their uncertainty, box overlap, confusions.
+
+Shares and accuracies are fractions in 0 .. 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import NormalDist
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from utils.distributed import all_reduce_sum, is_distributed, world_size
+
+
+def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Interval of the true accuracy behind `correct` of `total`, as fractions (low, high); (0, 1) when total is 0.
+
+    Wilson's score interval: unlike the normal one it stays inside 0 .. 1 and is not empty at 0 % or 100 %.
+    Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
+
+    Raises:
+        ValueError: correct outside 0 .. total, or confidence outside 0 .. 1 (both excluded).
+    """
+    if not 0 <= correct <= total:
+        raise ValueError(f"{correct} correct of {total}: expected 0 <= correct <= total")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence {confidence}: expected a number between 0 and 1")
+    if total == 0:
+        return 0.0, 1.0
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    share = correct / total
+    centre = share + z**2 / (2 * total)
+    margin = z * (share * (1 - share) / total + (z / (2 * total)) ** 2) ** 0.5
+    scale = 1 + z**2 / total
+    low = 0.0 if correct == 0 else (centre - margin) / scale  # exactly 0 and 1, without a rounding error
+    high = 1.0 if correct == total else (centre + margin) / scale
+    return low, high
+
+
+def inclusive_to_edges(boxes: Tensor) -> Tensor:
+    """Boxes [..., 4] (x0, y0, x1, y1) with inclusive end pixels -> the same with continuous edges: x1 and y1 plus 1."""
+    return torch.cat([boxes[..., :2], boxes[..., 2:] + 1], dim=-1)
+
+
+def paired_box_iou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
+    """Intersection over union [B] of box i of one set with box i of the other; both [B, 4], continuous edges.
+
+    Two boxes without area have an overlap of 0. A box with its edges swapped counts as one without area.
+    """
+    boxes_a, boxes_b = boxes_a.float(), boxes_b.float()
+    top_left = torch.maximum(boxes_a[:, :2], boxes_b[:, :2])
+    bottom_right = torch.minimum(boxes_a[:, 2:], boxes_b[:, 2:])
+    intersection = (bottom_right - top_left).clamp(min=0).prod(dim=1)
+    area_a, area_b = ((boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(dim=1) for boxes in (boxes_a, boxes_b))
+    union = area_a + area_b - intersection
+    return torch.where(union > 0, intersection / union, 0.0)
+
+
+def topk_correct(logits: Tensor, labels: Tensor, k: int) -> Tensor:
+    """Is the label among the k highest of logits [B, C]? -> [B] bool. With k >= C it always is."""
+    highest = logits.topk(min(k, logits.shape[1]), dim=1).indices  # [B, k]
+    return (highest == labels[:, None]).any(dim=1)
+
+
+class EpochMeter:
+    """Averages over an epoch, summed on the device: no batch waits for the GPU.
+
+    Names: `loss/<term>`, `accuracy/<branch>`, `box_iou/mean`, `box_iou/share_at_0.5` and `images`.
+
+        meter = EpochMeter(device)
+        for ...:
+            meter.update(labels, losses=..., logits={**output.logits, "answer": answer}, boxes=..., true_boxes=...)
+        meter.reduce()  # once, after the last batch
+        values = meter.compute()
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.precision = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self.images = 0
+
+    @torch.no_grad()
+    def update(
+        self,
+        labels: Tensor,
+        *,
+        losses: Mapping[str, Tensor] | None = None,
+        logits: Mapping[str, Tensor] | None = None,
+        boxes: Tensor | None = None,
+        true_boxes: Tensor | None = None,
+    ) -> None:
+        """Add a batch.
+
+        Args:
+            labels: [B] int64.
+            losses: term -> scalar, the mean over this batch; weighted by B, so a small last batch counts for less.
+            logits: branch -> [B, C], or [B, N, C] for several windows, which answer together by their mean.
+            boxes, true_boxes: [B, 4] in continuous edges and in the same pixels (see `inclusive_to_edges`), or None;
+                the overlap is measured where both are there.
+        """
+        batch_size = labels.shape[0]
+        self.images += batch_size
+        for term, loss in (losses or {}).items():
+            self._add(f"loss/{term}", loss.to(self.precision) * batch_size, batch_size)
+        for branch, scores in (logits or {}).items():
+            scores = scores.mean(dim=1) if scores.dim() == 3 else scores
+            self._add(f"accuracy/{branch}", topk_correct(scores, labels, 1).sum(), batch_size)
+        if boxes is not None and true_boxes is not None:
+            overlap = paired_box_iou(boxes, true_boxes)
+            self._add("box_iou/mean", overlap.to(self.precision).sum(), batch_size)
+            self._add("box_iou/share_at_0.5", (overlap >= 0.5).sum(), batch_size)
+
+    def _add(self, name: str, value: Tensor, count: int) -> None:
+        value = value.detach().to(self.device, self.precision)
+        self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.counts[name] = self.counts.get(name, 0) + count
+
+    def reduce(self) -> None:
+        """Sum over all processes; call it in every one of them, once, after the last batch. Alone: nothing to do."""
+        if not is_distributed():
+            return
+        # a process may have met fewer names than another, or no batch at all: all agree on the names first
+        names_of_ranks: list = [None] * world_size()
+        torch.distributed.all_gather_object(names_of_ranks, list(self.sums))
+        names = list(dict.fromkeys(name for names_of_rank in names_of_ranks for name in names_of_rank))
+        zero = torch.zeros((), device=self.device, dtype=self.precision)
+        sums = torch.stack([self.sums.get(name, zero) for name in names] + [zero])  # + zero: stack refuses none
+        counts = [self.counts.get(name, 0) for name in names] + [self.images]
+        sums = all_reduce_sum(sums)
+        counts = all_reduce_sum(torch.tensor(counts, device=self.device)).tolist()
+        self.sums = dict(zip(names, sums[:-1].unbind(), strict=True))
+        self.counts = dict(zip(names, counts[:-1], strict=True))
+        self.images = counts[-1]
+
+    def compute(self) -> dict[str, float]:
+        """The averages by name, and `images`; the only call that waits for the device."""
+        sums = torch.stack(list(self.sums.values())).tolist() if self.sums else []
+        averages = {name: total / max(self.counts[name], 1) for name, total in zip(self.sums, sums, strict=True)}
+        return {**averages, "images": self.images}
+
+
+def confusion_matrix(predictions: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Count [C, C] int64 of images by true class (row) and predicted class (column), from two [B] int64 tensors.
+
+    Raises:
+        ValueError: a prediction or a label outside 0 .. num_classes - 1.
+    """
+    for name, values in (("prediction", predictions), ("label", labels)):
+        if values.numel() > 0 and not 0 <= int(values.min()) <= int(values.max()) < num_classes:
+            raise ValueError(f"a {name} in {int(values.min())} .. {int(values.max())} with {num_classes} classes")
+    pairs = labels.long() * num_classes + predictions.long()
+    return pairs.bincount(minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def worst_confusions(matrix: Tensor, class_names: Sequence[str], count: int = 10) -> list[dict[str, str | int | float]]:
+    """The most frequent mistakes of a confusion matrix [C, C], the most frequent first.
+
+    Returns:
+        dicts of `true` and `predicted` (class names), `count` (images), `share` (of the images of the true class).
+    """
+    mistakes = matrix.cpu().clone().fill_diagonal_(0)
+    images_per_class = matrix.sum(dim=1).tolist()
+    counts, positions = mistakes.flatten().sort(descending=True, stable=True)
+    worst = []
+    for images, position in zip(counts[:count].tolist(), positions[:count].tolist(), strict=True):
+        if images == 0:
+            break
+        true, predicted = divmod(position, len(class_names))
+        share = images / images_per_class[true]
+        worst.append({"true": class_names[true], "predicted": class_names[predicted], "count": images, "share": share})
+    return worst
+
+
+def mean_per_class_accuracy(matrix: Tensor) -> float:
+    """Mean of the accuracies of the classes in a confusion matrix [C, C]; classes without images are left out."""
+    images_per_class = matrix.sum(dim=1)
+    present = images_per_class > 0
+    if not present.any():
+        return 0.0
+    return (matrix.diagonal()[present].double() / images_per_class[present]).mean().item()

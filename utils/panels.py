@@ -1,0 +1,63 @@
+"""A network's output as a figure: what `utils.pictures` draws, taken from the output contract."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from networks.outputs import NetworkOutput
+from utils.pictures import Caption, denormalise, localization_panel
+
+
+def output_panel(
+    images: Tensor,
+    output: NetworkOutput,
+    answer: Tensor,
+    *,
+    input_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    class_names: Sequence[str],
+    labels: Tensor | None = None,
+    true_boxes: Tensor | None = None,
+) -> Tensor:
+    """Draw what the network found in images [B, 3, S, S] (normalised): uint8 [3, height, width].
+
+    `answer` [B, classes] are the logits of the prediction; `true_boxes` [B, 4] are edges in pixels of `images`.
+    Pictures are drawn at input_size, the pixels of the output's boxes.
+    """
+    scale = input_size / images.shape[-1]
+    images = F.interpolate(images.float().cpu(), size=(input_size, input_size), mode="bilinear", antialias=True)
+    pictures = denormalise(images, mean, std)
+    probabilities, predictions = answer.float().softmax(dim=1).max(dim=1)
+    captions = [
+        Caption(
+            predicted=class_names[prediction],
+            true=None if labels is None else class_names[labels[index]],
+            note=f"{probability:.0%}",
+        )
+        for index, (prediction, probability) in enumerate(
+            zip(predictions.tolist(), probabilities.tolist(), strict=True)
+        )
+    ]
+    return localization_panel(
+        pictures,
+        object_boxes=output.object_boxes,
+        masks=output.object_masks,
+        true_boxes=None if true_boxes is None else true_boxes * scale,
+        crops=None if output.object_boxes is None else _object_crops(pictures, output.object_boxes),
+        window_boxes=output.window_boxes,
+        captions=captions,
+    )
+
+
+def _object_crops(pictures: Tensor, boxes: Tensor) -> Tensor:
+    """Cut inclusive boxes [B, 4] out of uint8 pictures [B, 3, S, S] and enlarge them to S x S."""
+    crops = []
+    for picture, (x0, y0, x1, y1) in zip(pictures, boxes.round().long().tolist(), strict=True):
+        cut = picture[None, :, y0 : y1 + 1, x0 : x1 + 1].float()
+        crops.append(F.interpolate(cut, size=picture.shape[-2:], mode="bilinear", align_corners=True)[0])
+    return torch.stack(crops).round().to(torch.uint8)

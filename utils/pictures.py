@@ -1,0 +1,314 @@
+"""Pictures of what a network looked at, for TensorBoard and for PNG files."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+Colour = tuple[int, int, int]
+
+PAPER: Colour = (255, 255, 255)
+INK: Colour = (45, 45, 45)
+SHADOW: Colour = (20, 20, 20)
+PREDICTED_BOX: Colour = (255, 176, 0)
+TRUE_BOX: Colour = (0, 210, 255)
+MASK_OUTLINE: Colour = (235, 235, 235)
+RIGHT: Colour = (0, 128, 60)
+WRONG: Colour = (200, 30, 30)
+# seven colours that stay apart for colour-blind readers (Okabe and Ito, "Color Universal Design", 2008, lightened)
+WINDOWS: tuple[Colour, ...] = (
+    (240, 228, 66),
+    (86, 180, 233),
+    (255, 130, 50),
+    (60, 210, 150),
+    (225, 140, 190),
+    (170, 120, 255),
+    (245, 245, 245),
+)
+DIMMED = 0.4  # brightness left outside the mask
+PADDING = 12
+GAP = 4  # between a picture and its crop
+
+
+class Caption(NamedTuple):
+    """What stands below a picture; green or red by whether the two agree, neutral where the truth is not known."""
+
+    predicted: str
+    true: str | None = None
+    note: str = ""  # appended to the predicted name, such as "93 %"
+
+
+def denormalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Normalised images [..., 3, H, W] -> uint8 [..., 3, H, W] on the CPU; values out of range are clipped."""
+    images = images.detach().float().cpu()
+    mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (mean, std))
+    return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def localization_panel(
+    images: Tensor,
+    *,
+    object_boxes: Tensor | None = None,
+    masks: Tensor | None = None,
+    true_boxes: Tensor | None = None,
+    crops: Tensor | None = None,
+    window_boxes: Tensor | None = None,
+    captions: Sequence[Caption] | None = None,
+    columns: int = 2,
+    tile_height: int = 288,
+) -> Tensor:
+    """One figure of what the network found in each picture: a legend, then `columns` pictures a row.
+
+    Left: the picture, dark outside the adaptive mask, with the predicted and the true box. Right: the crop of the
+    object with its numbered windows. Below: the names. Anything that is None is left out, in the legend too.
+
+    Args:
+        images: uint8 [B, 3, H, W], see `denormalise`.
+        object_boxes: [B, 4] inclusive pixels (x0, y0, x1, y1) of `images`.
+        masks: [B, g, g] bool, True where kept; the cells of a grid over the picture.
+        true_boxes: [B, 4] continuous edges in pixels of `images`.
+        crops: uint8 [B, 3, S, T], the object's crop enlarged.
+        window_boxes: [B, N, 4] inclusive pixels of `crops`.
+        captions: one per picture.
+        columns: pictures in a row.
+        tile_height: height in pixels that pictures and crops are drawn at.
+
+    Returns:
+        uint8 [3, height, width].
+
+    Raises:
+        ValueError: windows without the crops they lie in.
+    """
+    if window_boxes is not None and crops is None:
+        raise ValueError("window_boxes lie in the crops, and crops is None: pass both or neither")
+    cells = []
+    for index, image in enumerate(images):
+        tiles = [
+            _picture_tile(
+                image,
+                object_box=_item(object_boxes, index),
+                mask=_item(masks, index),
+                true_box=_item(true_boxes, index),
+                height=tile_height,
+            )
+        ]
+        if crops is not None:
+            tiles.append(_crop_tile(crops[index], _item(window_boxes, index), height=tile_height))
+        cells.append(_captioned(tiles, captions[index] if captions is not None else None))
+    legend = _legend(
+        predicted=object_boxes is not None,
+        true=true_boxes is not None,
+        mask=masks is not None,
+        windows=window_boxes is not None,
+        names=captions is not None and any(caption.true is not None for caption in captions),
+    )
+    figure = _grid(cells, columns, legend)
+    return torch.from_numpy(numpy.array(figure)).permute(2, 0, 1).contiguous()
+
+
+def save_png(path: str | Path, image: Tensor) -> None:
+    """Write an image, uint8 [3, H, W], as a PNG file: complete or not at all, in a folder that is made if missing."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    _to_pillow(image).save(temporary, format="PNG")
+    temporary.replace(path)
+
+
+def _item(values: Tensor | None, index: int) -> Tensor | None:
+    return None if values is None else values[index].detach().cpu()
+
+
+def _to_pillow(image: Tensor) -> Image.Image:
+    return Image.fromarray(image.detach().cpu().permute(1, 2, 0).contiguous().numpy())
+
+
+def _scaled(image: Tensor, height: int) -> tuple[Image.Image, float]:
+    """The image at a height, and the factor from its pixels to the tile's."""
+    picture = _to_pillow(image)
+    scale = height / picture.height
+    if scale != 1:
+        picture = picture.resize((max(1, round(picture.width * scale)), height), Image.Resampling.BICUBIC)
+    return picture, scale
+
+
+def _picture_tile(
+    image: Tensor, *, object_box: Tensor | None, mask: Tensor | None, true_box: Tensor | None, height: int
+) -> Image.Image:
+    tile, scale = _scaled(image, height)
+    if mask is not None:
+        tile = _dim_outside(tile, mask)
+    draw = ImageDraw.Draw(tile)
+    if object_box is not None:
+        edges = object_box.float() + torch.tensor([0, 0, 1, 1])
+        _draw_box(draw, _fit(edges * scale, tile), PREDICTED_BOX)
+    if true_box is not None:
+        _draw_dashed_box(draw, _fit(true_box.float() * scale, tile), TRUE_BOX)
+    return tile
+
+
+def _crop_tile(crop: Tensor, window_boxes: Tensor | None, height: int) -> Image.Image:
+    tile, scale = _scaled(crop, height)
+    if window_boxes is None:
+        return tile
+    draw = ImageDraw.Draw(tile)
+    corners = [_fit((box.float() + torch.tensor([0, 0, 1, 1])) * scale, tile) for box in window_boxes]
+    # windows lie on a grid and share lines: no dark line may cross a coloured one, no large window cover a small one
+    for left, top, right, bottom in corners:
+        draw.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline=SHADOW)
+    areas = [(right - left) * (bottom - top) for left, top, right, bottom in corners]
+    for number in sorted(range(len(corners)), key=areas.__getitem__, reverse=True):
+        draw.rectangle(corners[number], outline=WINDOWS[number % len(WINDOWS)], width=2)
+    # numbers last, so that no box crosses them
+    taken: set[tuple[int, int]] = set()
+    for number, (left, top, _, _) in enumerate(corners):
+        side = max(12, height // 16)
+        left, top = min(left, tile.width - side), min(top, tile.height - side)
+        step = side if left < tile.width / 2 else -side  # windows with the same corner: one label beside the other
+        while any(abs(left - x) < side and abs(top - y) < side for x, y in taken):
+            left += step
+        taken.add((left, top))
+        square = (left, top, left + side - 1, top + side - 1)
+        draw.rectangle(square, fill=WINDOWS[number % len(WINDOWS)], outline=SHADOW)
+        centre = (left + side / 2, top + side / 2)
+        draw.text(centre, str(number + 1), fill=SHADOW, font=_font(side - 4), anchor="mm")
+    return tile
+
+
+def _dim_outside(tile: Image.Image, mask: Tensor) -> Image.Image:
+    """Darken what the mask leaves out and draw its border there, so that every kept pixel stays as it is."""
+    pixels = numpy.array(tile)
+    rows = torch.arange(tile.height) * mask.shape[0] // tile.height
+    columns = torch.arange(tile.width) * mask.shape[1] // tile.width
+    kept = mask.bool()[rows][:, columns].numpy()
+    pixels[~kept] = (pixels[~kept] * DIMMED).astype(numpy.uint8)
+    border = numpy.pad(kept, 1)
+    near = border[:-2, 1:-1] | border[2:, 1:-1] | border[1:-1, :-2] | border[1:-1, 2:]
+    pixels[near & ~kept] = MASK_OUTLINE
+    return Image.fromarray(pixels)
+
+
+def _fit(edges: Tensor, tile: Image.Image) -> tuple[int, int, int, int]:
+    """A box with continuous edges in tile pixels -> its first and last pixels, inside the tile."""
+    limits = (tile.width, tile.height)
+    x0, y0, x1, y1 = edges.nan_to_num().round().long().tolist()
+    left, top = (min(max(first, 0), limit - 1) for first, limit in zip((x0, y0), limits, strict=True))
+    right, bottom = (min(last, limit) - 1 for last, limit in zip((x1, y1), limits, strict=True))
+    return left, top, max(left, right), max(top, bottom)
+
+
+def _draw_box(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], colour: Colour) -> None:
+    """A frame whose outer line is the box's own border pixels, with a dark line round it for bright backgrounds."""
+    left, top, right, bottom = box
+    draw.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline=SHADOW)
+    draw.rectangle(box, outline=colour, width=3)
+
+
+def _draw_dashed_box(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], colour: Colour) -> None:
+    left, top, right, bottom = box
+    draw.rectangle(box, outline=SHADOW, width=2)
+    dash, step = 9, 14
+    for start in range(left, right + 1, step):
+        end = min(start + dash - 1, right)
+        draw.rectangle((start, top, end, min(top + 1, bottom)), fill=colour)
+        draw.rectangle((start, max(bottom - 1, top), end, bottom), fill=colour)
+    for start in range(top, bottom + 1, step):
+        end = min(start + dash - 1, bottom)
+        draw.rectangle((left, start, min(left + 1, right), end), fill=colour)
+        draw.rectangle((max(right - 1, left), start, right, end), fill=colour)
+
+
+def _captioned(tiles: Sequence[Image.Image], caption: Caption | None) -> Image.Image:
+    """Tiles side by side, with two lines of text below if there is a caption."""
+    width = sum(tile.width for tile in tiles) + GAP * (len(tiles) - 1)
+    cell = Image.new("RGB", (width, tiles[0].height + (40 if caption else 0)), PAPER)
+    left = 0
+    for tile in tiles:
+        cell.paste(tile, (left, 0))
+        left += tile.width + GAP
+    if caption is None:
+        return cell
+    draw = ImageDraw.Draw(cell)
+    right = caption.predicted == caption.true
+    colour = INK if caption.true is None else RIGHT if right else WRONG
+    top = tiles[0].height
+    draw.rectangle((0, top, 4, top + 39), fill=colour)
+    # names are cut, notes are not
+    note = f"  {caption.note}" if caption.note else ""
+    name = _shortened(caption.predicted, _font(16), width - 16 - _font(16).getlength(note))
+    draw.text((12, top + 13), name + note, fill=colour, font=_font(16), anchor="lm")
+    if caption.true is not None:
+        verdict = "right" if right else f"wrong, it is {caption.true}"
+        draw.text((12, top + 31), _shortened(verdict, _font(13), width - 16), fill=INK, font=_font(13), anchor="lm")
+    return cell
+
+
+def _legend(*, predicted: bool, true: bool, mask: bool, windows: bool, names: bool) -> Image.Image | None:
+    """A strip of samples with their meaning, for what the figure shows."""
+    entries = [
+        (predicted, "predicted object", lambda draw, box: _draw_box(draw, box, PREDICTED_BOX)),
+        (true, "true box", lambda draw, box: _draw_dashed_box(draw, box, TRUE_BOX)),
+        (mask, "left out by the mask", lambda draw, box: draw.rectangle(box, fill=(75, 75, 75), outline=MASK_OUTLINE)),
+        (windows, "window", _draw_numbered_sample),
+        (names, "right", lambda draw, box: draw.rectangle(box, fill=RIGHT)),
+        (names, "wrong", lambda draw, box: draw.rectangle(box, fill=WRONG)),
+    ]
+    shown = [(text, sample) for is_shown, text, sample in entries if is_shown]
+    if not shown:
+        return None
+    font = _font(14)
+    widths = [26 + 6 + round(font.getlength(text)) + 18 for text, _ in shown]
+    strip = Image.new("RGB", (sum(widths), 22), PAPER)
+    draw = ImageDraw.Draw(strip)
+    left = 1
+    for (text, sample), width in zip(shown, widths, strict=True):
+        sample(draw, (left, 2, left + 24, 19))
+        draw.text((left + 32, 11), text, fill=INK, font=font, anchor="lm")
+        left += width
+    return strip
+
+
+def _draw_numbered_sample(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int]) -> None:
+    _draw_box(draw, box, WINDOWS[0])
+    left, top, _, _ = box
+    draw.rectangle((left, top, left + 12, top + 12), fill=WINDOWS[0], outline=SHADOW)
+    draw.text((left + 6.5, top + 6.5), "1", fill=SHADOW, font=_font(10), anchor="mm")
+
+
+def _grid(cells: Sequence[Image.Image], columns: int, legend: Image.Image | None) -> Image.Image:
+    """All cells, equally large, row by row on paper, with the legend above."""
+    columns = max(1, min(columns, len(cells)))
+    rows = -(-len(cells) // columns)
+    cell_width, cell_height = cells[0].size if cells else (0, 0)
+    top = PADDING + (legend.height + PADDING if legend else 0)
+    width = PADDING + columns * (cell_width + PADDING)
+    width = max(width, legend.width + PADDING if legend else 0)
+    figure = Image.new("RGB", (width, top + rows * (cell_height + PADDING)), PAPER)
+    if legend:
+        figure.paste(legend, (PADDING, PADDING))
+    for index, cell in enumerate(cells):
+        row, column = divmod(index, columns)
+        figure.paste(cell, (PADDING + column * (cell_width + PADDING), top + row * (cell_height + PADDING)))
+    return figure
+
+
+def _shortened(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+    """The text, or as much of its beginning as fits into a width in pixels, with an ellipsis."""
+    if font.getlength(text) <= width:
+        return text
+    length = len(text)
+    while length > 0 and font.getlength(text[:length] + "...") > width:
+        length -= 1
+    return text[:length].rstrip() + "..."
+
+
+@functools.cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size)
