@@ -1,0 +1,180 @@
+"""Evaluate a checkpoint on its data set's test images: `python test.py checkpoint/demo-sgkrl/best.pth`.
+
+Model and data are rebuilt from the settings saved in the checkpoint, not from config.py. The figures are printed and
+written to report.json beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from config import Settings
+from datasets import read_catalogue
+from networks.losses import classification_losses
+from train import draw_panel, evaluation_loader, network_of
+from utils.checkpoint import CheckpointError, load_checkpoint
+from utils.engine import Execution, evaluate
+from utils.errors import exit_with_one_sentence
+from utils.metrics import confusion_matrix, mean_per_class_accuracy, topk_correct, wilson_interval, worst_confusions
+from utils.pictures import save_png
+from utils.schedule import plan_epoch
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Evaluate a checkpoint on the test images of its data set.")
+    parser.add_argument("checkpoint", type=Path, help="best.pth or last.pth of a run")
+    parser.add_argument("--data_root", help="where the data set lies on this machine (default: as in training)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: as in training)")
+    parser.add_argument("--precision", choices=("float32", "bf16"), help="(default: as in training)")
+    parser.add_argument("--evaluation_batch_size", type=int, help="images at a time (default: as in training)")
+    parser.add_argument("--workers", type=int, help="processes that load pictures (default: as in training)")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse_arguments(arguments)
+
+    # Rebuild: settings, data, network.
+    saved = load_checkpoint(options.checkpoint)
+    if not {"settings", "class_names", "network", "epoch"} <= saved.keys():
+        raise CheckpointError(f"{options.checkpoint} was not written by train.py: it lacks settings or weights")
+    overrides = {name: value for name, value in vars(options).items() if value is not None and name != "checkpoint"}
+    settings = dataclasses.replace(settings_of(saved, options.checkpoint), **overrides)
+    catalogue = read_catalogue(
+        settings.dataset,
+        settings.data_root,
+        classes=settings.classes,
+        seed=settings.seed,
+        test_fraction=settings.test_fraction,
+    )
+    if list(catalogue.class_names) != saved["class_names"]:
+        raise CheckpointError(
+            f"{options.checkpoint} knows {len(saved['class_names'])} classes and the data in {settings.data_root} "
+            f"has {len(catalogue.class_names)} or others: give the --data_root it was trained on"
+        )
+    automatic = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(automatic if settings.device == "auto" else settings.device)
+    execution = Execution(device, settings.precision, settings.channels_last)
+    network = network_of(settings, len(saved["class_names"]), pretrained=False)
+    network.load_state_dict(saved["network"])
+    if settings.channels_last:
+        network = network.to(memory_format=torch.channels_last)
+    network = network.to(device)
+    plan = plan_epoch(
+        saved["epoch"],
+        network.branches,
+        warmup_epochs=settings.warmup_epochs,
+        mask_from_epoch=settings.mask_from_epoch,
+    )
+
+    # Evaluate.
+    ranks = RankCollector()
+    figures = evaluate(
+        network,
+        evaluation_loader(settings, catalogue.test),
+        plan=plan,
+        loss_function=partial(classification_losses, label_smoothing=settings.label_smoothing),
+        execution=execution,
+        on_batch=ranks,
+        description="test",
+    )
+
+    # Report.
+    report = {
+        "checkpoint": str(options.checkpoint),
+        "epoch": saved["epoch"],
+        "selected_on": saved["selected_on"],
+        "answer": f"mean probability of {', '.join(network.answer)}" if len(network.answer) > 1 else network.answer[0],
+        **ranks.report(saved["class_names"]),
+        "boxes": {name.removeprefix("box_iou/"): v for name, v in figures.items() if name.startswith("box_iou/")}
+        or None,
+        "images_per_second": figures["images_per_second"],
+        "settings": dataclasses.asdict(settings),
+    }
+    folder = options.checkpoint.parent
+    (folder / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    panel = draw_panel(network, catalogue.test, settings, catalogue.class_names, execution, plan)
+    save_png(folder / "pictures" / "test.png", panel)
+    print(as_text(report))
+    print(f"written to {folder / 'report.json'} and {folder / 'pictures' / 'test.png'}")
+
+
+def settings_of(saved: dict, path: Path) -> Settings:
+    """Return the settings a checkpoint was trained with."""
+    known = {field.name for field in dataclasses.fields(Settings)}
+    unknown = saved["settings"].keys() - known
+    if unknown:
+        raise CheckpointError(f"{path} has settings that this version does not know: {', '.join(sorted(unknown))}")
+    return Settings(**saved["settings"])
+
+
+class RankCollector:
+    """Collects, batch by batch, what each branch predicted."""
+
+    def __init__(self) -> None:
+        self.correct: dict[str, list[torch.Tensor]] = {}  # branch -> [B, 2] bool: among the first one, the first five
+        self.predictions: list[torch.Tensor] = []
+        self.labels: list[torch.Tensor] = []
+
+    def __call__(self, batch, output, answer: torch.Tensor) -> None:
+        labels = batch.labels.to(answer.device)
+        for name, logits in {"answer": answer, **output.logits}.items():
+            logits = logits.mean(dim=1) if logits.ndim == 3 else logits
+            hits = torch.stack([topk_correct(logits, labels, 1), topk_correct(logits, labels, 5)], dim=1)
+            self.correct.setdefault(name, []).append(hits)
+        self.predictions.append(answer.argmax(dim=1))
+        self.labels.append(labels)
+
+    def report(self, class_names: Sequence[str]) -> dict:
+        """Return accuracies with 95 % intervals, and the confusions of the answer."""
+        predictions, labels = torch.cat(self.predictions).cpu(), torch.cat(self.labels).cpu()
+        matrix = confusion_matrix(predictions, labels, len(class_names))
+        branches = {}
+        for name, batches in self.correct.items():
+            hits = torch.cat(batches)
+            top1, top5 = hits.sum(dim=0).tolist()
+            branches[name] = {
+                "top1": top1 / len(hits),
+                "top1_interval_95": wilson_interval(top1, len(hits)),
+                "top5": top5 / len(hits),
+                "top5_interval_95": wilson_interval(top5, len(hits)),
+            }
+        return {
+            "images": len(labels),
+            "branches": branches,
+            "mean_per_class_accuracy": mean_per_class_accuracy(matrix),
+            "worst_confusions": worst_confusions(matrix, class_names),
+        }
+
+
+def as_text(report: dict) -> str:
+    lines = [
+        f"{report['images']} test images, epoch {report['epoch']}, chosen by {report['selected_on']}",
+        f"answer: {report['answer']}",
+        "",
+        f"{'branch':<10}{'top-1':>8}   95 % interval    {'top-5':>8}",
+    ]
+    for name, values in report["branches"].items():
+        low, high = values["top1_interval_95"]
+        lines.append(f"{name:<10}{values['top1']:>8.1%}   {low:.1%} to {high:.1%}  {values['top5']:>8.1%}")
+    lines += ["", f"mean per-class accuracy of the answer: {report['mean_per_class_accuracy']:.1%}"]
+    if report["boxes"]:
+        boxes = report["boxes"]
+        lines.append(f"object boxes: IoU >= 0.5 for {boxes['share_at_0.5']:.1%}, mean IoU {boxes['mean']:.3f}")
+    lines.append(f"{report['images_per_second']:.1f} images/s")
+    if report["worst_confusions"]:
+        lines += ["", "most frequent confusions:"]
+        lines += [f"  {c['count']} x {c['true']} taken for {c['predicted']}" for c in report["worst_confusions"][:5]]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    with exit_with_one_sentence():
+        main()
