@@ -18,9 +18,11 @@ def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     align_corners=True)` box by box. Boxes may have fractional corners; no gradient flows into them.
     """
     B, C, H, W = images.shape
-    boxes = boxes.detach().reshape(B, -1, 4)
+    # Half precision tells pixels apart only up to a few hundred: coordinates, and with them the sampling, are float32.
+    precise = torch.promote_types(images.dtype, torch.float32)
+    boxes = boxes.detach().reshape(B, -1, 4).to(precise)
     N = boxes.shape[1]
-    steps = torch.linspace(0, 1, size, device=images.device, dtype=boxes.dtype)
+    steps = torch.linspace(0, 1, size, device=images.device, dtype=precise)
     x = boxes[..., 0, None] + (boxes[..., 2] - boxes[..., 0])[..., None] * steps  # [B, N, size] pixels
     y = boxes[..., 1, None] + (boxes[..., 3] - boxes[..., 1])[..., None] * steps
     # grid_sample with align_corners=True puts the centre of the first pixel at -1 and that of the last at 1.
@@ -29,9 +31,9 @@ def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     shape = (B, N, size, size)
     grid = torch.stack([x[:, :, None, :].expand(shape), y[:, :, :, None].expand(shape)], dim=-1)
     # All boxes of an image are sampled as one tall picture, so the image need not be repeated for each of them.
-    grid = grid.view(B, N * size, size, 2).to(images.dtype)
-    crops = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=True)
-    return crops.view(B, C, N, size, size).transpose(1, 2).reshape(B * N, C, size, size)
+    grid = grid.view(B, N * size, size, 2)
+    crops = F.grid_sample(images.to(precise), grid, mode="bilinear", padding_mode="border", align_corners=True)
+    return crops.view(B, C, N, size, size).transpose(1, 2).reshape(B * N, C, size, size).to(images.dtype)
 
 
 def resize_boxes(boxes: Tensor, scale: float) -> Tensor:
