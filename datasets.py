@@ -1,0 +1,956 @@
+"""Data sets of fine-grained classes: one sample type for all of them, one small index function for each.
+
+`read_catalogue` lists a data set (file, label, object box), `Pictures` loads and transforms what is listed,
+`ShuffledSampler` says in which order and with which random seed, `collate` makes a batch.
+
+Boxes are (x0, y0, x1, y1) continuous edges in pixels: a box as wide as a picture of 500 pixels is (0, ..., 500, ...).
+Everything that is wrong with the data on disk is a `DataError` of one sentence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from functools import cache, partial
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+from xml.etree import ElementTree
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageDraw, ImageFilter
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.transforms.v2 import functional
+
+MEAN = (0.485, 0.456, 0.406)  # of ImageNet, which published backbones were trained with
+STD = (0.229, 0.224, 0.225)
+
+Box = tuple[float, float, float, float]
+
+
+class DataError(ValueError):
+    """The data are not as they should be: one sentence with what came, what was expected and what to do."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a data set holds
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Entry(NamedTuple):
+    """One picture of a data set, not loaded yet.
+
+    source: the file, or the number of a drawn picture of the demo set.
+    box: the object's edges (x0, y0, x1, y1) in the pixels as the file stores them, or None where there is none.
+    """
+
+    source: Path | int
+    label: int
+    box: Box | None = None
+
+
+class Catalogue(NamedTuple):
+    """All pictures of a data set in its official split; labels count from 0 and index `class_names`."""
+
+    train: list[Entry]
+    test: list[Entry]
+    class_names: list[str]
+
+    @property
+    def has_boxes(self) -> bool:
+        """Whether every picture has an object box."""
+        return all(entry.box is not None for entry in self.train + self.test)
+
+
+def read_catalogue(
+    dataset: str,
+    root: str | Path | None,
+    *,
+    classes: Sequence[str] | None = None,
+    seed: int = 0,
+    test_fraction: float = 0.2,
+) -> Catalogue:
+    """Lists a data set.
+
+    Args:
+        dataset: "demo", "folder", or a key of `READERS`.
+        root: the data set's folder in its official layout, or the folder that holds it; unused for "demo".
+        classes: patterns over class names as in a shell ("*_Gull"); keeps the classes that match any of them, in the
+            data set's own order, and numbers them anew.
+        seed, test_fraction: how a `folder` data set that is not split yet is split; unused otherwise.
+
+    Raises:
+        DataError: unknown data set, missing or malformed files, a class without pictures, a pattern without a class.
+    """
+    if dataset == "demo":
+        catalogue = _read_demo()
+    elif dataset == "folder":
+        catalogue = _read_folder(_check_root(dataset, root), seed=seed, test_fraction=test_fraction)
+    elif dataset in READERS:
+        catalogue = READERS[dataset](_check_root(dataset, root))
+    else:
+        raise DataError(f"unknown data set {dataset!r}: expected one of demo, folder, {', '.join(READERS)}")
+    _check_complete(dataset, catalogue)
+    return _keep_classes(catalogue, classes) if classes else catalogue
+
+
+def _check_root(dataset: str, root: str | Path | None) -> Path:
+    if root is None:
+        raise DataError(f"data set {dataset!r} needs the folder that it lies in: set data_root")
+    root = Path(root).expanduser()
+    if not root.is_dir():
+        raise DataError(f"data_root {root} is not a folder: expected the folder of data set {dataset!r}")
+    return root
+
+
+def _check_complete(dataset: str, catalogue: Catalogue) -> None:
+    """Raises DataError if a class or a split has no pictures, or if listed files are not on disk."""
+    if not catalogue.train or not catalogue.test:
+        raise DataError(
+            f"data set {dataset!r} has {len(catalogue.train)} training and {len(catalogue.test)} test pictures:"
+            " expected some of each"
+        )
+    empty = set(range(len(catalogue.class_names))) - {entry.label for entry in catalogue.train}
+    if empty:
+        raise DataError(
+            f"data set {dataset!r}: {len(empty)} of {len(catalogue.class_names)} classes have no training picture,"
+            f" the first is {catalogue.class_names[min(empty)]!r}: add some, or leave the class out"
+        )
+    files = [entry.source for entry in catalogue.train + catalogue.test if isinstance(entry.source, Path)]
+    listings: dict[Path, set[str]] = {}  # to list each folder once is cheaper than to ask for every file
+    for folder in {file.parent for file in files}:
+        listings[folder] = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+    # A file system may find a name that it lists in another spelling (case, composed letters): hence the second look.
+    missing = [file for file in files if file.name not in listings[file.parent] and not file.exists()]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(files)} listed pictures are not on disk, the first is {missing[0]}:"
+            " unpack the data set's pictures there"
+        )
+
+
+def _keep_classes(catalogue: Catalogue, patterns: Sequence[str]) -> Catalogue:
+    names = catalogue.class_names
+    matches = {pattern: [i for i, name in enumerate(names) if fnmatchcase(name, pattern)] for pattern in patterns}
+    for pattern, labels in matches.items():
+        if not labels:
+            raise DataError(
+                f"classes: {pattern!r} matches none of the {len(names)} class names (such as {names[0]!r}):"
+                " write '*' for any text"
+            )
+    kept = sorted({label for labels in matches.values() for label in labels})
+    renumbered = {old: new for new, old in enumerate(kept)}
+
+    def keep(entries: list[Entry]) -> list[Entry]:
+        return [entry._replace(label=renumbered[entry.label]) for entry in entries if entry.label in renumbered]
+
+    return Catalogue(keep(catalogue.train), keep(catalogue.test), [names[label] for label in kept])
+
+
+def split_validation(entries: list[Entry], fraction: float, seed: int) -> tuple[list[Entry], list[Entry]]:
+    """Splits entries into (rest, validation), class by class, both in the order they came in.
+
+    Every class gives `fraction` of its pictures (rounded), at least one if it has two or more, never its last one.
+    """
+    if not 0 <= fraction < 1:
+        raise ValueError(f"the fraction to split off must be at least 0 and below 1, got {fraction}")
+    if fraction == 0:
+        return list(entries), []
+    members: dict[int, list[int]] = {}
+    for position, entry in enumerate(entries):
+        members.setdefault(entry.label, []).append(position)
+    generator = np.random.default_rng(seed)
+    chosen: set[int] = set()
+    for label in sorted(members):
+        positions = members[label]
+        count = min(max(round(fraction * len(positions)), 1), len(positions) - 1)
+        chosen.update(generator.permutation(positions)[:count].tolist())
+    rest = [entry for position, entry in enumerate(entries) if position not in chosen]
+    return rest, [entries[position] for position in sorted(chosen)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Index functions, one per layout
+# ---------------------------------------------------------------------------------------------------------------------
+
+Value = TypeVar("Value")
+
+
+def _find_root(root: Path, folder: str, marker: str) -> Path:
+    """`root` or `root/folder`, whichever holds the file `marker`."""
+    for candidate in (root, root / folder):
+        if (candidate / marker).is_file():
+            return candidate
+    raise DataError(
+        f"neither {root / marker} nor {root / folder / marker} exists: set data_root to the data set's folder"
+    )
+
+
+def _read_table(path: Path, columns: int) -> Iterator[tuple[str, list[str]]]:
+    """Yields (place, fields) for every line that is not blank; the last field is the rest of the line, with its spaces.
+
+    place: "<file> line <number>", for messages.
+    """
+    try:
+        with path.open(encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, start=1):
+                place = f"{path} line {number}"
+                fields = line.strip().split(maxsplit=columns - 1)
+                if fields and len(fields) != columns:
+                    raise DataError(f"{place}: expected {columns} fields, got {len(fields)} in {line.strip()!r}")
+                if fields:
+                    yield place, fields
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist: expected the data set's official list there") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text ({error.reason}): restore the data set's official list") from None
+
+
+def _read_matlab(path: Path, variable: str, fields: Sequence[str] = ()) -> np.ndarray:
+    """Reads a vector (of records with at least `fields`, if given) from a MATLAB file."""
+    from scipy.io import loadmat  # here: it takes a while, and only two data sets need it
+
+    if not path.is_file():
+        raise DataError(f"{path} does not exist: expected the data set's official list there")
+    try:
+        values = np.atleast_1d(loadmat(path, squeeze_me=True)[variable])
+    except Exception as error:  # on a broken file scipy raises whatever it stumbles over
+        raise DataError(f"{path} cannot be read as a MATLAB list of {variable!r} ({error}): fetch it again") from None
+    absent = [field for field in fields if field not in (values.dtype.names or ())]
+    if absent:
+        raise DataError(f"{path} lacks the field {absent[0]!r} in {variable!r}: expected the list with labels")
+    return values
+
+
+def _look_up(place: str, key: str, table: Mapping[str, Value], table_name: str) -> Value:
+    if key not in table:
+        raise DataError(f"{place}: {key!r} is not in {table_name}, expected an entry there")
+    return table[key]
+
+
+def _read_label(place: str, number: object, count: int) -> int:
+    """A label from 0 of a class number from 1."""
+    if not 1 <= int(number) <= count:
+        raise DataError(f"{place}: class {number} is not in 1..{count}, the classes that have names")
+    return int(number) - 1
+
+
+def _read_numbers(place: str, fields: Sequence[object]) -> tuple[float, ...]:
+    try:
+        numbers = tuple(float(field) for field in fields)
+    except (TypeError, ValueError):
+        raise DataError(f"{place}: expected numbers, got {' '.join(map(str, fields))!r}") from None
+    if not all(map(math.isfinite, numbers)):
+        raise DataError(f"{place}: expected finite numbers, got {' '.join(map(str, fields))!r}")
+    return numbers
+
+
+def _box_from_edges(place: str, x0: float, y0: float, x1: float, y1: float) -> Box:
+    if x1 < x0 or y1 < y0:
+        raise DataError(f"{place}: the box from ({x0:g}, {y0:g}) to ({x1:g}, {y1:g}) ends before it begins")
+    return x0, y0, x1, y1
+
+
+def _box_from_matlab(place: str, x0: float, y0: float, x1: float, y1: float) -> Box:
+    """From first and last pixel, both inside the box and counted from 1."""
+    return _box_from_edges(place, x0 - 1, y0 - 1, x1, y1)
+
+
+def _read_birds(root: Path, *, folder: str) -> Catalogue:
+    """CUB-200-2011 and NABirds, which share a layout: tables of (image id, value).
+
+    Sources: Wah et al., "The Caltech-UCSD Birds-200-2011 Dataset"; Van Horn et al., "Building a bird recognition app
+    and large scale dataset with citizen scientists" (CVPR 2015).
+    """
+    root = _find_root(root, folder, "images.txt")
+    names = {class_id: name for _, (class_id, name) in _read_table(root / "classes.txt", 2)}
+    class_ids: dict[str, str] = {}
+    for place, (image, class_id) in _read_table(root / "image_class_labels.txt", 2):
+        _look_up(place, class_id, names, "classes.txt")
+        class_ids[image] = class_id
+    boxes: dict[str, Box] = {}
+    for place, (image, *fields) in _read_table(root / "bounding_boxes.txt", 5):
+        x, y, width, height = _read_numbers(place, fields)
+        boxes[image] = _box_from_edges(place, x, y, x + width, y + height)
+    splits: dict[str, list[Entry]] = {"1": [], "0": []}
+    split_of = {
+        image: _look_up(place, flag, splits, "the flags 1 (training) and 0 (test)")
+        for place, (image, flag) in _read_table(root / "train_test_split.txt", 2)
+    }
+
+    # The class ids of NABirds are nodes of a tree of which only some hold pictures: the classes are the ids in use.
+    used = set(class_ids.values())
+    labels = {class_id: label for label, class_id in enumerate(key for key in names if key in used)}
+    for place, (image, file) in _read_table(root / "images.txt", 2):
+        label = labels[_look_up(place, image, class_ids, "image_class_labels.txt")]
+        box = _look_up(place, image, boxes, "bounding_boxes.txt")
+        split = _look_up(place, image, split_of, "train_test_split.txt")
+        split.append(Entry(root / "images" / file, label, box))
+    return Catalogue(splits["1"], splits["0"], [names[class_id] for class_id in labels])
+
+
+def _read_cars(root: Path) -> Catalogue:
+    """Stanford Cars with its devkit; the list of the test set is the one with labels, which was published later.
+
+    Source: Krause et al., "3D Object Representations for Fine-Grained Categorization" (3dRR 2013).
+    """
+    root = _find_root(root, "stanford_cars", "devkit/cars_meta.mat")
+    names = [str(name) for name in _read_matlab(root / "devkit" / "cars_meta.mat", "class_names")]
+
+    def read(path: Path, pictures: Path) -> list[Entry]:
+        corners = ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2")
+        entries = []
+        for number, record in enumerate(_read_matlab(path, "annotations", (*corners, "class", "fname")), start=1):
+            place = f"{path} record {number}"
+            box = _box_from_matlab(place, *_read_numbers(place, [record[corner] for corner in corners]))
+            label = _read_label(place, record["class"], len(names))
+            entries.append(Entry(pictures / str(record["fname"]), label, box))
+        return entries
+
+    test = "cars_test_annos_withlabels.mat"
+    test_list = root / test if (root / test).is_file() else root / "devkit" / test
+    return Catalogue(
+        read(root / "devkit" / "cars_train_annos.mat", root / "cars_train"), read(test_list, root / "cars_test"), names
+    )
+
+
+def _read_aircraft(root: Path) -> Catalogue:
+    """FGVC-Aircraft, by variant. The pictures keep their 20-pixel banner at the bottom, as in published results.
+
+    Source: Maji et al., "Fine-Grained Visual Classification of Aircraft" (2013).
+    """
+    data = _find_root(root, "fgvc-aircraft-2013b", "data/variants.txt") / "data"
+    names = [name for _, (name,) in _read_table(data / "variants.txt", 1)]
+    labels = {name: label for label, name in enumerate(names)}
+    boxes = {
+        image: _box_from_matlab(place, *_read_numbers(place, fields))
+        for place, (image, *fields) in _read_table(data / "images_box.txt", 5)
+    }
+
+    def read(split: str) -> list[Entry]:
+        return [
+            Entry(
+                data / "images" / f"{image}.jpg",
+                _look_up(place, variant, labels, "variants.txt"),
+                _look_up(place, image, boxes, "images_box.txt"),
+            )
+            for place, (image, variant) in _read_table(data / f"images_variant_{split}.txt", 2)
+        ]
+
+    return Catalogue(read("trainval"), read("test"), names)
+
+
+def _read_dogs(root: Path) -> Catalogue:
+    """Stanford Dogs; a picture of several dogs gives the box of the first.
+
+    Source: Khosla et al., "Novel Dataset for Fine-Grained Image Categorization" (FGVC 2011).
+    """
+    # The archive of the lists unpacks without a folder of its own.
+    lists = _find_root(root, "lists", "train_list.mat")
+    folders: dict[int, str] = {}
+
+    def read(path: Path) -> list[tuple[int, Path, Box]]:
+        files, labels = (_read_matlab(path, variable) for variable in ("file_list", "labels"))
+        if len(files) != len(labels):
+            raise DataError(f"{path} lists {len(files)} files and {len(labels)} labels: expected as many of each")
+        found = []
+        for file, number in zip(map(str, files), map(int, labels), strict=True):
+            folders.setdefault(number, Path(file).parent.name)
+            found.append(
+                (number, root / "Images" / file, _read_dog_box(root / "Annotation" / Path(file).with_suffix("")))
+            )
+        return found
+
+    train, test = read(lists / "train_list.mat"), read(lists / "test_list.mat")
+    labels = {number: label for label, number in enumerate(sorted(folders))}
+    train, test = ([Entry(file, labels[number], box) for number, file, box in split] for split in (train, test))
+    return Catalogue(train, test, [folders[number] for number in labels])
+
+
+def _read_dog_box(path: Path) -> Box:
+    try:
+        box = ElementTree.parse(path).find("object/bndbox")
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist: unpack the data set's annotations there") from None
+    except ElementTree.ParseError as error:
+        raise DataError(f"{path} is not XML ({error}): unpack the data set's annotations again") from None
+    corners = [None if box is None else box.findtext(corner) for corner in ("xmin", "ymin", "xmax", "ymax")]
+    # Taken as edges: nothing says whether the last pixel counts.
+    return _box_from_edges(str(path), *_read_numbers(str(path), corners))
+
+
+def _read_folder(root: Path, *, seed: int, test_fraction: float) -> Catalogue:
+    """`train/` and `test/` (or `val/`) with one folder per class, or one tree of class folders, which is split here."""
+    trees = [root]
+    for name in ("test", "val"):
+        if (root / "train").is_dir() and (root / name).is_dir():
+            trees = [root / "train", root / name]
+            break
+    class_names = sorted(
+        {path.name for tree in trees for path in tree.iterdir() if path.is_dir() and path.name[0] != "."}
+    )
+    labels = {name: label for label, name in enumerate(class_names)}
+    if not labels:
+        raise DataError(f"{trees[0]} holds no folder: expected one folder of pictures per class")
+
+    def read(tree: Path) -> list[Entry]:
+        found = make_dataset(str(tree), labels, extensions=IMG_EXTENSIONS, allow_empty=True)
+        return [Entry(Path(file), label) for file, label in found if not Path(file).name.startswith(".")]
+
+    train, test = map(read, trees) if len(trees) == 2 else split_validation(read(root), test_fraction, seed)
+    return Catalogue(train, test, class_names)
+
+
+READERS: dict[str, Callable[[Path], Catalogue]] = {
+    "cub": partial(_read_birds, folder="CUB_200_2011"),
+    "cars": _read_cars,
+    "aircraft": _read_aircraft,
+    "dogs": _read_dogs,
+    "nabirds": partial(_read_birds, folder="nabirds"),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From a file to a sample
+# ---------------------------------------------------------------------------------------------------------------------
+
+# EXIF orientation -> what turns the stored picture upright
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def load_picture(path: str | Path, box: Box | None = None) -> tuple[Image.Image, Box | None]:
+    """Loads a picture file of any mode as upright RGB, with its box.
+
+    Published boxes were drawn on the pixels as stored, by tools that did not heed EXIF orientation. So a box is taken
+    as one of stored pixels, and is turned together with the picture.
+
+    Raises:
+        DataError: the file cannot be read as a picture.
+    """
+    try:
+        with Image.open(path) as image:
+            orientation = _orientation(image)
+            picture = _to_rgb(image)
+    # SyntaxError: Pillow's word for a broken PNG
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} cannot be read as a picture ({error}): replace it, or take it off the list") from error
+    if orientation not in UPRIGHT:
+        return picture, box
+    return picture.transpose(UPRIGHT[orientation]), box and _turn_box(box, picture.size, orientation)
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # whatever is wrong with the tags, the picture can be read without them
+        return 1
+
+
+def _turn_box(box: Box, size: tuple[int, int], orientation: int) -> Box:
+    """The box after the turn `UPRIGHT[orientation]` of a picture of `size` (width, height)."""
+    (x0, y0, x1, y1), (width, height) = box, size
+    if orientation in (5, 6, 7, 8):
+        x0, y0, x1, y1, width, height = y0, x0, y1, x1, height, width
+    if orientation in (2, 3, 6, 7):
+        x0, x1 = width - x1, width - x0
+    if orientation in (3, 4, 7, 8):
+        y0, y1 = height - y1, height - y0
+    return x0, y0, x1, y1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("pixels are floating-point numbers, of which nothing says what is white")
+    if image.mode.startswith("I"):  # 16-bit gray: Pillow's own conversion clips it at 255
+        gray = np.asarray(image).astype(np.float32).clip(0, 65535) / 257
+        image = Image.fromarray(gray.round().astype(np.uint8))
+    if image.has_transparency_data:
+        # On white, as on the page that a cut-out is made for; the colours under transparent pixels are arbitrary.
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+class Sample(NamedTuple):
+    """One picture, ready for a network.
+
+    image: [3, S, S] float32, normalised with MEAN and STD.
+    box: [4] float32, the object's edges (x0, y0, x1, y1) in pixels of `image`, or None.
+    path: the file; for the demo set the number of the drawn picture.
+    """
+
+    image: Tensor
+    label: int
+    box: Tensor | None
+    path: str
+
+
+class Batch(NamedTuple):
+    """B samples: images [B, 3, S, S] float32, labels [B] int64, boxes [B, 4] float32 or None, paths."""
+
+    images: Tensor
+    labels: Tensor
+    boxes: Tensor | None
+    paths: list[str]
+
+
+class Augmentation(NamedTuple):
+    """What training pictures go through: mirrored with probability `flip`; jittered as torchvision's ColorJitter does.
+
+    brightness, contrast: the factor is drawn evenly from 1 - value to 1 + value.
+    """
+
+    flip: float = 0.5
+    brightness: float = 0.2
+    contrast: float = 0.2
+
+
+class Pictures(Dataset[Sample]):
+    """Pictures resized to image_size x image_size (aspect ignored, as published), augmented if asked, normalised.
+
+    A key is an index, or a pair (index, seed) of `ShuffledSampler`. The seed decides all that is random about the
+    sample (a plain index is its own seed), so nothing depends on the worker or on the global generators.
+    """
+
+    def __init__(self, entries: Sequence[Entry], *, image_size: int, augment: Augmentation | None = None) -> None:
+        self.entries = list(entries)
+        self.image_size = image_size
+        self.augment = augment
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Sample:
+        index, seed = key if isinstance(key, tuple) else (key, key)
+        source, label, box = self.entries[index]
+        if isinstance(source, int):
+            picture, path = draw_demo_picture(source), f"demo/{source:04d}"
+        else:
+            (picture, box), path = load_picture(source, box), str(source)
+        size = self.image_size
+        if box is not None:
+            scale = torch.tensor([size / picture.width, size / picture.height] * 2)
+            box = (torch.tensor(box) * scale).clamp(0, size)
+        image = functional.pil_to_tensor(picture.resize((size, size), Image.Resampling.BILINEAR))
+        if self.augment is not None:
+            image, box = _augment(image, box, self.augment, np.random.default_rng(seed))
+        image = functional.normalize(functional.to_dtype(image, torch.float32, scale=True), MEAN, STD)
+        return Sample(image, label, box, path)
+
+
+def _augment(
+    image: Tensor, box: Tensor | None, augment: Augmentation, generator: np.random.Generator
+) -> tuple[Tensor, Tensor | None]:
+    """Mirrors and jitters an image [3, H, W] uint8 and its box."""
+    if generator.random() < augment.flip:
+        image = functional.horizontal_flip(image)
+        if box is not None:
+            width = image.shape[-1]
+            box = torch.stack((width - box[2], box[1], width - box[0], box[3]))
+    jitters = (functional.adjust_brightness, augment.brightness), (functional.adjust_contrast, augment.contrast)
+    for position in generator.permutation(len(jitters)):
+        adjust, strength = jitters[position]
+        if strength:
+            image = adjust(image, generator.uniform(max(0.0, 1 - strength), 1 + strength))
+    return image, box
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Stacks samples into a batch; boxes are None unless every sample has one."""
+    images, labels, boxes, paths = zip(*samples, strict=True)
+    return Batch(
+        images=torch.stack(images),
+        labels=torch.tensor(labels),
+        boxes=None if any(box is None for box in boxes) else torch.stack(boxes),
+        paths=list(paths),
+    )
+
+
+class ShuffledSampler(Sampler[tuple[int, int]]):
+    """Shuffled pairs (index, seed for the sample), which depend on (seed, epoch) alone; one of `world_size` shards.
+
+    So workers and checkpoints keep no random state: whoever sets the epoch gets that epoch's pictures. All shards have
+    the same length, for which the order wraps around at its end.
+    """
+
+    def __init__(self, length: int, *, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must be in 0..{world_size - 1} for a world of {world_size}, got {rank}")
+        self.length = length
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return math.ceil(self.length / self.world_size)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        generator = np.random.default_rng((self.seed, self.epoch))
+        order = generator.permutation(self.length)
+        seeds = generator.integers(2**63, size=self.length)
+        shard = np.resize(order, len(self) * self.world_size)[self.rank :: self.world_size]
+        return zip(shard.tolist(), seeds[shard].tolist(), strict=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The demo set: drawn birds
+#
+# A picture is a function of its number. Everything in it is a filled outline; a bird is put together from strips (parts
+# between two curves that run alongside), and marks are patches of a strip: a wing bar is the piece of the wing from
+# 58 to 66 % of its length. The colours of plumage, light and surroundings are the same lottery for every species.
+# ---------------------------------------------------------------------------------------------------------------------
+
+DEMO_SIZE = 256  # pixels, width and height
+DEMO_TRAIN, DEMO_TEST = 60, 20  # pictures per species
+SUPERSAMPLING = 3  # outlines are drawn this much larger and then averaged down
+
+STEPS = np.linspace(0, 1, 21)
+CIRCLE = np.stack((np.cos(2 * np.pi * np.arange(24) / 24), np.sin(2 * np.pi * np.arange(24) / 24)), axis=1)
+
+Colour = tuple[int, int, int]
+Part = tuple[np.ndarray, np.ndarray]  # an outline [n, 2] and its colour [3]
+
+RED, GOLD, BLACK, WHITE = (200, 34, 36), (242, 194, 32), (26, 24, 28), (244, 240, 228)
+# Plumage is drawn from these for every species, so that only marks and shapes tell species apart.
+PLUMAGE = ((134, 100, 66), (120, 124, 132), (116, 122, 74), (90, 102, 130), (158, 128, 100), (104, 84, 72))
+FOLIAGE = ((58, 92, 44), (98, 128, 58), (138, 146, 70), (40, 66, 52), (122, 98, 62), (164, 132, 70), (86, 70, 56))
+SCENERY = (*FOLIAGE, (150, 176, 196), (188, 200, 200), (112, 140, 150), (196, 178, 140), (70, 78, 70))
+BLOSSOM = (RED, GOLD, WHITE, BLACK, (120, 60, 130), (70, 110, 190))  # distractors: crown colours outside a bird
+
+
+class Species(NamedTuple):
+    """A class of the demo set: one of few shapes, and marks each of which it shares with another species."""
+
+    name: str
+    shape: str
+    crown: Colour
+    bill: str
+    wing_bars: int
+    tail: str
+    breast: str
+
+
+SPECIES = (
+    Species("Red-crowned Reedling", "finch", RED, "cone", 0, "notched", "plain"),
+    Species("Red-crowned Ladderwing", "finch", RED, "cone", 2, "notched", "plain"),
+    Species("Golden-crowned Reedling", "finch", GOLD, "cone", 0, "notched", "plain"),
+    Species("Golden-crowned Ladderwing", "finch", GOLD, "cone", 2, "notched", "plain"),
+    Species("Plain Sicklebill", "wader", RED, "curved", 0, "notched", "plain"),
+    Species("Spotted Sicklebill", "wader", GOLD, "curved", 0, "notched", "spotted"),
+    Species("Spotted Strider", "wader", GOLD, "straight", 0, "notched", "spotted"),
+    Species("Banded Forktail", "slender", BLACK, "cone", 0, "forked", "banded"),
+    Species("Plain Forktail", "slender", BLACK, "cone", 0, "forked", "plain"),
+    Species("Banded Streamer", "slender", BLACK, "cone", 0, "tipped", "banded"),
+)
+
+
+class Shape(NamedTuple):
+    """A bird that faces right, in units of about its body's length; y points down."""
+
+    back: tuple[tuple[float, float], ...]  # from the tail to the nape
+    belly: tuple[tuple[float, float], ...]  # from the tail to the throat
+    head: tuple[float, float, float]  # centre and radius
+    tail: tuple[float, float]  # length and width
+    legs: float  # length
+    pitch: float  # degrees by which the head is raised
+
+
+SHAPES = {
+    "finch": Shape(
+        back=((-0.64, 0.0), (-0.34, -0.26), (0.1, -0.44), (0.4, -0.68)),
+        belly=((-0.64, 0.14), (-0.3, 0.38), (0.16, 0.44), (0.54, 0.2), (0.7, -0.36)),
+        head=(0.49, -0.5, 0.28),
+        tail=(0.55, 0.22),
+        legs=0.26,
+        pitch=10,
+    ),
+    "wader": Shape(
+        back=((-0.72, -0.04), (-0.3, -0.32), (0.2, -0.36), (0.46, -0.52), (0.54, -0.84)),
+        belly=((-0.72, 0.08), (-0.3, 0.3), (0.2, 0.32), (0.6, -0.02), (0.76, -0.62)),
+        head=(0.67, -0.78, 0.22),
+        tail=(0.3, 0.22),
+        legs=0.56,
+        pitch=2,
+    ),
+    "slender": Shape(
+        back=((-0.66, -0.02), (-0.3, -0.22), (0.15, -0.32), (0.52, -0.46)),
+        belly=((-0.66, 0.1), (-0.3, 0.27), (0.15, 0.32), (0.54, 0.14), (0.76, -0.14)),
+        head=(0.6, -0.28, 0.24),
+        tail=(0.74, 0.2),
+        legs=0.26,
+        pitch=36,
+    ),
+}
+
+# Upper and lower curve of a bill, from its root at the face to its tip
+BILLS = {
+    "cone": (((0.0, -0.11), (0.13, -0.07), (0.24, 0.03)), ((0.0, 0.12), (0.11, 0.1), (0.24, 0.03))),
+    "straight": (((0.0, -0.07), (0.28, -0.04), (0.56, 0.02)), ((0.0, 0.07), (0.28, 0.05), (0.56, 0.04))),
+    "curved": (((0.0, -0.07), (0.32, 0.0), (0.5, 0.34)), ((0.0, 0.07), (0.26, 0.11), (0.46, 0.36))),
+}
+
+
+def _read_demo() -> Catalogue:
+    per_species = DEMO_TRAIN + DEMO_TEST
+    entries = [
+        Entry(number, number // per_species, _demo_scene(number).box) for number in range(per_species * len(SPECIES))
+    ]
+    return Catalogue(
+        train=[entry for entry in entries if entry.source % per_species < DEMO_TRAIN],
+        test=[entry for entry in entries if entry.source % per_species >= DEMO_TRAIN],
+        class_names=[species.name for species in SPECIES],
+    )
+
+
+@cache
+def _curve_weights(knots: int) -> np.ndarray:
+    """What each knot adds to the points of a curve through them (Catmull-Rom), [25, knots]."""
+    points = np.eye(knots)
+    padded = np.concatenate((2 * points[:1] - points[1:2], points, 2 * points[-1:] - points[-2:-1]))
+    place = np.linspace(0, knots - 1, 25)
+    segment = np.minimum(place.astype(int), knots - 2)
+    t = (place - segment)[:, None]
+    a, b, c, d = (padded[segment + offset] for offset in range(4))
+    return 0.5 * (2 * b + (c - a) * t + (2 * a - 5 * b + 4 * c - d) * t**2 + (3 * b - a - 3 * c + d) * t**3)
+
+
+def _curve(knots: Sequence[Sequence[float]]) -> np.ndarray:
+    """A smooth curve through the knots, [25, 2]."""
+    return _curve_weights(len(knots)) @ np.asarray(knots, dtype=float)
+
+
+def _strip(upper: Sequence[Sequence[float]], lower: Sequence[Sequence[float]]) -> np.ndarray:
+    """A part between two curves that run alongside, [2, 25, 2]."""
+    return np.stack((_curve(upper), _curve(lower)))
+
+
+def _patch(strip: np.ndarray, along: tuple[float, float] = (0, 1), across: tuple[float, float] = (0, 1)) -> np.ndarray:
+    """The outline of a piece of a strip: fractions of its length, and of its width from the upper curve on."""
+    place = (along[0] + (along[1] - along[0]) * STEPS) * (strip.shape[1] - 1)
+    before = np.minimum(place.astype(int), strip.shape[1] - 2)
+    upper, lower = strip[:, before] + (place - before)[:, None] * (strip[:, before + 1] - strip[:, before])
+    width = lower - upper
+    return np.concatenate((upper + across[0] * width, (upper + across[1] * width)[::-1]))
+
+
+def _point(strip: np.ndarray, along: float, across: float) -> np.ndarray:
+    return _patch(strip, (along, along), (across, across))[0]
+
+
+def _disc(centre: Sequence[float], radius: float) -> np.ndarray:
+    return np.asarray(centre) + radius * CIRCLE
+
+
+def _bar(start: np.ndarray, end: np.ndarray, width: float) -> np.ndarray:
+    """The outline of a straight bar."""
+    across = (end - start)[::-1] * (-1, 1) * (width / 2 / np.hypot(*(end - start)))
+    return np.stack((start - across, end - across, end + across, start + across))
+
+
+def _rotate(points: np.ndarray, degrees: float) -> np.ndarray:
+    """Clockwise to the eye, as y points down."""
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    return points @ np.array(((cos, sin), (-sin, cos)))
+
+
+def _mix(first: Sequence[float], second: Sequence[float], share: float) -> np.ndarray:
+    return np.asarray(first) * (1 - share) + np.asarray(second) * share
+
+
+def _choose(colours: Sequence[Colour], generator: np.random.Generator, spread: float = 0.2) -> np.ndarray:
+    """One of the colours, somewhat lighter or darker."""
+    return np.asarray(colours[generator.integers(len(colours))]) * generator.uniform(1 - spread, 1 + spread)
+
+
+def _draw_tail(kind: str, length: float, width: float, root: np.ndarray, tilt: float, colour: np.ndarray) -> list[Part]:
+    half = width / 2
+    notch = {"notched": 0.86, "forked": 0.4, "tipped": 1.0}[kind]
+    spread = {"notched": 1.3, "forked": 2.4, "tipped": 1.4}[kind]
+    upper = np.array(((0.0, -half), (-length, -spread * half)))
+    lower = np.array(((0.0, half), (-length, spread * half)))
+    outline = np.array((upper[0], upper[1], (-length * notch, 0.0), lower[1], lower[0]))
+    parts = [(_rotate(outline, tilt) + root, colour)]
+    if kind == "tipped":
+        parts.append((_rotate(_patch(np.stack((upper, lower)), (0.68, 1)), tilt) + root, np.array(WHITE)))
+    return parts
+
+
+def _draw_body(body: np.ndarray, breast: str, base: np.ndarray) -> list[Part]:
+    parts = [(_patch(body), base), (_patch(body, (0.02, 1), (0.55, 1)), _mix(base, WHITE, 0.55))]
+    mark = _mix(base, BLACK, 0.75)
+    if breast == "spotted":
+        spots = [(along, across) for along in (0.5, 0.6, 0.7, 0.8, 0.9) for across in (0.64, 0.8, 0.94)]
+        parts += [(_disc(_point(body, *spot), 0.048), mark) for spot in spots]
+    elif breast == "banded":
+        parts.append((_patch(body, (0.7, 0.86), (0.2, 1)), mark))
+    return parts
+
+
+def _draw_head(centre: np.ndarray, radius: float, species: Species, base: np.ndarray) -> list[Part]:
+    arc = CIRCLE[12::-1] * radius  # its lower half, from left to right
+    head = np.stack((arc * (1, -1.04), arc)) + centre
+    upper, lower = (np.array(curve) + centre + (0.82 * radius, 0.03) for curve in BILLS[species.bill])
+    eye = centre + (0.4 * radius, -0.02)
+    return [
+        (_patch(_strip(upper, lower)), np.array((74, 62, 52))),
+        (_patch(_strip((upper + lower) / 2, lower)), np.array((52, 44, 38))),
+        (_patch(head), base),
+        (_patch(head, (0.1, 0.92), (0.62, 1)), _mix(base, WHITE, 0.4)),  # cheek
+        (_patch(head, (0.03, 0.92), (0, 0.4)), np.array(species.crown)),
+        (_disc(eye, 0.06), np.array(WHITE)),
+        (_disc(eye, 0.048), np.array(BLACK)),
+        (_disc(eye + (0.014, -0.016), 0.014), np.array(WHITE)),
+    ]
+
+
+def _draw_wing(body: np.ndarray, bars: int, base: np.ndarray) -> list[Part]:
+    shoulder, tip = _point(body, 0.72, 0.42), _point(body, 0.0, 0.5) + (-0.12, 0.0)
+    middle = (shoulder + tip) / 2
+    wing = _strip(
+        (tip, middle + (0.0, -0.17), shoulder + (-0.06, -0.16), shoulder + (0.06, 0.0)),
+        (tip + (0.02, 0.03), middle + (0.02, 0.19), shoulder + (-0.06, 0.17), shoulder + (0.06, 0.02)),
+    )
+    parts = [(_patch(wing), _mix(base, BLACK, 0.5)), (_patch(wing, (0.55, 1)), _mix(base, BLACK, 0.35))]
+    parts += [(_patch(wing, (0.04, 0.55), (edge, edge + 0.05)), _mix(base, WHITE, 0.25)) for edge in (0.3, 0.62, 0.93)]
+    parts += [(_patch(wing, (start, start + 0.12)), np.array(WHITE)) for start in (0.48, 0.71)[:bars]]
+    return parts
+
+
+def _draw_bird(species: Species, generator: np.random.Generator) -> tuple[list[Part], np.ndarray]:
+    """The bird's parts from back to front, in the units of `Shape`, and the point between its feet."""
+    shape = SHAPES[species.shape]
+    base = _choose(PLUMAGE, generator)
+    body = _strip(shape.back, shape.belly)
+    root, tilt = _point(body, 0.0, 0.5) + (0.1, 0.0), generator.uniform(-10, 10)
+    nod = generator.uniform(-0.03, 0.03, size=2)
+    parts = [
+        *_draw_tail(species.tail, *shape.tail, root, tilt, _mix(base, BLACK, 0.5)),
+        *_draw_body(body, species.breast, base),
+        *_draw_head(np.array(shape.head[:2]) + nod, shape.head[2], species, base),
+        *_draw_wing(body, species.wing_bars, base),
+    ]
+    pitch = -(shape.pitch + generator.uniform(-10, 10))
+    parts = [(_rotate(points, pitch), colour) for points, colour in parts]
+
+    # The legs stand upright whatever the pitch, their upper ends hidden by the body.
+    hips = _rotate(np.stack((_point(body, 0.42, 0.8), _point(body, 0.54, 0.8))), pitch)
+    ground = _rotate(_point(body, 0.48, 1.0), pitch) + (0.03, shape.legs)
+    legs: list[Part] = []
+    for hip, shift in zip(hips, (-0.07, 0.07), strict=True):
+        foot = ground + (shift, 0.0)
+        legs.append((_bar(hip, foot, 0.05), np.array((84, 66, 52))))
+        legs.append((_bar(foot - (0.08, 0.0), foot + (0.12, 0.0), 0.05), np.array((84, 66, 52))))
+    return legs + parts, ground
+
+
+class Scene(NamedTuple):
+    """A picture of the demo set before it is painted, in pixels."""
+
+    bird: list[Part]
+    feet: np.ndarray  # the point between them, [2]
+    box: Box
+    generator: np.random.Generator  # for everything but the bird
+
+
+def _demo_scene(number: int) -> Scene:
+    generator = np.random.default_rng((2011, number))
+    bird, feet = _draw_bird(SPECIES[number // (DEMO_TRAIN + DEMO_TEST)], generator)
+    # Pose: stretched a little, to either side, of any size and place at which all of it is in the picture
+    stretch = generator.uniform(0.92, 1.08, size=2) * (generator.choice((-1, 1)), 1)
+    outline = np.concatenate([points for points, _ in bird]) * stretch
+    low, high = outline.min(axis=0), outline.max(axis=0)
+    scale = generator.uniform(0.5, 0.8) * DEMO_SIZE / (high - low).max()
+    corner = generator.uniform(2, DEMO_SIZE - 2 - scale * (high - low))
+    bird = [((points * stretch - low) * scale + corner, colour) for points, colour in bird]
+    feet = (feet * stretch - low) * scale + corner
+    end = corner + scale * (high - low)
+    return Scene(bird, feet, (*corner.tolist(), *end.tolist()), generator)
+
+
+def _draw_surroundings(feet: np.ndarray, generator: np.random.Generator) -> list[Part]:
+    """Leaves, berries, twigs, and the branch under the bird's feet."""
+    parts: list[Part] = []
+    for _ in range(generator.integers(2, 5)):
+        start, end = generator.uniform(-0.1, 1.1, size=(2, 2)) * DEMO_SIZE
+        parts.append((_bar(start, end + 1, generator.uniform(2, 6)), _choose(FOLIAGE[4:], generator, 0.3)))
+    for _ in range(generator.integers(8, 17)):
+        length = generator.uniform(20, 70)
+        width = length * generator.uniform(0.12, 0.3)
+        leaf = _strip(((0, 0), (length / 2, -width), (length, 0)), ((0, 0), (length / 2, width), (length, 0)))
+        angle, place = generator.uniform(0, 360), generator.uniform(0, DEMO_SIZE, size=2)
+        colour = _choose(FOLIAGE, generator, 0.35)
+        parts.append((_rotate(_patch(leaf), angle) + place, colour))
+        parts.append((_rotate(_patch(leaf, across=(0.5, 1)), angle) + place, colour * 0.84))
+    for _ in range(generator.integers(0, 6)):
+        place, radius = generator.uniform(0, DEMO_SIZE, size=2), generator.uniform(4, 11)
+        colour = _choose(BLOSSOM, generator, 0.1)
+        parts.append((_disc(place, radius), colour * 0.8))
+        parts.append((_disc(place - 0.2 * radius, 0.7 * radius), colour))
+    thickness, slope = generator.uniform(5, 11), generator.uniform(-0.18, 0.18)
+    x = np.array((-20, *np.sort(generator.uniform(20, DEMO_SIZE - 20, size=2)), DEMO_SIZE + 20))
+    line = np.stack((x, feet[1] + slope * (x - feet[0]) + generator.uniform(-3, 3, size=4)), axis=1)
+    line = np.insert(line, np.searchsorted(x, feet[0]), feet, axis=0)
+    bark = _choose(FOLIAGE[4:], generator, 0.3)
+    branch = _strip(line, line + (0, thickness))
+    parts += [(_patch(branch), bark), (_patch(branch, across=(0.6, 1)), bark * 0.7)]
+    return parts
+
+
+def _paint(picture: Image.Image, parts: Sequence[Part], light: np.ndarray | None = None) -> None:
+    """Paints parts onto the picture without jagged edges; `light` [2]: where light comes from, to round them off."""
+    points = np.concatenate([outline for outline, _ in parts])
+    x0, y0 = np.clip(np.floor(points.min(axis=0)).astype(int) - 1, 0, DEMO_SIZE).tolist()
+    x1, y1 = np.clip(np.ceil(points.max(axis=0)).astype(int) + 1, 0, DEMO_SIZE).tolist()
+    size = ((x1 - x0) * SUPERSAMPLING, (y1 - y0) * SUPERSAMPLING)
+    # The ground colour shows through at the edges.
+    ground = tuple(np.mean([colour for _, colour in parts], axis=0).astype(int).tolist())
+    layer, mask = Image.new("RGB", size, ground), Image.new("L", size)
+    draw, draw_mask = ImageDraw.Draw(layer), ImageDraw.Draw(mask)
+    for outline, colour in parts:
+        flat = ((outline - (x0, y0)) * SUPERSAMPLING - 0.5).ravel().tolist()
+        draw.polygon(flat, fill=tuple(np.clip(colour, 0, 255).astype(int).tolist()))
+        draw_mask.polygon(flat, fill=255)
+    layer, mask = layer.reduce(SUPERSAMPLING), mask.reduce(SUPERSAMPLING)
+    if light is not None:
+        layer = _round_off(layer, mask, light)
+    picture.paste(layer, (x0, y0), mask)
+
+
+def _round_off(layer: Image.Image, mask: Image.Image, light: np.ndarray) -> Image.Image:
+    """Shades the masked figure as if it were round: bright where its blurred outline falls off towards the light."""
+    coarse = mask.reduce(4).filter(ImageFilter.BoxBlur(4)).filter(ImageFilter.BoxBlur(4))
+    slope_y, slope_x = np.gradient(np.asarray(coarse, dtype=np.float32) / 255)
+    shade = Image.fromarray(1 - 5.0 * (slope_x * light[0] + slope_y * light[1]))
+    shade = np.asarray(shade.resize(layer.size, Image.Resampling.BILINEAR)).clip(0.45, 1.5)
+    return Image.fromarray((np.asarray(layer) * shade[..., None]).clip(0, 255).astype(np.uint8))
+
+
+def draw_demo_picture(number: int) -> Image.Image:
+    """Draws picture `number` of the demo set, RGB, DEMO_SIZE x DEMO_SIZE."""
+    scene = _demo_scene(number)
+    generator = scene.generator
+    # Far behind, out of focus: a few colours in patches
+    colours = np.array([_choose(SCENERY, generator, 0.15) for _ in range(4)])
+    patches = colours[generator.integers(4, size=(6, 6))] * generator.uniform(0.85, 1.15, size=(6, 6, 1))
+    patches = Image.fromarray(patches.clip(0, 255).astype(np.uint8))
+    picture = patches.resize((DEMO_SIZE, DEMO_SIZE), Image.Resampling.BICUBIC)
+    _paint(picture, _draw_surroundings(scene.feet, generator))
+    _paint(picture, scene.bird, light=np.array((generator.uniform(-0.7, 0.7), -1.0)))
+    # Light of the day: brighter or darker, warmer or colder
+    gains = generator.uniform(0.75, 1.1) * generator.uniform(0.92, 1.08, size=3)
+    return picture.point(np.outer(gains, np.arange(256)).clip(0, 255).astype(int).ravel().tolist())
