@@ -1,0 +1,239 @@
+"""Graph: neighbours, propagation and the layers against loops over edges."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import reference
+import torch
+from torch import Tensor
+
+from networks.graph import GraphConvolution, GraphHead, nearest_neighbours, propagation_matrix
+
+
+def random_corners(graphs: int, nodes: int, *, span: int = 14, seed: int = 0) -> np.ndarray:
+    """Corners as windows have them: multiples of 32 less one, many of them equal or equally far apart."""
+    cells = np.random.default_rng(seed).integers(0, span, (graphs, nodes, 2))
+    return np.maximum(32 * cells - 1, 0)
+
+
+def random_adjacency(nodes: int, density: float, seed: int) -> np.ndarray:
+    """Directed, with some self edges."""
+    return np.random.default_rng(seed).random((nodes, nodes)) < density
+
+
+def edges_of(adjacency: np.ndarray) -> list[tuple[int, int]]:
+    return [(int(source), int(target)) for source, target in np.argwhere(adjacency)]
+
+
+# ---- neighbours ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep_self", (False, True))
+@pytest.mark.parametrize("span", (1, 2, 4, 14))
+@pytest.mark.parametrize("nodes", (1, 2, 3, 4, 5, 7, 12))
+def test_neighbours_equal_reference(nodes: int, span: int, keep_self: bool) -> None:
+    corners = random_corners(40, nodes, span=span, seed=nodes)
+    rule = reference.published_batch_edges if keep_self else reference.neighbour_edges
+    for neighbours in (1, 3):
+        result = nearest_neighbours(torch.from_numpy(corners).float(), neighbours, keep_self=keep_self)
+        assert result.dtype == torch.bool
+        expected = [reference.edges_to_adjacency(rule(one, neighbours), nodes) for one in corners]
+        np.testing.assert_array_equal(result.numpy(), np.stack(expected))
+
+
+def test_neighbours_of_a_whole_batch_of_windows() -> None:
+    corners = random_corners(1, 6 * 7, span=5, seed=3)
+    result = nearest_neighbours(torch.from_numpy(corners).float(), 3, keep_self=True)[0].numpy()
+    expected = reference.edges_to_adjacency(reference.published_batch_edges(corners[0], 3), 42)
+    np.testing.assert_array_equal(result, expected)
+    assert result.diagonal().any()
+    assert (result.sum(axis=1) == 3).all()
+
+
+@pytest.mark.parametrize("nodes", (1, 2, 3, 7))
+def test_number_of_neighbours(nodes: int) -> None:
+    corners = torch.from_numpy(random_corners(5, nodes)).float()
+    adjacency = nearest_neighbours(corners, 3)
+    assert adjacency.shape == (5, nodes, nodes)
+    assert (adjacency.sum(dim=2) == min(3, nodes - 1)).all()
+    assert not adjacency.diagonal(dim1=1, dim2=2).any()
+
+
+def test_equal_distances_lowest_index_first() -> None:
+    corners = torch.tensor([[[0, 0], [32, 0], [0, 32], [-32, 0], [0, -32]]]).float()
+    assert nearest_neighbours(corners, 2)[0, 0].tolist() == [False, True, True, False, False]
+    assert nearest_neighbours(corners, 3)[0, 0].tolist() == [False, True, True, True, False]
+    # 6400 + 0 and 2304 + 4096 are the same squared distance; a rounded root or product must not tell them apart.
+    corners = torch.tensor([[[0, 0], [48, 64], [80, 0], [64, 48], [0, 80]]]).float() + 127
+    assert nearest_neighbours(corners, 2)[0, 0].tolist() == [False, True, True, False, False]
+
+
+def test_published_rule_drops_the_first_of_equal_corners() -> None:
+    corners = torch.tensor([[[10, 10], [10, 10], [10, 10], [50, 50], [90, 10]]]).float()
+    adjacency = nearest_neighbours(corners, 3, keep_self=True)[0]
+    assert adjacency[0].tolist() == [False, True, True, True, False]  # itself is the first and goes
+    assert adjacency[1].tolist() == [False, True, True, True, False]  # 0 goes, the self edge remains
+    assert adjacency[2].tolist() == [False, True, True, True, False]
+    assert adjacency[3].tolist() == [True, True, True, False, False]  # 90,10 and 10,10 are equally far
+
+
+# ---- propagation --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("density", (0.0, 0.2, 0.5, 1.0))
+@pytest.mark.parametrize("nodes", (1, 2, 3, 7, 20))
+def test_propagation_equals_a_loop_over_edges(nodes: int, density: float) -> None:
+    adjacency = np.stack([random_adjacency(nodes, density, seed) for seed in range(6)])
+    values = torch.randn(6, nodes, 5, generator=torch.Generator().manual_seed(0))
+    matrix = propagation_matrix(torch.from_numpy(adjacency))
+    assert matrix.dtype == torch.float32
+    for one_matrix, one_adjacency, one_values in zip(matrix, adjacency, values, strict=True):
+        expected = reference.propagate(one_values, edges_of(one_adjacency))
+        torch.testing.assert_close(one_matrix @ one_values, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_propagation_by_hand() -> None:
+    adjacency = torch.zeros(1, 3, 3, dtype=torch.bool)
+    adjacency[0, 0, 1] = adjacency[0, 2, 1] = adjacency[0, 2, 2] = True  # 0 -> 1, 2 -> 1 and a self edge of 2
+    root = 3**-0.5
+    expected = [[1, 0, 0], [root, 1 / 3, root], [0, 0, 1]]
+    torch.testing.assert_close(propagation_matrix(adjacency)[0], torch.tensor(expected))
+
+
+def test_self_edge_is_not_counted_twice() -> None:
+    adjacency = torch.from_numpy(random_adjacency(7, 0.4, seed=1))[None]
+    with_self = adjacency | torch.eye(7, dtype=torch.bool)
+    assert torch.equal(propagation_matrix(adjacency), propagation_matrix(with_self))
+
+
+def test_symmetric_edges_give_a_symmetric_matrix_of_norm_one() -> None:
+    adjacency = nearest_neighbours(torch.from_numpy(random_corners(30, 7)).float(), 3)
+    adjacency = adjacency | adjacency.transpose(1, 2)
+    matrix = propagation_matrix(adjacency)
+    torch.testing.assert_close(matrix, matrix.transpose(1, 2))
+    torch.testing.assert_close(torch.linalg.matrix_norm(matrix, ord=2), torch.ones(30), rtol=1e-5, atol=1e-5)
+
+
+# ---- layers -------------------------------------------------------------------------------------------------------
+
+
+def test_graph_convolution_equals_reference() -> None:
+    torch.manual_seed(0)
+    layer = GraphConvolution(6, 4)
+    assert {name: tuple(value.shape) for name, value in layer.named_parameters()} == {
+        "lin.weight": (4, 6),
+        "bias": (4,),
+    }
+    assert not layer.bias.any()
+    torch.nn.init.normal_(layer.bias)
+    adjacency = np.stack([random_adjacency(7, 0.4, seed) for seed in range(5)])
+    nodes = torch.randn(5, 7, 6)
+    result = layer(nodes, propagation_matrix(torch.from_numpy(adjacency)))
+    for one, one_adjacency, one_result in zip(nodes, adjacency, result, strict=True):
+        expected = reference.graph_convolution(one, edges_of(one_adjacency), layer.lin.weight, layer.bias)
+        torch.testing.assert_close(one_result, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_graph_convolution_does_not_care_for_the_order_of_nodes() -> None:
+    torch.manual_seed(1)
+    layer = GraphConvolution(6, 4)
+    nodes, order = torch.randn(1, 7, 6), torch.randperm(7)
+    adjacency = torch.from_numpy(random_adjacency(7, 0.4, seed=9))[None]
+    result = layer(nodes, propagation_matrix(adjacency))
+    shuffled = layer(nodes[:, order], propagation_matrix(adjacency[:, order][:, :, order]))
+    torch.testing.assert_close(shuffled, result[:, order], rtol=1e-4, atol=1e-5)
+
+
+def build_head(**settings: object) -> GraphHead:
+    torch.manual_seed(2)
+    head = GraphHead(16, 5, hidden_channels=(12, 8), **settings).eval()
+    for name, value in head.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(value, std=0.1)
+    return head
+
+
+def head_reference(head: GraphHead, nodes: Tensor, boxes: Tensor, graph_scope: str) -> Tensor:
+    weights = [value.detach() for name, value in head.named_parameters() if name.endswith("weight")]
+    biases = [value.detach() for name, value in head.named_parameters() if name.endswith("bias")]
+    named = {}
+    for name, weight, bias in zip(("conv1.lin", "conv3.lin", "classifier"), weights, biases, strict=True):
+        named[f"gcn_model.{name}.weight"] = weight
+        named[f"gcn_model.{name.removesuffix('.lin')}.bias"] = bias
+    return reference.published_graph(named, nodes, boxes, graph_scope)
+
+
+def head_inputs(batch: int, count: int = 7) -> tuple[Tensor, Tensor]:
+    corners = torch.from_numpy(random_corners(batch, count, span=4, seed=4)).float()
+    nodes = torch.randn(batch, count, 16, generator=torch.Generator().manual_seed(5))
+    return nodes, torch.cat([corners, corners + 96], dim=-1)
+
+
+@pytest.mark.parametrize("scope", ("image", "batch"))
+@pytest.mark.parametrize("count", (1, 2, 3, 7))
+def test_published_head_equals_reference(count: int, scope: str) -> None:
+    head = build_head(symmetric=False, scope=scope)
+    nodes, boxes = head_inputs(4, count)
+    with torch.no_grad():
+        result = head(nodes, boxes)
+    assert result.shape == (4, 5)
+    torch.testing.assert_close(result, head_reference(head, nodes, boxes, scope), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("symmetric", (False, True))
+def test_graph_inside_the_image_does_not_know_its_batch(symmetric: bool) -> None:
+    head = build_head(symmetric=symmetric, scope="image")
+    nodes, boxes = head_inputs(6)
+    with torch.no_grad():
+        together = head(nodes, boxes)
+        alone = torch.cat([head(one[None], box[None]) for one, box in zip(nodes, boxes, strict=True)])
+        order = torch.randperm(6, generator=torch.Generator().manual_seed(0))
+        shuffled = head(nodes[order], boxes[order])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(shuffled, together[order], rtol=1e-5, atol=1e-6)
+
+
+def test_graph_over_the_batch_knows_its_batch() -> None:
+    head = build_head(symmetric=False, scope="batch")
+    nodes, boxes = head_inputs(6)
+    with torch.no_grad():
+        assert not torch.allclose(head(nodes, boxes)[:1], head(nodes[:1], boxes[:1]), atol=1e-3)
+
+
+def test_symmetric_head_equals_a_loop_over_edges_both_ways() -> None:
+    head = build_head(symmetric=True, scope="image")
+    nodes, boxes = head_inputs(4)
+    layers = [module for module in head.modules() if isinstance(module, GraphConvolution)]
+    classifier = [module for module in head.modules() if isinstance(module, torch.nn.Linear)][-1]
+    with torch.no_grad():
+        result = head(nodes, boxes)
+        for one, image_boxes, logits in zip(nodes, boxes, result, strict=True):
+            one_way = reference.neighbour_edges(image_boxes[:, :2].numpy(), 3)
+            edges = sorted(set(one_way) | {(target, source) for source, target in one_way})
+            for layer in layers:
+                one = torch.relu(reference.graph_convolution(one, edges, layer.lin.weight, layer.bias))
+            torch.testing.assert_close(logits, classifier(one.mean(dim=0)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scope", ("image", "batch"))
+def test_no_host_synchronisation_and_no_graph_break(scope: str) -> None:
+    head = build_head(symmetric=scope == "image", scope=scope)
+    inputs = head_inputs(3)
+    with torch.no_grad():
+        expected = head(*inputs)
+        with reference.ForbidHostReads():
+            result = head(*inputs)
+        torch.testing.assert_close(result, expected)
+        torch.compiler.reset()
+        compiled = torch.compile(head, fullgraph=True, backend="eager")(*inputs)
+    torch.testing.assert_close(compiled, expected)
+
+
+def test_every_parameter_and_node_gets_a_gradient() -> None:
+    head = build_head(symmetric=True, scope="image")
+    nodes, boxes = head_inputs(4)
+    nodes.requires_grad_()
+    head(nodes, boxes).square().sum().backward()
+    assert (nodes.grad.abs().sum(dim=2) > 0).all()
+    assert all(value.grad.abs().sum() > 0 for value in head.parameters())
