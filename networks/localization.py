@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -31,19 +32,32 @@ def largest_component(mask: Tensor) -> Tensor:
     Of components of equal area the one met first in row-major order is kept; an empty mask stays empty.
     """
     B, H, W = mask.shape
-    cell_count = H * W
-    occupied = mask.flatten(1)  # [B, HW]
-    # Which cell reaches which: the adjacency matrix squared until paths of any length are in it. The number of
+    # Set cells of one 2 x 2 block always touch, so blocks can stand for their cells: a quarter of the nodes.
+    padded = F.pad(mask, (0, W % 2, 0, H % 2))
+    rows, columns = padded.shape[1:]
+    h, w = rows // 2, columns // 2
+    occupied = padded.flatten(1)
+    linked = _neighbours(rows, columns, mask.device) & occupied[:, :, None] & occupied[:, None, :]
+    linked = linked.view(B, h, 2, w, 2, h, 2, w, 2).any(dim=8).any(dim=6).any(dim=4).any(dim=2).view(B, h * w, h * w)
+    # Which block reaches which: the adjacency matrix squared until paths of any length are in it. The number of
     # squarings is fixed by the grid, so nothing is read back to the host, and a product of ones and zeros that is
     # compared with zero is exact in every float type.
-    reach = (_neighbours(H, W, mask.device) & occupied[:, :, None] & occupied[:, None, :]).float()
-    for _ in range(max(cell_count - 1, 1).bit_length()):
+    reach = linked.float()
+    for _ in range((h * w - 1).bit_length()):
         reach = (torch.bmm(reach, reach) > 0).float()
-    area = reach.sum(dim=2).long()  # [B, HW], of the component that the cell lies in
-    order = torch.arange(cell_count, device=mask.device)
-    seed = (area * cell_count - order).argmax(dim=1)  # largest area first, then the first cell
-    component = reach.gather(1, seed[:, None, None].expand(B, 1, cell_count)).squeeze(1) > 0
-    return component.view(B, H, W)
+    cells_per_block = padded.view(B, h, 2, w, 2).sum(dim=(2, 4)).view(B, 1, h * w)
+    block_area = (reach * cells_per_block).sum(dim=2).long()  # [B, hw], of the component that the block lies in
+    area = _spread(block_area.view(B, h, w)) * padded
+    order = torch.arange(rows * columns, device=mask.device)
+    seed = (area.flatten(1) * (rows * columns) - order).argmax(dim=1)  # largest area first, then the first cell
+    seed_block = (seed // columns // 2) * w + seed % columns // 2
+    component = reach.gather(1, seed_block[:, None, None].expand(B, 1, h * w)).view(B, h, w) > 0
+    return (_spread(component) & padded)[:, :H, :W]
+
+
+def _spread(blocks: Tensor) -> Tensor:
+    """[B, h, w] values of 2 x 2 blocks for each of their cells, [B, 2h, 2w]."""
+    return blocks.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
 
 
 def _neighbours(rows: int, columns: int, device: torch.device) -> Tensor:

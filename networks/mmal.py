@@ -45,14 +45,14 @@ class MMALNet(nn.Module):
         Logits: `raw`, `object` [B, classes], `window` [B, N, classes]. Only the passes that `branches` need are
         computed (None: all). MMAL-Net has no mask: `mask_background` changes nothing.
         """
-        wanted = self.branches if branches is None else branches
+        wanted = set(self.branches if branches is None else branches)
         raw = self.backbone(resize_images(images, self.input_size))
         logits = {"raw": self.classifier(self.dropout(raw.embedding))}
+        if wanted <= {"raw"}:
+            return NetworkOutput(logits)
+
         localization = localize(activation_map(raw.final), activation_map(raw.penultimate))
         object_boxes = cell_boxes_to_pixels(localization.boxes, STRIDE)
-        if not {"object", "window"} & set(wanted):
-            return NetworkOutput(logits, object_boxes)
-
         crops = crop_objects(images, object_boxes, input_size=self.input_size)
         cropped = self.backbone(resize_images(crops, self.input_size))
         logits["object"] = self.classifier(self.dropout(cropped.embedding))

@@ -85,6 +85,8 @@ class SGKRL(nn.Module):
         wanted = set(self.branches if branches is None else branches)
         raw = self.backbone(resize_images(images, self.input_size))
         logits = {"raw": self.classifier(self.dropout(raw.embedding))}
+        if wanted <= {"raw"}:
+            return NetworkOutput(logits)
 
         with torch.set_grad_enabled(self.trained and torch.is_grad_enabled()):
             fused = self.fusion(raw)

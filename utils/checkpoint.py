@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -43,24 +42,24 @@ def load_checkpoint(path: str | Path) -> dict:
     return content
 
 
-# Names of parameters in the checkpoints of the published MMAL-Net and SG-KRL code, and ours.
-_PUBLISHED_NAMES = (
-    (r"pretrained_model\.(.+)", r"backbone.trunk.\1"),
-    (r"rawcls_net\.(.+)", r"classifier.\1"),
-    (r"CBAM\.channelattention\.fc\.(.+)", r"weighting.channel.mlp.\1"),
-    (r"CBAM\.spatialattention\.conv1\.(.+)", r"weighting.spatial.conv.\1"),
-    (r"gcn_model\.conv1\.(.+)", r"graph.convolutions.0.\1"),
-    (r"gcn_model\.conv3\.(.+)", r"graph.convolutions.1.\1"),
-    (r"gcn_model\.classifier\.(.+)", r"graph.classifier.\1"),
-    (r"fusion4\.q_proj\.(.+)", r"fusion.stage3.query.\1"),
-    (r"fusion4\.k_proj\.(.+)", r"fusion.stage3.key.\1"),
-    (r"fusion4\.v_proj\.(.+)", r"fusion.stage3.value.\1"),
-    (r"fusion4\.out_proj\.(.+)", r"fusion.stage3.out.\1"),
-    (r"fusion3\.q_proj\.(.+)", r"fusion.stage2.query.\1"),
-    (r"fusion3\.k_proj\.(.+)", r"fusion.stage2.key.\1"),
-    (r"fusion3\.v_proj\.(.+)", r"fusion.stage2.value.\1"),
-    (r"fusion3\.out_proj\.(.+)", r"fusion.stage2.out.\1"),
-)
+# How names begin in checkpoints of the published MMAL-Net and SG-KRL code, and in ours.
+_PUBLISHED_PREFIXES = {
+    "pretrained_model.": "backbone.trunk.",
+    "rawcls_net.": "classifier.",
+    "CBAM.channelattention.fc.": "weighting.channel.mlp.",
+    "CBAM.spatialattention.conv1.": "weighting.spatial.conv.",
+    "gcn_model.conv1.": "graph.convolutions.0.",
+    "gcn_model.conv3.": "graph.convolutions.1.",
+    "gcn_model.classifier.": "graph.classifier.",
+    "fusion4.q_proj.": "fusion.stage3.query.",
+    "fusion4.k_proj.": "fusion.stage3.key.",
+    "fusion4.v_proj.": "fusion.stage3.value.",
+    "fusion4.out_proj.": "fusion.stage3.out.",
+    "fusion3.q_proj.": "fusion.stage2.query.",
+    "fusion3.k_proj.": "fusion.stage2.key.",
+    "fusion3.v_proj.": "fusion.stage2.value.",
+    "fusion3.out_proj.": "fusion.stage2.out.",
+}
 
 
 def load_published(network: nn.Module, path: str | Path) -> None:
@@ -76,30 +75,38 @@ def load_published(network: nn.Module, path: str | Path) -> None:
     state = {name.removeprefix("module."): value for name, value in state.items()}
     state = {name: value for name, value in state.items() if not name.startswith("pretrained_model.fc.")}
     expected = network.state_dict()
+    published_name = {renamed: name for name in state if (renamed := _rename_published(name)) in expected}
+    problems = {
+        "left over": sorted(state.keys() - published_name.values()),
+        "missing": [_published_name_of(name) for name in expected if name not in published_name],
+        "of another shape": [
+            f"{name} {tuple(state[name].shape)} instead of {tuple(expected[ours].shape)}"
+            for ours, name in published_name.items()
+            if state[name].shape != expected[ours].shape
+        ],
+    }
+    if any(problems.values()):
+        listed = "; ".join(f"{problem}: {_first_few(names)}" for problem, names in problems.items() if names)
+        raise CheckpointError(
+            f"published checkpoint {path} does not fit this network (SG-KRL needs wiring='published'); {listed}"
+        )
+    network.load_state_dict({ours: state[name] for ours, name in published_name.items()})
 
-    ours, left_over = {}, []
-    for name, value in state.items():
-        renamed = _rename_published(name)
-        if renamed in expected:
-            ours[renamed] = value
-        else:
-            left_over.append(name)
-    missing = [name for name in expected if name not in ours]
-    wrong_shape = [
-        f"{name} {tuple(ours[name].shape)} instead of {tuple(expected[name].shape)}"
-        for name in ours
-        if ours[name].shape != expected[name].shape
-    ]
-    for problem, names in (("left over", left_over), ("missing", missing), ("of another shape", wrong_shape)):
-        if names:
-            listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-            raise CheckpointError(f"published checkpoint {path} does not fit this network; {problem}: {listed}")
-    network.load_state_dict(ours)
+
+def _first_few(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _rename_published(name: str) -> str | None:
-    for pattern, ours in _PUBLISHED_NAMES:
-        match = re.fullmatch(pattern, name)
-        if match:
-            return match.expand(ours)
+    for published, ours in _PUBLISHED_PREFIXES.items():
+        if name.startswith(published):
+            return ours + name.removeprefix(published)
     return None
+
+
+def _published_name_of(name: str) -> str:
+    """Return the published name of a parameter of ours, or ours where that code has no such thing."""
+    for published, ours in _PUBLISHED_PREFIXES.items():
+        if name.startswith(ours):
+            return published + name.removeprefix(ours)
+    return name

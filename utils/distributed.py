@@ -95,3 +95,16 @@ def unwrap(network: nn.Module) -> nn.Module:
     """The network inside a DataParallel or DistributedDataParallel, for its own attributes and its state dict."""
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     return network.module if isinstance(network, wrappers) else network
+
+
+def evaluation_network(network: nn.Module) -> nn.Module:
+    """What to evaluate with: processes may have different numbers of batches, so none may wait for the others.
+
+    DistributedDataParallel would, at every forward, to share rank 0's batch-norm statistics: they are shared here,
+    once, and its inner network is returned. Anything else is returned as it is.
+    """
+    if not isinstance(network, nn.parallel.DistributedDataParallel):
+        return network
+    for buffer in network.module.buffers():
+        torch.distributed.broadcast(buffer, src=0)
+    return network.module

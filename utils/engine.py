@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from networks.outputs import NetworkOutput
-from utils.distributed import is_main, unwrap
+from utils.distributed import evaluation_network, is_main, unwrap
 from utils.metrics import EpochMeter, inclusive_to_edges
 from utils.schedule import EpochPlan
 
@@ -45,7 +46,7 @@ class Execution(NamedTuple):
 
 def train_one_epoch(
     network: nn.Module,
-    batches: Iterable,
+    batches: DataLoader,
     optimizer: torch.optim.Optimizer,
     schedule: LRScheduler,
     *,
@@ -63,9 +64,9 @@ def train_one_epoch(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     readings = 1 if execution.device.type == "cpu" else STEPS_BETWEEN_READINGS
     meter, start = EpochMeter(execution.device), time.perf_counter()
-    bar = tqdm(total=None, unit=" images", desc=description, disable=None if is_main() else True, leave=False)
-    with bar:
-        bar.reset(total=len(batches.dataset) if hasattr(batches, "dataset") else None)
+    with tqdm(
+        total=len(batches) * batches.batch_size, unit=" images", desc=description, disable=_bar_disabled(), leave=False
+    ) as bar:
         for step, batch in enumerate(batches, start=1):
             labels = batch.labels.to(execution.device, non_blocking=True)
             with execution.autocast():
@@ -92,6 +93,10 @@ def train_one_epoch(
     return averages | {"images_per_second": averages["images"] / (time.perf_counter() - start)}
 
 
+def _bar_disabled() -> bool | None:
+    return None if is_main() else True  # None: shown on a terminal, not in a log file
+
+
 def _show(bar: tqdm, meter: EpochMeter) -> None:
     averages = meter.compute()
     _check_finite(averages)
@@ -111,7 +116,7 @@ def _check_finite(averages: dict[str, float]) -> None:
 @torch.inference_mode()
 def evaluate(
     network: nn.Module,
-    batches: Iterable,
+    batches: DataLoader,
     *,
     plan: EpochPlan,
     loss_function: LossFunction,
@@ -124,10 +129,10 @@ def evaluate(
     `on_batch(batch, output, answer)` sees every batch with its output and the answer's logits [B, classes]. The
     overlap of boxes is measured where the batches carry true ones.
     """
-    network.eval()
+    network = evaluation_network(network).eval()
     predict_logits, input_size = unwrap(network).predict_logits, unwrap(network).input_size
     meter, start = EpochMeter(execution.device), time.perf_counter()
-    for batch in tqdm(batches, desc=description, disable=None if is_main() else True, leave=False):
+    for batch in tqdm(batches, desc=description, disable=_bar_disabled(), leave=False):
         labels = batch.labels.to(execution.device, non_blocking=True)
         with execution.autocast():
             output = network(execution.images(batch.images), mask_background=plan.mask_background)

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import traceback
 from collections.abc import Iterator
+from pathlib import Path
 
 from utils.engine import NonFiniteLossError
+
+PROJECT = Path(__file__).resolve().parent.parent
 
 
 @contextlib.contextmanager
 def exit_with_one_sentence() -> Iterator[None]:
-    """End the program with `error: <sentence>` and exit code 2 (bad input) or 1 (the run itself went wrong)."""
+    """End the program with `error: <sentence>` and exit code 2 (bad input) or 1 (the run itself went wrong).
+
+    Errors that this code did not raise on purpose keep their traceback: they are faults to be reported.
+    """
     try:
         yield
     except (ValueError, OSError) as error:
+        if not _is_meant_for_users(error):
+            raise
         # A loader's worker wraps the error in its traceback; the sentence is the last line.
         sentence = str(error).strip().splitlines()[-1].removeprefix("datasets.DataError: ")
         print(f"error: {sentence}", file=sys.stderr)
@@ -25,3 +34,11 @@ def exit_with_one_sentence() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted: the same command continues from the last whole epoch", file=sys.stderr)
         sys.exit(130)
+
+
+def _is_meant_for_users(error: Exception) -> bool:
+    """Tell our own sentences, and the operating system's, from a ValueError out of the depths of a library."""
+    if isinstance(error, OSError) or type(error).__module__ in ("config", "datasets", "utils.checkpoint"):
+        return True
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+    return raised_in.is_relative_to(PROJECT) and ".venv" not in raised_in.parts
