@@ -54,7 +54,7 @@ class Settings:
     # ((((4, 4), (3, 5)), 2), (((8, 8),), 1)): the two best of small windows, the best one of the large.
     windows: str | tuple | None = None  # which windows of the object are looked at
     answer: tuple[str, ...] | None = None  # branches whose mean probability is the prediction; None: the model's own
-    dropout: float = 0.5  # before every classifier
+    dropout: float | None = None  # before every classifier
 
     # ---- Training -------------------------------------------------------------------------------------------------
     epochs: int | None = None
@@ -66,7 +66,7 @@ class Settings:
     schedule: str | None = None  # steps: times 0.1 at each milestone; one_cycle: up, then down along a cosine
     milestones: tuple[int, ...] = (60, 100)  # schedule=steps: the epochs after which the learning rate falls
     clip_gradient_norm: float | None = None  # a larger gradient is scaled down to this norm; 0: never
-    label_smoothing: float = 0.0
+    label_smoothing: float | None = None  # share of the target that goes to the other classes
     warmup_epochs: int | None = None  # first epochs, in which only the raw branch is trained, as published (1)
     mask_from_epoch: int | None = None  # sgkrl: from this epoch on (from 1) the background is masked, as published (46)
 
@@ -87,12 +87,14 @@ PUBLISHED = {
     "backbone": "resnet50",
     "pretrained": "IMAGENET1K_V1",
     "windows": "birds",
+    "dropout": 0.5,
     "epochs": 100,
     "batch_size": 40,
     "learning_rate": 1e-3,
     "head_learning_rate_factor": 1.0,
     "schedule": "steps",
     "clip_gradient_norm": 0.0,
+    "label_smoothing": 0.0,
     "warmup_epochs": 1,
     "mask_from_epoch": 46,
 }
@@ -104,13 +106,15 @@ DATASETS: dict[str, dict[str, object]] = {
         "input_size": 128,
         "backbone": "resnet18",
         "pretrained": "none",
-        "windows": ((((4, 4),), 1), (((7, 7),), 2)),
-        "epochs": 12,
+        "windows": ((((4, 4),), 1), (((7, 7),), 1)),
+        "dropout": 0.1,
+        "epochs": 9,
         "batch_size": 16,
-        "learning_rate": 0.02,
+        "learning_rate": 0.03,
         "schedule": "one_cycle",
         "clip_gradient_norm": 10.0,
-        "warmup_epochs": 4,
+        "label_smoothing": 0.1,
+        "warmup_epochs": 5,
         "mask_from_epoch": 100,
     },
     "cub": PUBLISHED,

@@ -146,10 +146,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if is_best:
                 save_checkpoint(folder / "best.pth", content)
     log.close()
-    cleanup()
     say(
         f"done: {best['accuracy']:.1%} on {prefix} at epoch {best['epoch']}; next: python test.py {folder / 'best.pth'}"
     )
+    cleanup()
 
 
 def choose_split(settings: Settings, catalogue: Catalogue) -> tuple[list[Entry], list[Entry], str]:
