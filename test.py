@@ -15,10 +15,9 @@ from pathlib import Path
 
 import torch
 
-from config import Settings
-from datasets import read_catalogue
+from config import Settings, complete
 from networks.losses import classification_losses
-from train import draw_panel, evaluation_loader, network_of
+from train import catalogue_of, draw_panel, evaluation_loader, network_of
 from utils.checkpoint import CheckpointError, load_checkpoint
 from utils.engine import Execution, evaluate
 from utils.errors import exit_with_one_sentence
@@ -46,14 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not {"settings", "class_names", "network", "epoch"} <= saved.keys():
         raise CheckpointError(f"{options.checkpoint} was not written by train.py: it lacks settings or weights")
     overrides = {name: value for name, value in vars(options).items() if value is not None and name != "checkpoint"}
-    settings = dataclasses.replace(settings_of(saved, options.checkpoint), **overrides)
-    catalogue = read_catalogue(
-        settings.dataset,
-        settings.data_root,
-        classes=settings.classes,
-        seed=settings.seed,
-        test_fraction=settings.test_fraction,
-    )
+    settings = complete(dataclasses.replace(settings_of(saved, options.checkpoint), **overrides))
+    catalogue = catalogue_of(settings)
     if list(catalogue.class_names) != saved["class_names"]:
         raise CheckpointError(
             f"{options.checkpoint} knows {len(saved['class_names'])} classes and the data in {settings.data_root} "

@@ -39,13 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder = Path(settings.checkpoint_dir) / run_name(settings)
 
     # Build: data, network, optimizer. Nothing is written before all of it stands.
-    catalogue = read_catalogue(
-        settings.dataset,
-        settings.data_root,
-        classes=settings.classes,
-        seed=settings.seed,
-        test_fraction=settings.test_fraction,
-    )
+    catalogue = catalogue_of(settings)
     train_entries, selection_entries, selected_on = choose_split(settings, catalogue)
     device = setup_distributed(None if settings.device == "auto" else settings.device)
     execution = Execution(device, settings.precision, settings.channels_last)
@@ -150,6 +144,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"done: {best['accuracy']:.1%} on {prefix} at epoch {best['epoch']}; next: python test.py {folder / 'best.pth'}"
     )
     cleanup()
+
+
+def catalogue_of(settings: Settings) -> Catalogue:
+    return read_catalogue(
+        settings.dataset,
+        settings.data_root,
+        classes=settings.classes,
+        seed=settings.seed,
+        test_fraction=settings.test_fraction,
+    )
 
 
 def choose_split(settings: Settings, catalogue: Catalogue) -> tuple[list[Entry], list[Entry], str]:

@@ -1,6 +1,6 @@
 """From activation maps to object boxes and masks, without learnt parameters.
 
-Attention object location module of Zhang, Li, Xu, Zhou, Tu & Xu, "Multi-branch and Multi-scale Attention Learning for
+Attention object location module of Zhang, Li, Zhai & Liu, "Multi-branch and Multi-scale Attention Learning for
 Fine-Grained Visual Categorization" (MMAL-Net), MMM 2021; adaptive mask of SG-KRL. The published code labels components
 image by image with scikit-image on the host; here all images are done at once on their device, with equal results.
 """

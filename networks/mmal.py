@@ -1,6 +1,6 @@
 """MMAL-Net: raw, object and part branches on one backbone.
 
-Zhang, Li, Xu, Zhou, Tu & Xu, "Multi-branch and Multi-scale Attention Learning for Fine-Grained Visual Categorization",
+Zhang, Li, Zhai & Liu, "Multi-branch and Multi-scale Attention Learning for Fine-Grained Visual Categorization",
 MMM 2021. Behaviour follows the published code, batched.
 """
 
