@@ -8,6 +8,7 @@ from networks.backbone import STRIDE, Backbone
 from networks.mmal import MMALNet
 from networks.resnet import ResNetClassifier
 from networks.sgkrl import SGKRL
+from networks.windows import resolve_window_set
 
 MODELS = ("resnet", "mmal", "sgkrl")
 
@@ -38,6 +39,8 @@ def build_network(
         raise ValueError(f"{num_classes} classes came; at least 2 are needed to tell apart")
     if input_size % STRIDE or input_size < 3 * STRIDE:
         raise ValueError(f"input_size {input_size} came; a multiple of {STRIDE} from {3 * STRIDE} up is needed")
+    if model != "resnet":
+        resolve_window_set(windows)  # before weights are downloaded
     trunk = Backbone(backbone, pretrained=pretrained, stride_on_first_conv=stride_on_first_conv)
     if model == "resnet":
         network = ResNetClassifier(trunk, num_classes, input_size=input_size, dropout=dropout)

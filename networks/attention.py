@@ -42,7 +42,8 @@ class CrossAttention(nn.Module):
         self.high_norm = nn.LayerNorm(high_channels) if normalise else nn.Identity()
         self.low_norm = nn.LayerNorm(low_channels) if normalise else nn.Identity()
         self.query = nn.Linear(high_channels, width)
-        self.key = nn.Linear(low_channels, width)
+        # A softmax ignores what all keys have in common: a bias here can never learn. The published layer has one.
+        self.key = nn.Linear(low_channels, width, bias=not normalise)
         self.value = nn.Linear(low_channels, width)
         self.out = nn.Linear(width, out_channels)
 

@@ -5,8 +5,8 @@ He, Zhang, Ren & Sun, "Deep Residual Learning for Image Recognition", CVPR 2016.
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
+from urllib.error import URLError
 
 import torch
 import torchvision
@@ -37,7 +37,13 @@ class Backbone(nn.Module):
         if name not in BACKBONES:
             raise ValueError(f"unknown backbone {name!r}; choose one of {', '.join(BACKBONES)}")
         weights = None if pretrained is None or is_weights_file(pretrained) else _torchvision_weights(name, pretrained)
-        trunk = torchvision.models.get_model(name, weights=weights)
+        try:
+            trunk = torchvision.models.get_model(name, weights=weights)
+        except (URLError, RuntimeError) as error:  # no network, or a file cut short
+            raise ValueError(
+                f"pretrained weights {pretrained} could not be downloaded ({error}): "
+                "give a .pth file, or set pretrained to none"
+            ) from None
         self.channels = {
             "stage2": trunk.layer3[0].conv1.in_channels,
             "stage3": trunk.layer4[0].conv1.in_channels,
@@ -101,12 +107,16 @@ def load_trunk_weights(trunk: nn.Module, path: str | Path) -> None:
         raise FileNotFoundError(f"pretrained weights {path} are not there: give the path of a .pth file")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"pretrained weights {path} are not a plain file of tensors: {reason}") from None
+    except OSError:
+        raise
+    except Exception as error:  # what the bytes of other files make an unpickler raise is listed nowhere
+        kind = type(error).__name__
+        raise ValueError(f"pretrained weights {path} are not a plain file of tensors ({kind})") from None
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
         raise ValueError(f"pretrained weights {path} hold no state dict: a dict of tensors by name was expected")
     state = {name.removeprefix("module."): value for name, value in state.items()}
     state = {name: value for name, value in state.items() if not name.startswith("fc.")}

@@ -65,7 +65,9 @@ def resize_images(images: Tensor, size: int) -> Tensor:
         )
     if height == size:
         return images
-    return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
+    # In float32: the antialiased resize does not exist for half precision on every device.
+    resized = F.interpolate(images.float(), size=(size, size), mode="bilinear", antialias=True)
+    return resized.to(images.dtype)
 
 
 def crop_objects(images: Tensor, boxes: Tensor, *, input_size: int, masks: Tensor | None = None) -> Tensor:

@@ -23,10 +23,10 @@ def nearest_neighbours(corners: Tensor, k: int, *, keep_self: bool = False) -> T
     assumption that it is the node; where several nodes share a corner that may be another one and a self edge remains.
     """
     G, N, _ = corners.shape
-    position = corners.detach().double()
-    squared = ((position[:, :, None] - position[:, None, :]) ** 2).sum(dim=-1)  # exact: corners are whole pixels
+    position = corners.detach().long()  # corners are whole pixels: distances are exact, equal ones compare as equal
+    squared = ((position[:, :, None] - position[:, None, :]) ** 2).sum(dim=-1)
     if not keep_self:
-        squared.diagonal(dim1=1, dim2=2).fill_(-1.0)  # nearer than any other: sorts first, and is dropped
+        squared.diagonal(dim1=1, dim2=2).fill_(-1)  # nearer than any other: sorts first, and is dropped
     nearest = squared.argsort(dim=-1, stable=True)[:, :, 1 : k + 1]
     adjacency = torch.zeros(G, N, N, dtype=torch.bool, device=corners.device)
     return adjacency.scatter(2, nearest, True)

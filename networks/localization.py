@@ -22,8 +22,11 @@ class Localization(NamedTuple):
 
 
 def activation_map(features: Tensor) -> Tensor:
-    """Sum the channels of features [B, C, H, W]: [B, H, W] float32, without gradient."""
-    return features.detach().float().sum(dim=1)
+    """Sum the channels of features [B, C, H, W]: [B, H, W] float32, without gradient.
+
+    Summed in float64, so that equal cells get equal sums: in float32 the order of adding can differ from cell to cell.
+    """
+    return features.detach().sum(dim=1, dtype=torch.float64).float()
 
 
 def largest_component(mask: Tensor) -> Tensor:
@@ -78,7 +81,8 @@ def localize(activation: Tensor, penultimate_activation: Tensor) -> Localization
 
 
 def _above_mean(activation: Tensor) -> Tensor:
-    return activation > activation.mean(dim=(1, 2), keepdim=True)
+    # In float64 the mean of equal values is exactly that value, so that no cell of a constant map is above it.
+    return activation > activation.mean(dim=(1, 2), keepdim=True, dtype=torch.float64)
 
 
 def _bounding_boxes(cells: Tensor) -> Tensor:

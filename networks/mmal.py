@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from networks.backbone import STRIDE, Backbone
 from networks.crops import crop_objects, crop_windows, resize_images
 from networks.localization import activation_map, cell_boxes_to_pixels, localize
-from networks.outputs import NetworkOutput, combine_branches
+from networks.outputs import NetworkOutput, combine_branches, requested_branches
 from networks.windows import WindowSelector
 
 
@@ -45,7 +45,7 @@ class MMALNet(nn.Module):
         Logits: `raw`, `object` [B, classes], `window` [B, N, classes]. Only the passes that `branches` need are
         computed (None: all). MMAL-Net has no mask: `mask_background` changes nothing.
         """
-        wanted = set(self.branches if branches is None else branches)
+        wanted = requested_branches(branches, self.branches)
         raw = self.backbone(resize_images(images, self.input_size))
         logits = {"raw": self.classifier(self.dropout(raw.embedding))}
         if wanted <= {"raw"}:

@@ -37,6 +37,14 @@ class NetworkOutput(NamedTuple):
     object_masks: Tensor | None = None  # [B, g, g] bool, the adaptive object mask in grid cells
 
 
+def requested_branches(branches: tuple[str, ...] | None, available: tuple[str, ...]) -> set[str]:
+    """Return the branches asked for (None: all that are available). Raises ValueError for one that does not exist."""
+    wanted = set(available if branches is None else branches)
+    if not wanted or not wanted <= set(available):
+        raise ValueError(f"branches {branches!r} were asked for; choose from {', '.join(available)}")
+    return wanted
+
+
 def combine_branches(output: NetworkOutput, branches: tuple[str, ...]) -> Tensor:
     """Return [B, classes] logits of the mean class probability over `branches` (one branch: its logits as they are)."""
     if len(branches) == 1:

@@ -19,7 +19,7 @@ from networks.backbone import STRIDE, Backbone
 from networks.crops import crop_objects, crop_windows, resize_images
 from networks.graph import GraphHead
 from networks.localization import activation_map, adaptive_mask, cell_boxes_to_pixels, localize
-from networks.outputs import NetworkOutput, combine_branches
+from networks.outputs import NetworkOutput, combine_branches, requested_branches
 from networks.windows import WindowSelector
 
 WIRINGS = ("trained", "published")
@@ -82,7 +82,7 @@ class SGKRL(nn.Module):
         lies outside the adaptive object mask before the object is cut. Only the passes that `branches` need are
         computed (None: all).
         """
-        wanted = set(self.branches if branches is None else branches)
+        wanted = requested_branches(branches, self.branches)
         raw = self.backbone(resize_images(images, self.input_size))
         logits = {"raw": self.classifier(self.dropout(raw.embedding))}
         if wanted <= {"raw"}:

@@ -136,7 +136,8 @@ class WindowSelector(nn.Module):
                     f"window group {index + 1} asks for {quota} windows but its sizes {sizes} fit only {len(boxes)} "
                     f"times on a grid of {grid_size}x{grid_size} cells: lower its quota or choose smaller windows"
                 )
-            self.register_buffer(f"boxes{index}", boxes, persistent=False)
+            # Whole numbers, which stay exact when a network is cast to half precision.
+            self.register_buffer(f"boxes{index}", boxes.long(), persistent=False)
             self.register_buffer(f"conflicts{index}", overlap_conflicts(boxes, max_iou), persistent=False)
 
     def forward(self, activation: Tensor) -> Tensor:
@@ -145,5 +146,5 @@ class WindowSelector(nn.Module):
         for index, (sizes, quota) in enumerate(self.window_set):
             boxes, conflicts = self.get_buffer(f"boxes{index}"), self.get_buffer(f"conflicts{index}")
             picks = greedy_selection(window_scores(activation, sizes), conflicts, quota)
-            chosen.append(boxes[picks])
+            chosen.append(boxes[picks].float())
         return torch.cat(chosen, dim=1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,11 +18,14 @@ def save_checkpoint(path: str | Path, content: Mapping[str, object]) -> None:
     """Write `content` to `path`, through a temporary file beside it that replaces it once it is on the disk."""
     path = Path(path)
     temporary = path.with_name(path.name + ".part")
-    with temporary.open("wb") as file:
-        torch.save(dict(content), file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            torch.save(dict(content), file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)  # half a file would only fill the disk
 
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -33,10 +35,10 @@ def load_checkpoint(path: str | Path) -> dict:
         raise CheckpointError(f"there is no checkpoint {path}: give the path of a file such as best.pth")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from None
+    except Exception:  # in a damaged file torch stumbles over whatever it meets
         raise CheckpointError(f"checkpoint {path} is refused: it is damaged, or holds more than tensors") from None
-    except (RuntimeError, EOFError, OSError) as error:
-        raise CheckpointError(f"checkpoint {path} cannot be read: {str(error).splitlines()[0]}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"checkpoint {path} holds a {type(content).__name__}; expected what train.py writes")
     return content

@@ -29,17 +29,28 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def setup_distributed(device: str | torch.device | None = None) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """Turn the setting into a device; "auto" is the GPU where there is one. Raises ValueError for an absent GPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device is {name!r} and {torch.cuda.device_count()} GPUs are visible: set device to cpu or auto"
+        )
+    return device
+
+
+def setup_distributed(name: str = "auto") -> torch.device:
     """Join the other processes if `torchrun` started this one, and return the device this process computes on.
 
     Args:
-        device: where to compute; None: CUDA when there is one, else the CPU. Under torchrun a CUDA device becomes
-            the GPU numbered LOCAL_RANK.
+        name: see `choose_device`. Under torchrun a CUDA device becomes the GPU numbered LOCAL_RANK.
 
     Raises:
-        ValueError: torchrun started more processes on this machine than it has GPUs.
+        ValueError: no such GPU, or torchrun started more processes on this machine than it has GPUs.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(name)
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return device
     if device.type != "cuda":
@@ -100,7 +111,7 @@ def unwrap(network: nn.Module) -> nn.Module:
 def evaluation_network(network: nn.Module) -> nn.Module:
     """What to evaluate with: processes may have different numbers of batches, so none may wait for the others.
 
-    DistributedDataParallel would, at every forward, to share rank 0's batch-norm statistics: they are shared here,
+    DistributedDataParallel would, to share rank 0's batch-norm statistics: they are shared here,
     once, and its inner network is returned. Anything else is returned as it is.
     """
     if not isinstance(network, nn.parallel.DistributedDataParallel):

@@ -87,7 +87,7 @@ def train_one_epoch(
             bar.update(len(labels))
             if step % readings == 0:
                 _show(bar, meter)
-    _check_finite(meter.compute())
+    check_finite(meter.compute())
     meter.reduce()
     averages = meter.compute()
     return averages | {"images_per_second": averages["images"] / (time.perf_counter() - start)}
@@ -99,12 +99,12 @@ def _bar_disabled() -> bool | None:
 
 def _show(bar: tqdm, meter: EpochMeter) -> None:
     averages = meter.compute()
-    _check_finite(averages)
+    check_finite(averages)
     accuracies = {name.removeprefix("accuracy/"): f"{v:.1%}" for name, v in averages.items() if "accuracy/" in name}
     bar.set_postfix(loss=f"{averages['loss/total']:.3f}", **accuracies, refresh=False)
 
 
-def _check_finite(averages: dict[str, float]) -> None:
+def check_finite(averages: dict[str, float]) -> None:
     broken = [name for name, value in averages.items() if name.startswith("loss/") and not math.isfinite(value)]
     if broken:
         raise NonFiniteLossError(

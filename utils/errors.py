@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import traceback
 from collections.abc import Iterator
@@ -25,14 +26,15 @@ def exit_with_one_sentence() -> Iterator[None]:
         if not _is_meant_for_users(error):
             raise
         # A loader's worker wraps the error in its traceback; the sentence is the last line.
-        sentence = str(error).strip().splitlines()[-1].removeprefix("datasets.DataError: ")
-        print(f"error: {sentence}", file=sys.stderr)
+        sentence = (str(error).strip() or type(error).__name__).splitlines()[-1].removeprefix("datasets.DataError: ")
+        if os.environ.get("RANK", "0") == "0":  # torchrun: one process speaks for all
+            print(f"error: {sentence}", file=sys.stderr)
         sys.exit(2)
     except NonFiniteLossError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("interrupted: the same command continues from the last whole epoch", file=sys.stderr)
+        print("interrupted; a training run continues from its last whole epoch with the same command", file=sys.stderr)
         sys.exit(130)
 
 
@@ -41,4 +43,4 @@ def _is_meant_for_users(error: Exception) -> bool:
     if isinstance(error, OSError) or type(error).__module__ in ("config", "datasets", "utils.checkpoint"):
         return True
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-    return raised_in.is_relative_to(PROJECT) and ".venv" not in raised_in.parts
+    return raised_in.is_relative_to(PROJECT) and "site-packages" not in raised_in.parts

@@ -61,6 +61,7 @@ class RunLog:
         """Show a picture, uint8 [3, H, W], under TensorBoard's Images."""
         if self.enabled:
             self.writer.add_image(tag, image, epoch)
+            self.writer.flush()
 
     def log_settings(self, settings: str | Mapping[str, object]) -> None:
         """Show the run's settings under TensorBoard's Text: a mapping as a table, a text as Markdown."""
