@@ -14,6 +14,7 @@ import argparse
 import ast
 import dataclasses
 import inspect
+import math
 import re
 import types
 import typing
@@ -54,7 +55,7 @@ class Settings:
     # ((((4, 4), (3, 5)), 2), (((8, 8),), 1)): the two best of small windows, the best one of the large.
     windows: str | tuple | None = None  # which windows of the object are looked at
     answer: tuple[str, ...] | None = None  # branches whose mean probability is the prediction; None: the model's own
-    dropout: float | None = None  # before every classifier
+    dropout: float | None = None  # before every classifier; the attention of the fusion keeps its published 0.2
 
     # ---- Training -------------------------------------------------------------------------------------------------
     epochs: int | None = None
@@ -106,11 +107,11 @@ DATASETS: dict[str, dict[str, object]] = {
         "input_size": 128,
         "backbone": "resnet18",
         "pretrained": "none",
-        "windows": ((((4, 4),), 1), (((7, 7),), 1)),
+        "windows": ((((7, 7),), 1), (((11, 11),), 1)),
         "dropout": 0.1,
-        "epochs": 9,
+        "epochs": 11,
         "batch_size": 16,
-        "learning_rate": 0.03,
+        "learning_rate": 0.01,
         "schedule": "one_cycle",
         "clip_gradient_norm": 10.0,
         "label_smoothing": 0.1,
@@ -143,6 +144,7 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
     """
     parser = argparse.ArgumentParser(
         description="Train a fine-grained classifier; settings default to config.py.",
+        usage="%(prog)s [--setting value ...]",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
@@ -167,11 +169,21 @@ def _converter(hint: object) -> typing.Callable[[str], object]:
     """Return what turns a command-line word into a value of the annotated type."""
     members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     member = next(m for m in members if m is not type(None))
-    if tuple in members:  # windows: a name, or a tuple written as in Python
-        return lambda word: ast.literal_eval(word) if word.startswith("(") else word
+    if tuple in members:
+        return _windows
     if typing.get_origin(member) is tuple:  # the words of a list come one by one
         member = typing.get_args(member)[0]
     return member
+
+
+def _windows(word: str) -> str | tuple:
+    """A name, or a tuple written as in Python."""
+    if not word.startswith("("):
+        return word
+    try:
+        return ast.literal_eval(word)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        raise argparse.ArgumentTypeError(f"{word!r}; expected a name, or a tuple as in config.py") from None
 
 
 def complete(settings: Settings) -> Settings:
@@ -203,20 +215,27 @@ def check(settings: Settings) -> None:
     for name in ("workers", "pictures_every", "warmup_epochs", "seed"):
         value = getattr(settings, name)
         require(isinstance(value, int) and value >= 0, name, "a whole number of at least 0")
-    for name in ("flip", "brightness", "contrast", "dropout", "label_smoothing", "validation"):
+    for name in ("flip", "brightness", "contrast", "dropout", "label_smoothing", "validation", "momentum"):
         require(0 <= getattr(settings, name) < 1 or name == "flip", name, "a number from 0 to less than 1")
     require(0 <= settings.flip <= 1, "flip", "a probability from 0 to 1")
     require(0 < settings.test_fraction < 1, "test_fraction", "a share between 0 and 1")
     for name in ("learning_rate", "head_learning_rate_factor"):
-        require(getattr(settings, name) > 0, name, "a number above 0")
-    for name in ("momentum", "weight_decay", "clip_gradient_norm"):
-        require(getattr(settings, name) >= 0, name, "a number of at least 0")
+        require(0 < getattr(settings, name) < math.inf, name, "a finite number above 0")
+    for name in ("weight_decay", "clip_gradient_norm"):
+        require(0 <= getattr(settings, name) < math.inf, name, "a finite number of at least 0")
     require(
         settings.input_size % 32 == 0 and settings.input_size >= 96,
         "input_size",
         "a multiple of 32 of at least 96, such as 224 or 448",
     )
     require(settings.image_size >= settings.input_size, "image_size", f"at least input_size, {settings.input_size}")
+    require(all(m >= 1 for m in settings.milestones), "milestones", "epochs, counted from 1")
+    require(settings.mask_from_epoch is None or settings.mask_from_epoch >= 1, "mask_from_epoch", "an epoch, from 1")
+    require(
+        re.fullmatch(r"auto|cpu|cuda(:\d+)?", settings.device) is not None,
+        "device",
+        "'auto', 'cpu', 'cuda', 'cuda:1' ...",
+    )
     require(settings.select_on in ("validation", "test"), "select_on", "'validation' or 'test'")
     require(settings.schedule in ("steps", "one_cycle"), "schedule", "'steps' or 'one_cycle'")
     require(settings.precision in ("float32", "bf16"), "precision", "'float32' or 'bf16'")

@@ -874,7 +874,7 @@ def _demo_scene(number: int) -> Scene:
     stretch = generator.uniform(0.92, 1.08, size=2) * (generator.choice((-1, 1)), 1)
     outline = np.concatenate([points for points, _ in bird]) * stretch
     low, high = outline.min(axis=0), outline.max(axis=0)
-    scale = generator.uniform(0.5, 0.8) * DEMO_SIZE / (high - low).max()
+    scale = generator.uniform(0.6, 0.9) * DEMO_SIZE / (high - low).max()
     corner = generator.uniform(2, DEMO_SIZE - 2 - scale * (high - low))
     bird = [((points * stretch - low) * scale + corner, colour) for points, colour in bird]
     feet = (feet * stretch - low) * scale + corner

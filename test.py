@@ -19,6 +19,7 @@ from config import Settings, complete
 from networks.losses import classification_losses
 from train import catalogue_of, draw_panel, evaluation_loader, network_of
 from utils.checkpoint import CheckpointError, load_checkpoint
+from utils.distributed import choose_device
 from utils.engine import Execution, evaluate
 from utils.errors import exit_with_one_sentence
 from utils.metrics import confusion_matrix, mean_per_class_accuracy, topk_correct, wilson_interval, worst_confusions
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     # Rebuild: settings, data, network.
     saved = load_checkpoint(options.checkpoint)
-    if not {"settings", "class_names", "network", "epoch"} <= saved.keys():
+    if not {"settings", "class_names", "network", "epoch", "selected_on"} <= saved.keys():
         raise CheckpointError(f"{options.checkpoint} was not written by train.py: it lacks settings or weights")
     overrides = {name: value for name, value in vars(options).items() if value is not None and name != "checkpoint"}
     settings = complete(dataclasses.replace(settings_of(saved, options.checkpoint), **overrides))
@@ -52,8 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{options.checkpoint} knows {len(saved['class_names'])} classes and the data in {settings.data_root} "
             f"has {len(catalogue.class_names)} or others: give the --data_root it was trained on"
         )
-    automatic = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(automatic if settings.device == "auto" else settings.device)
+    device = choose_device(settings.device)
     execution = Execution(device, settings.precision, settings.channels_last)
     network = network_of(settings, len(saved["class_names"]), pretrained=False)
     network.load_state_dict(saved["network"])
@@ -91,11 +91,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "images_per_second": figures["images_per_second"],
         "settings": dataclasses.asdict(settings),
     }
+    print(as_text(report), flush=True)
     folder = options.checkpoint.parent
     (folder / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     panel = draw_panel(network, catalogue.test, settings, catalogue.class_names, execution, plan)
     save_png(folder / "pictures" / "test.png", panel)
-    print(as_text(report))
     print(f"written to {folder / 'report.json'} and {folder / 'pictures' / 'test.png'}")
 
 

@@ -22,7 +22,7 @@ from networks import build_network
 from networks.losses import classification_losses
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from utils.distributed import cleanup, is_main, rank, setup_distributed, unwrap, world_size, wrap_network
-from utils.engine import Execution, evaluate, train_one_epoch
+from utils.engine import Execution, check_finite, evaluate, train_one_epoch
 from utils.errors import exit_with_one_sentence
 from utils.panels import output_panel
 from utils.pictures import save_png
@@ -32,6 +32,7 @@ from utils.seeding import seed_everything
 
 # These may differ when a run is continued: they change where and how it is computed, not what.
 FREE_ON_RESUME = {"data_root", "checkpoint_dir", "device", "data_parallel", "workers", "pictures_every"}
+TRAINING_STATE = ("optimizer", "schedule")  # in last.pth only
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -41,13 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Build: data, network, optimizer. Nothing is written before all of it stands.
     catalogue = catalogue_of(settings)
     train_entries, selection_entries, selected_on = choose_split(settings, catalogue)
-    device = setup_distributed(None if settings.device == "auto" else settings.device)
+    device = setup_distributed(settings.device)
     execution = Execution(device, settings.precision, settings.channels_last)
     sampler = ShuffledSampler(len(train_entries), seed=settings.seed, rank=rank(), world_size=world_size())
     train_loader = training_loader(settings, train_entries, sampler)
     selection_loader = evaluation_loader(settings, selection_entries[rank() :: world_size()])
 
-    saved = load_resumable(folder / "last.pth", settings, catalogue)
+    saved = load_resumable(folder / "last.pth", settings, catalogue, len(train_entries))
     seed_everything(settings.seed)
     network = network_of(settings, len(catalogue.class_names), pretrained=saved is None)
     if settings.channels_last:
@@ -74,6 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         optimizer.load_state_dict(saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
         first_epoch, best = saved["epoch"] + 1, saved["best"]
+        if is_main() and best["epoch"] == saved["epoch"] and not holds_epoch(folder / "best.pth", best["epoch"]):
+            # the run was killed between its two files
+            save_checkpoint(folder / "best.pth", {n: v for n, v in saved.items() if n not in TRAINING_STATE})
 
     # Loop.
     say(f"{folder}: {len(catalogue.class_names)} classes, {len(train_entries)} training images, on {device}")
@@ -104,6 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         evaluated = evaluate(network, selection_loader, description=prefix, **shared)
 
+        check_finite(evaluated)  # the epoch's last step may have broken the weights: they must not replace whole ones
+
         # Log.
         speed = {"train": trained.pop("images_per_second"), prefix: evaluated.pop("images_per_second")}
         say(report_line(epoch, settings.epochs, trained, evaluated, speed["train"], prefix))
@@ -131,6 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "settings": dataclasses.asdict(settings),
                 "class_names": list(catalogue.class_names),
                 "selected_on": selected_on,
+                "training_images": len(train_entries),
                 "epoch": epoch,
                 "best": best,
                 "network": unwrap(network).state_dict(),
@@ -213,7 +220,7 @@ def network_of(settings: Settings, num_classes: int, *, pretrained: bool) -> tor
     )
 
 
-def load_resumable(path: Path, settings: Settings, catalogue: Catalogue) -> dict | None:
+def load_resumable(path: Path, settings: Settings, catalogue: Catalogue, images: int) -> dict | None:
     """Return the run's last checkpoint, or None for a new run; refuse one of other settings or classes."""
     if not path.exists():
         return None
@@ -225,7 +232,17 @@ def load_resumable(path: Path, settings: Settings, catalogue: Catalogue) -> dict
         raise CheckpointError(f"{path} is of a run with other settings ({values}): give this one a --name of its own")
     if saved["class_names"] != list(catalogue.class_names):
         raise CheckpointError(f"{path} was trained on other classes: give this run a --name of its own")
+    known = saved.get("training_images", images)
+    if known != images:
+        raise CheckpointError(
+            f"{path} was trained on {known} images and the data now has {images} for training: "
+            "give this run a --name of its own"
+        )
     return saved
+
+
+def holds_epoch(path: Path, epoch: int) -> bool:
+    return path.exists() and load_checkpoint(path)["epoch"] == epoch
 
 
 def draw_panel(network, entries, settings, class_names, execution, plan) -> torch.Tensor:
