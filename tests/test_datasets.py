@@ -599,7 +599,7 @@ def test_demo_catalogue(demo: datasets.Catalogue) -> None:
     boxes = np.array([entry.box for entry in demo.train + demo.test])
     sides = (boxes[:, 2:] - boxes[:, :2]).max(axis=1) / datasets.DEMO_SIZE
     assert boxes.min() >= 0 and boxes.max() <= datasets.DEMO_SIZE
-    assert sides.min() > 0.45 and sides.max() <= 0.81
+    assert sides.min() > 0.55 and sides.max() <= 0.91
 
 
 def test_demo_species_share_every_mark() -> None:

@@ -1,0 +1,67 @@
+"""Fixtures that several test files share: a small folder of pictures, and the settings of runs of a few seconds."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy
+import pytest
+from PIL import Image
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def picture_tree(tmp_path_factory) -> Path:
+    """A `folder` data set: 24 noisy pictures of 40 x 40 pixels in 3 classes of different colours."""
+    root = tmp_path_factory.mktemp("pictures")
+    generator = numpy.random.default_rng(7)
+    for name, colour in {"blue": (40, 60, 220), "green": (50, 200, 60), "red": (220, 50, 40)}.items():
+        (root / name).mkdir()
+        for number in range(8):
+            pixels = generator.integers(0, 256, (40, 40, 3)) * 0.6
+            x, y = generator.integers(0, 20, 2)
+            pixels[y : y + 20, x : x + 20] = 0.4 * pixels[y : y + 20, x : x + 20] + 0.6 * numpy.array(colour)
+            Image.fromarray(pixels.astype("uint8")).save(root / name / f"{number}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_run(picture_tree):
+    """A function: the command line of a short run on `picture_tree` (12 training, 6 validation, 6 test pictures)."""
+
+    def arguments(checkpoint_dir: Path, *more: str, model: str = "resnet") -> list[str]:
+        values = {
+            "model": model,
+            "dataset": "folder",
+            "data_root": picture_tree,
+            "checkpoint_dir": checkpoint_dir,
+            "backbone": "resnet18",
+            "pretrained": "none",
+            "input_size": 96,
+            "windows": "((((5, 5),), 1),)",
+            "validation": 0.34,
+            "test_fraction": 0.25,
+            "epochs": 1,
+            "batch_size": 4,
+            "evaluation_batch_size": 4,
+            "workers": 0,
+            "pictures_every": 0,
+            "device": "cpu",
+        }
+        return [word for name, value in values.items() for word in (f"--{name}", str(value))] + list(more)
+
+    return arguments
+
+
+@pytest.fixture(scope="session")
+def evaluation_script() -> ModuleType:
+    """The project's `test.py`, by its path: Python's standard library has a module of that name."""
+    specification = importlib.util.spec_from_file_location("evaluation_script", PROJECT / "test.py")
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[specification.name] = module
+    specification.loader.exec_module(module)
+    return module

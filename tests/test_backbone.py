@@ -1,0 +1,292 @@
+"""The trunk: its maps, its files of weights, and where its strides are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from networks.backbone import BACKBONES, STRIDE, Backbone, is_weights_file, load_trunk_weights
+
+IMAGENET_WEIGHTS = Path(__file__).resolve().parents[2] / "shared" / "weights" / "resnet50_imagenet_v1.pth"
+BLOCKS = {"resnet18": 2, "resnet34": 3, "resnet50": 3, "resnet101": 3, "resnet152": 3}  # of the last stage
+
+
+def make_images(size: int, batch: int = 2) -> Tensor:
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope="module")
+def torchvision_resnet18() -> nn.Module:
+    """A ResNet-18 with statistics that are not those of a new one, so that forgetting to load them shows."""
+    torch.manual_seed(0)
+    network = torchvision.models.resnet18(num_classes=10).eval()
+    for name, buffer in network.named_buffers():
+        if name.endswith("running_mean"):
+            nn.init.normal_(buffer, std=0.1)
+        elif name.endswith("running_var"):
+            nn.init.uniform_(buffer, 0.5, 1.5)
+    return network
+
+
+@pytest.fixture(scope="module")
+def spare() -> Backbone:
+    """A trunk for the tests that want to load something into it and are refused."""
+    return Backbone("resnet18")
+
+
+# ---- maps ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), (("resnet18", 96), ("resnet18", 160), *((name, 128) for name in BACKBONES[1:]))
+)
+def test_shapes_and_channels(name: str, size: int) -> None:
+    with torch.device("meta"):
+        backbone = Backbone(name)
+        features = backbone(torch.empty(2, 3, size, size))
+    stage2, stage3, final = (128, 256, 512) if name in ("resnet18", "resnet34") else (512, 1024, 2048)
+    assert backbone.channels == {"stage2": stage2, "stage3": stage3, "final": final}
+    assert backbone.embedding_channels == final
+    assert features.stage2.shape == (2, stage2, size // 8, size // 8)
+    assert features.stage3.shape == (2, stage3, size // 16, size // 16)
+    assert features.penultimate.shape == features.final.shape == (2, final, size // STRIDE, size // STRIDE)
+    assert features.embedding.shape == (2, final)
+    assert len(backbone.trunk.layer4) == BLOCKS[name]
+
+
+def test_half_a_cell_is_a_whole_one() -> None:
+    """Windows are half the input wide, and so need not be a multiple of the stride."""
+    with torch.device("meta"):
+        features = Backbone("resnet18")(torch.empty(1, 3, 48, 48))
+    assert features.final.shape == (1, 512, 2, 2)
+
+
+@pytest.mark.parametrize("name", ("resnet18", "resnet50"))
+def test_maps_are_the_outputs_of_their_blocks(name: str) -> None:
+    """As they were when the block returned: torchvision's activations work in place, on what nobody keeps."""
+    torch.manual_seed(0)
+    backbone, seen = Backbone(name).eval(), {}
+    trunk = backbone.trunk
+    watched = {"stage2": trunk.layer2, "stage3": trunk.layer3}
+    watched |= {"penultimate": trunk.layer4[-2], "final": trunk.layer4[-1]}
+    for stage, module in watched.items():
+        module.register_forward_hook(lambda module, inputs, output, stage=stage: seen.update({stage: output.clone()}))
+    with torch.no_grad():
+        features = backbone(make_images(96))
+    assert not torch.equal(features.penultimate, features.final)
+    torch.testing.assert_close(features.embedding, features.final.mean(dim=(2, 3)))
+    for stage in watched:
+        assert torch.equal(getattr(features, stage), seen[stage]), stage
+
+
+def test_equals_torchvision_s_own_forward(torchvision_resnet18: nn.Module, tmp_path: Path) -> None:
+    torch.save(torchvision_resnet18.state_dict(), tmp_path / "weights.pth")
+    backbone = Backbone("resnet18", pretrained=str(tmp_path / "weights.pth")).eval()
+    images = make_images(128)
+    with torch.no_grad():
+        logits = torchvision_resnet18.fc(backbone(images).embedding)
+        torch.testing.assert_close(logits, torchvision_resnet18(images), rtol=1e-5, atol=1e-5)
+
+
+def test_unknown_backbone_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"resnet20.*resnet18.*resnet152"):
+        Backbone("resnet20")
+
+
+# ---- strides ------------------------------------------------------------------------------------------------------
+
+
+def strides(trunk: nn.Module, convolution: str) -> list[int]:
+    return [getattr(stage[0], convolution).stride[0] for stage in (trunk.layer2, trunk.layer3, trunk.layer4)]
+
+
+def test_stride_on_first_conv_moves_the_strides() -> None:
+    with torch.device("meta"):
+        usual, moved = Backbone("resnet50"), Backbone("resnet50", stride_on_first_conv=True)
+        features = moved(torch.empty(1, 3, 96, 96))
+    assert (strides(usual.trunk, "conv1"), strides(usual.trunk, "conv2")) == ([1, 1, 1], [2, 2, 2])
+    assert (strides(moved.trunk, "conv1"), strides(moved.trunk, "conv2")) == ([2, 2, 2], [1, 1, 1])
+    assert features.final.shape == (1, 2048, 3, 3)
+    assert features.stage2.shape == (1, 512, 12, 12)
+    for other in (moved.trunk.layer1[0], moved.trunk.layer2[1], moved.trunk.layer4[2]):
+        assert other.conv1.stride == other.conv2.stride == (1, 1)
+
+
+@pytest.mark.parametrize("name", ("resnet18", "resnet34"))
+def test_stride_on_first_conv_needs_bottlenecks(name: str) -> None:
+    with pytest.raises(ValueError, match=f"stride_on_first_conv.*{name}"), torch.device("meta"):
+        Backbone(name, stride_on_first_conv=True)
+
+
+# ---- files of weights ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "with_classifier", "prefix", "wrapped"),
+    (
+        (torch.float32, True, "", False),
+        (torch.float16, True, "", False),
+        (torch.bfloat16, False, "", False),
+        (torch.float64, False, "module.", False),
+        (torch.float32, False, "", True),
+        (torch.float16, True, "module.", True),
+    ),
+)
+def test_files_of_weights(
+    torchvision_resnet18: nn.Module,
+    tmp_path: Path,
+    dtype: torch.dtype,
+    with_classifier: bool,
+    prefix: str,
+    wrapped: bool,
+) -> None:
+    original = torchvision_resnet18.state_dict()
+    state = {
+        prefix + name: value.to(dtype) if value.is_floating_point() else value
+        for name, value in original.items()
+        if with_classifier or not name.startswith("fc.")
+    }
+    torch.save({"epoch": 90, "state_dict": state} if wrapped else state, tmp_path / "weights.pth")
+    loaded = Backbone("resnet18", pretrained=str(tmp_path / "weights.pth")).trunk.state_dict()
+    assert loaded.keys() == {name for name in original if not name.startswith("fc.")}
+    for name, value in loaded.items():
+        if value.is_floating_point():
+            assert value.dtype == torch.float32, name
+            assert torch.equal(value, original[name].to(dtype).float()), name
+
+
+def test_counters_that_old_files_lack_may_be_missing(
+    torchvision_resnet18: nn.Module, spare: Backbone, tmp_path: Path
+) -> None:
+    state = {k: v for k, v in torchvision_resnet18.state_dict().items() if not k.endswith("num_batches_tracked")}
+    torch.save(state, tmp_path / "old.pth")
+    load_trunk_weights(spare.trunk, tmp_path / "old.pth")
+    assert torch.equal(spare.trunk.conv1.weight, torchvision_resnet18.conv1.weight)
+
+
+@pytest.mark.parametrize("wrong", ("missing", "surplus", "shape"))
+def test_weights_that_do_not_fit_are_refused_by_name(
+    torchvision_resnet18: nn.Module, spare: Backbone, tmp_path: Path, wrong: str
+) -> None:
+    state = dict(torchvision_resnet18.state_dict())
+    name = "layer3.0.conv1.weight"
+    if wrong == "missing":
+        del state[name]
+    elif wrong == "surplus":
+        name = "layer5.0.conv1.weight"
+        state[name] = torch.zeros(1)
+    else:
+        state[name] = torch.zeros(256, 128, 1, 1)
+    torch.save(state, tmp_path / "misfit.pth")
+    with pytest.raises(ValueError) as caught:
+        load_trunk_weights(spare.trunk, tmp_path / "misfit.pth")
+    assert "misfit.pth" in str(caught.value)
+    assert name in str(caught.value)
+
+
+def test_weights_of_another_depth_are_refused(torchvision_resnet18: nn.Module, tmp_path: Path) -> None:
+    torch.save(torchvision_resnet18.state_dict(), tmp_path / "resnet18.pth")
+    with pytest.raises(ValueError, match=r"resnet18\.pth"):
+        Backbone("resnet34", pretrained=str(tmp_path / "resnet18.pth"))
+
+
+class RunsCode:
+    """Unpickling one of these would call a function."""
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, ("ran",)
+
+
+@pytest.mark.parametrize(
+    "content",
+    (
+        [1, 2],
+        torch.zeros(3),
+        {"a": 1},
+        {"state_dict": {"a": "b"}},
+        {},
+        {1: torch.zeros(2)},
+        {"conv1.weight": RunsCode()},
+    ),
+    ids=("list", "tensor", "number", "text", "empty", "numbered", "code"),
+)
+def test_files_of_something_else_are_refused(
+    spare: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: object
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"other\.pth"):
+        load_trunk_weights(spare.trunk, tmp_path / "other.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    (
+        b"",
+        b"these are no weights\n",
+        b"hello world\n",
+        b"tensor\n",
+        b"version https://git-lfs.github.com/spec/v1\n",
+        b"<!DOCTYPE html><html>404</html>",
+        b"PK\x03\x04 broken off",
+        b"\x80\x02}q\x00.",
+    ),
+    ids=("empty", "text", "greeting", "word", "pointer", "page", "archive", "old"),
+)
+def test_files_that_torch_did_not_write_are_refused(spare: Backbone, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "broken.pth").write_bytes(content)
+    with pytest.raises(ValueError, match=r"broken\.pth"):
+        load_trunk_weights(spare.trunk, tmp_path / "broken.pth")
+
+
+@pytest.mark.parametrize("name", ("absent.pth", "absent.pt"))
+def test_absent_file_is_named(tmp_path: Path, name: str) -> None:
+    assert is_weights_file(name)
+    with pytest.raises(FileNotFoundError, match=name), torch.device("meta"):
+        Backbone("resnet18", pretrained=str(tmp_path / name))
+
+
+@pytest.mark.skipif(not IMAGENET_WEIGHTS.is_file(), reason=f"{IMAGENET_WEIGHTS.name} is not beside the project")
+def test_imagenet_weights_with_the_stride_on_the_first_convolution() -> None:
+    backbone = Backbone("resnet50", pretrained=str(IMAGENET_WEIGHTS), stride_on_first_conv=True).eval()
+    with torch.no_grad():
+        features = backbone(make_images(96, batch=1))
+    assert all(parameter.dtype == torch.float32 for parameter in backbone.parameters())
+    assert all(map_.isfinite().all() for map_ in features)
+    assert 0.05 < features.embedding.mean() < 2  # what a trained trunk gives; a random one is far off
+
+
+# ---- weights by name ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ("DEFAULT", "IMAGENET1K_V1", "ResNet18_Weights.IMAGENET1K_V1"))
+def test_weights_by_name_come_from_torchvision(
+    torchvision_resnet18: nn.Module, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    asked = []
+    full = torchvision.models.resnet18().state_dict() | {
+        key: value for key, value in torchvision_resnet18.state_dict().items() if not key.startswith("fc.")
+    }
+
+    def get_state_dict(self: object, *args: object, **kwargs: object) -> dict[str, Tensor]:
+        asked.append(self)
+        return full
+
+    monkeypatch.setattr(torchvision.models.ResNet18_Weights, "get_state_dict", get_state_dict)
+    backbone = Backbone("resnet18", pretrained=name)
+    assert asked == [torchvision.models.ResNet18_Weights.IMAGENET1K_V1]
+    assert torch.equal(backbone.trunk.layer4[1].conv2.weight, full["layer4.1.conv2.weight"])
+
+
+@pytest.mark.parametrize("name", ("imagenet", "IMAGENET1K_V2", "", "weights/resnet18"))
+def test_unknown_weights_name_is_refused_with_the_known_ones(name: str) -> None:
+    with pytest.raises(ValueError, match=r"resnet18.*IMAGENET1K_V1") as caught:  # it has no V2
+        Backbone("resnet18", pretrained=name)
+    assert repr(name) in str(caught.value)
+    assert ".pth" in str(caught.value)

@@ -1,0 +1,382 @@
+"""Settings: edits, the table of data sets, the command line, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import re
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+
+import config
+from config import Settings, SettingsError, complete, parse_settings, run_name
+
+CUB = ["--dataset", "cub", "--data_root", "somewhere"]
+
+# field -> words after its flag, and the value they stand for
+WORDS = {
+    "model": ("mmal", "mmal"),
+    "dataset": ("cars", "cars"),
+    "data_root": ("a b/c", "a b/c"),
+    "classes": (["*_Gull", "Crow"], ("*_Gull", "Crow")),
+    "name": ("try-1", "try-1"),
+    "checkpoint_dir": ("runs", "runs"),
+    "seed": ("7", 7),
+    "validation": ("0.25", 0.25),
+    "select_on": ("test", "test"),
+    "test_fraction": ("0.3", 0.3),
+    "input_size": ("224", 224),
+    "image_size": ("512", 512),
+    "flip": ("0", 0.0),
+    "brightness": ("0.1", 0.1),
+    "contrast": ("0.4", 0.4),
+    "backbone": ("resnet34", "resnet34"),
+    "pretrained": ("weights.pth", "weights.pth"),
+    "stride_on_first_conv": (None, True),
+    "wiring": ("published", "published"),
+    "graph_scope": ("batch", "batch"),
+    "windows": ("((((4, 4), (3, 5)), 2), (((8, 8),), 1))", ((((4, 4), (3, 5)), 2), (((8, 8),), 1))),
+    "answer": (["raw", "object"], ("raw", "object")),
+    "dropout": ("0.2", 0.2),
+    "epochs": ("3", 3),
+    "batch_size": ("12", 12),
+    "learning_rate": ("2e-2", 0.02),
+    "head_learning_rate_factor": ("5", 5.0),
+    "momentum": ("0.8", 0.8),
+    "weight_decay": ("0", 0.0),
+    "schedule": ("one_cycle", "one_cycle"),
+    "milestones": (["3", "5"], (3, 5)),
+    "clip_gradient_norm": ("10", 10.0),
+    "label_smoothing": ("0.1", 0.1),
+    "warmup_epochs": ("0", 0),
+    "mask_from_epoch": ("4", 4),
+    "device": ("cpu", "cpu"),
+    "data_parallel": (None, True),
+    "precision": ("bf16", "bf16"),
+    "channels_last": (None, True),
+    "workers": ("0", 0),
+    "evaluation_batch_size": ("8", 8),
+    "pictures_every": ("0", 0),
+}
+
+NAMES = [field.name for field in dataclasses.fields(Settings)]
+
+
+def _is_of(value: object, hint: object) -> bool:
+    """Does a value have the annotated type, the items of a tuple included?"""
+    members = typing.get_args(hint) if isinstance(hint, type(int | None)) else (hint,)
+    for member in members:
+        if typing.get_origin(member) is tuple:
+            item = typing.get_args(member)[0]
+            if isinstance(value, tuple) and all(type(v) is item for v in value):
+                return True
+        elif type(value) is member:
+            return True
+    return False
+
+
+def edited_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **values: object):
+    """config.py as a user leaves it who wrote other values behind some of the fields."""
+    text = Path(config.__file__).read_text(encoding="utf-8")
+    for name, value in values.items():
+        text, count = re.subn(
+            rf"^(    {name}: [^=]+= )[^#\n]*?(  #.*)?$", rf"\g<1>{value!r}\g<2>", text, flags=re.MULTILINE
+        )
+        assert count == 1, name
+    path = tmp_path / "edited_config.py"
+    path.write_text(text, encoding="utf-8")
+    specification = importlib.util.spec_from_file_location("edited_config", path)
+    module = importlib.util.module_from_spec(specification)
+    monkeypatch.setitem(sys.modules, "edited_config", module)
+    specification.loader.exec_module(module)
+    return module
+
+
+# ---- Flags ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_field_has_its_words_in_this_test():
+    assert set(WORDS) == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_field_is_a_flag_with_its_annotated_type(name):
+    words, expected = WORDS[name]
+    words = [] if words is None else [words] if isinstance(words, str) else words
+    settings = parse_settings([*CUB, f"--{name}", *words])
+    value = getattr(settings, name)
+    assert value == expected
+    assert _is_of(value, typing.get_type_hints(Settings)[name]), f"{value!r} is a {type(value).__name__}"
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, hint in typing.get_type_hints(Settings).items() if hint is bool], ids=str
+)
+def test_a_switch_can_be_turned_off(name):
+    assert getattr(parse_settings([*CUB, f"--{name}"]), name) is True
+    assert getattr(parse_settings([*CUB, f"--no-{name}"]), name) is False
+
+
+def test_a_name_for_windows_stays_a_name():
+    assert parse_settings([*CUB, "--windows", "vehicles"]).windows == "vehicles"
+
+
+@pytest.mark.parametrize("words", [["--epoch", "3"], ["--learning-rate", "1"], ["--learning_rates", "1"], ["stray"]])
+def test_an_unknown_flag_ends_the_program(words, capsys):
+    with pytest.raises(SystemExit) as ending:
+        parse_settings([*CUB, *words])
+    assert ending.value.code == 2
+    assert words[0] in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "words", [["--epochs", "5.5"], ["--epochs", "many"], ["--learning_rate", "fast"], ["--milestones", "3", "x"]]
+)
+def test_a_value_of_another_type_ends_the_program(words, capsys):
+    with pytest.raises(SystemExit) as ending:
+        parse_settings([*CUB, *words])
+    assert ending.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert words[0] in last
+    assert repr(words[-1]) in last
+
+
+@pytest.mark.parametrize("word", ["(((", "((((5, 5),), 1),", "(five, five)", "(1 2)", "(" * 300])
+def test_malformed_windows_are_refused_in_one_sentence(word, capsys):
+    with pytest.raises((SystemExit, SettingsError)) as ending:
+        parse_settings([*CUB, "--windows", word])
+    if isinstance(ending.value, SystemExit):
+        assert ending.value.code == 2
+        sentence = capsys.readouterr().err.splitlines()[-1]
+    else:
+        sentence = str(ending.value)
+        assert len(sentence.splitlines()) == 1
+    assert "windows" in sentence
+    assert word in sentence
+    assert "<lambda>" not in sentence
+
+
+def test_help_mentions_every_field(capsys):
+    with pytest.raises(SystemExit) as ending:
+        parse_settings(["--help"])
+    assert ending.value.code == 0
+    text = capsys.readouterr().out
+    for name in NAMES:
+        assert re.search(rf"--{name}\b", text), name
+
+
+def test_every_field_is_commented_where_it_stands_and_in_the_help(capsys):
+    text = Path(config.__file__).read_text(encoding="utf-8")
+    uncommented = [name for name in NAMES if not re.search(rf"^    {name}: .*  # \S", text, flags=re.MULTILINE)]
+    assert set(uncommented) <= {"epochs", "momentum", "weight_decay", "evaluation_batch_size"}  # these say it all
+    with pytest.raises(SystemExit):
+        parse_settings(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "what the backbone sees: a multiple of 32" in text  # input_size's comment
+
+
+# ---- Edits, the tables, the command line: who wins ------------------------------------------------------------------
+
+
+def test_an_edit_wins_over_the_table_and_a_flag_over_both(tmp_path, monkeypatch):
+    edited = edited_config(tmp_path, monkeypatch, epochs=7, learning_rate=0.125, flip=0.25)
+    settings = edited.parse_settings(CUB)
+    assert (settings.epochs, settings.learning_rate, settings.flip) == (7, 0.125, 0.25)
+    assert settings.batch_size == 40  # not edited: the table's
+    settings = edited.parse_settings([*CUB, "--epochs", "3", "--flip", "0.75"])
+    assert (settings.epochs, settings.learning_rate, settings.flip) == (3, 0.125, 0.75)
+    settings = edited.parse_settings([*CUB, "--model", "mmal"])
+    assert (settings.epochs, settings.batch_size) == (7, 6)  # wins over a model's own value, too
+
+
+def test_an_edited_tuple_survives_the_command_line(tmp_path, monkeypatch):
+    edited = edited_config(tmp_path, monkeypatch, classes=("a*", "b"), windows=((((5, 5),), 1),), milestones=(2,))
+    settings = edited.parse_settings(CUB)
+    assert settings.classes == ("a*", "b")
+    assert settings.windows == ((((5, 5),), 1),)
+    assert settings.milestones == (2,)
+
+
+def test_complete_fills_only_what_is_none():
+    given = dataclasses.replace(Settings(), dataset="cub", data_root="x", epochs=7, clip_gradient_norm=0.0)
+    settings = complete(given)
+    assert settings.epochs == 7
+    assert settings.clip_gradient_norm == 0.0
+    assert settings.input_size == 448
+    for field in dataclasses.fields(Settings):
+        if getattr(given, field.name) is not None:
+            assert getattr(settings, field.name) == getattr(given, field.name)
+
+
+@pytest.mark.parametrize("dataset", list(config.DATASETS))
+@pytest.mark.parametrize("model", list(config.MODELS))
+def test_every_data_set_and_model_gets_complete_settings(dataset, model):
+    settings = complete(dataclasses.replace(Settings(), dataset=dataset, model=model, data_root="x"))
+    unset = {name for name in NAMES if getattr(settings, name) is None}
+    assert unset <= {"classes", "name", "answer"}
+
+
+@pytest.mark.parametrize(("dataset", "windows"), [("cub", "birds"), ("cars", "vehicles"), ("aircraft", "vehicles")])
+def test_published_hyperparameters(dataset, windows):
+    settings = parse_settings(["--dataset", dataset, "--data_root", "x"])
+    assert settings.model == "sgkrl"
+    assert settings.input_size == settings.image_size == 448
+    assert settings.backbone == "resnet50"
+    assert settings.windows == windows
+    assert settings.epochs == 100
+    assert settings.batch_size == 40
+    assert settings.learning_rate == 1e-3
+    assert settings.head_learning_rate_factor == 1
+    assert settings.momentum == 0.9
+    assert settings.weight_decay == 1e-4
+    assert settings.schedule == "steps"
+    assert settings.milestones == (60, 100)
+    assert settings.clip_gradient_norm == 0
+    assert settings.label_smoothing == 0
+    assert settings.dropout == 0.5
+    assert settings.warmup_epochs == 1
+    assert settings.mask_from_epoch == 46
+
+
+@pytest.mark.parametrize("dataset", ["cub", "cars", "aircraft"])
+def test_published_hyperparameters_of_mmal(dataset):
+    settings = parse_settings(["--dataset", dataset, "--data_root", "x", "--model", "mmal"])
+    assert (settings.epochs, settings.batch_size, settings.learning_rate) == (200, 6, 1e-3)
+    assert settings.windows == ("birds" if dataset == "cub" else "vehicles")
+
+
+def test_as_it_comes_the_demo_is_trained_without_data_or_download():
+    settings = parse_settings([])
+    assert (settings.dataset, settings.model, settings.data_root) == ("demo", "sgkrl", None)
+    assert settings.pretrained == "none"
+    demo_mmal = parse_settings(["--model", "mmal"])
+    assert demo_mmal.epochs == settings.epochs  # the demo's own, not those published for real data
+
+
+def test_image_size_follows_input_size():
+    assert parse_settings([*CUB, "--input_size", "224"]).image_size == 224
+    assert parse_settings([*CUB, "--input_size", "224", "--image_size", "448"]).image_size == 448
+
+
+# ---- Impossible values ----------------------------------------------------------------------------------------------
+
+IMPOSSIBLE = [
+    ("dataset", "fish"),
+    ("model", "vgg"),
+    ("data_root", None),
+    ("name", "a/b"),
+    ("name", ""),
+    ("name", ".. "),
+    ("seed", -1),
+    ("validation", 0.0),
+    ("validation", 1.0),
+    ("validation", -0.1),
+    ("select_on", "train"),
+    ("test_fraction", 0.0),
+    ("test_fraction", 1.0),
+    ("input_size", 100),
+    ("input_size", 64),
+    ("input_size", 0),
+    ("input_size", -96),
+    ("image_size", 447),
+    ("flip", 1.5),
+    ("flip", -0.5),
+    ("flip", float("nan")),
+    ("brightness", 1.0),
+    ("contrast", -0.1),
+    ("dropout", 1.0),
+    ("label_smoothing", 1.0),
+    ("label_smoothing", float("nan")),
+    ("epochs", 0),
+    ("epochs", 2.5),
+    ("batch_size", 0),
+    ("evaluation_batch_size", 0),
+    ("learning_rate", 0.0),
+    ("learning_rate", -1e-3),
+    ("learning_rate", float("nan")),
+    ("learning_rate", float("inf")),
+    ("head_learning_rate_factor", 0.0),
+    ("momentum", -0.1),
+    ("weight_decay", -1e-4),
+    ("weight_decay", float("nan")),
+    ("clip_gradient_norm", -1.0),
+    ("schedule", "cosine"),
+    ("milestones", (0,)),
+    ("milestones", (60, -5)),
+    ("warmup_epochs", -1),
+    ("mask_from_epoch", -3),
+    ("device", "abacus"),
+    ("precision", "float16"),
+    ("workers", -1),
+    ("pictures_every", -1),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), IMPOSSIBLE, ids=[f"{name}={value}" for name, value in IMPOSSIBLE])
+def test_impossible_values_are_refused_in_a_sentence(name, value):
+    settings = dataclasses.replace(Settings(), dataset="cub", data_root="somewhere")
+    with pytest.raises(SettingsError) as refusal:
+        complete(dataclasses.replace(settings, **{name: value}))
+    sentence = str(refusal.value)
+    assert len(sentence.splitlines()) == 1
+    assert name in sentence
+    assert repr(value) in sentence
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("flip", 0.0),
+        ("flip", 1.0),
+        ("brightness", 0.0),
+        ("dropout", 0.0),
+        ("input_size", 96),
+        ("weight_decay", 0.0),
+        ("momentum", 0.0),
+        ("clip_gradient_norm", 0.0),
+        ("workers", 0),
+        ("pictures_every", 0),
+        ("warmup_epochs", 0),
+        ("mask_from_epoch", 1),
+        ("device", "cuda:1"),
+        ("device", "auto"),
+        ("name", "ok_1.2+b-c"),
+    ],
+)
+def test_the_outermost_possible_values_pass(name, value):
+    settings = dataclasses.replace(Settings(), dataset="cub", data_root="somewhere", **{name: value})
+    assert getattr(complete(settings), name) == value
+
+
+def test_no_validation_must_be_asked_for():
+    settings = parse_settings([*CUB, "--validation", "0", "--select_on", "test"])
+    assert (settings.validation, settings.select_on) == (0, "test")
+    with pytest.raises(SettingsError, match="select_on"):
+        parse_settings([*CUB, "--validation", "0"])
+
+
+def test_settings_cannot_be_changed_later():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        parse_settings([]).epochs = 3
+
+
+# ---- The rest -------------------------------------------------------------------------------------------------------
+
+
+def test_run_name():
+    assert run_name(parse_settings([])) == "demo-sgkrl"
+    assert run_name(parse_settings([*CUB, "--model", "mmal", "--name", "try1"])) == "cub-mmal-try1"
+
+
+def test_settings_need_the_standard_library_only():
+    code = (
+        "import sys; sys.path.insert(0, '.'); import config; config.parse_settings([]);"
+        "print(sorted({'torch', 'numpy', 'PIL'} & sys.modules.keys()))"
+    )
+    folder = Path(config.__file__).parent
+    result = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

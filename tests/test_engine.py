@@ -1,0 +1,344 @@
+"""Training and evaluation of one epoch, against loops written out by hand."""
+
+from __future__ import annotations
+
+import copy
+import math
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader
+
+from datasets import Sample, collate
+from networks.losses import classification_losses
+from networks.outputs import NetworkOutput, combine_branches
+from utils.engine import Execution, NonFiniteLossError, evaluate, train_one_epoch
+from utils.schedule import EpochPlan
+
+SIZE = 8  # pixels that the toy network sees
+CPU = Execution(torch.device("cpu"))
+EVERYTHING = EpochPlan({"raw": 1.0, "object": 0.5}, mask_background=True)
+
+
+class Toy(nn.Module):
+    """Two branches on a convolution with batch norm and dropout; a box that the picture's first pixels tell."""
+
+    branches = ("raw", "object")
+    answer = ("raw", "object")
+    input_size = SIZE
+
+    def __init__(self, *, boxes: bool = True) -> None:
+        super().__init__()
+        self.boxes = boxes
+        self.convolution = nn.Conv2d(3, 6, 3)
+        self.norm = nn.BatchNorm2d(6)
+        self.dropout = nn.Dropout(0.5)
+        self.raw = nn.Linear(6, 3)
+        self.object = nn.Linear(6, 3)
+        self.calls: list[dict] = []
+
+    def forward(self, images, *, mask_background=False, branches=None):
+        self.calls.append({"mask_background": mask_background, "branches": branches, "shape": tuple(images.shape)})
+        features = self.dropout(F.relu(self.norm(self.convolution(images))).mean(dim=(2, 3)))
+        logits = {"raw": self.raw(features)}
+        if branches is None or "object" in branches:
+            logits["object"] = self.object(features)
+        start = (images[:, 0, 0, :2].abs() * 4).floor().clamp(0, 3)
+        return NetworkOutput(logits, torch.cat([start, start + 3], dim=1) if self.boxes else None)
+
+    def predict_logits(self, output):
+        return combine_branches(output, self.answer)
+
+
+def make_network(**options) -> Toy:
+    torch.manual_seed(0)
+    return Toy(**options)
+
+
+def make_samples(count: int, *, size: int = SIZE, boxes: bool = True) -> list[Sample]:
+    generator = torch.Generator().manual_seed(1)
+    samples = []
+    for index in range(count):
+        corners = torch.rand(2, 2, generator=generator).sort(dim=0).values.flatten() * size
+        image = torch.randn(3, size, size, generator=generator)
+        samples.append(Sample(image, index % 3, corners if boxes else None, str(index)))
+    return samples
+
+
+def make_loader(samples: list[Sample], batch_size: int) -> DataLoader:
+    return DataLoader(samples, batch_size=batch_size, collate_fn=collate)
+
+
+def sgd(network: nn.Module):
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.5, momentum=0.9, weight_decay=1e-3)
+    return optimizer, torch.optim.lr_scheduler.MultiStepLR(optimizer, [2], gamma=0.1)
+
+
+def assert_same_state(one: nn.Module, other: nn.Module) -> None:
+    ours, theirs = one.state_dict(), other.state_dict()
+    assert ours.keys() == theirs.keys()
+    differing = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert differing == []
+
+
+# ---- Training -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.05])
+@pytest.mark.parametrize("plan", [EVERYTHING, EpochPlan({"raw": 1.0}, mask_background=False)], ids=["all", "warm-up"])
+def test_an_epoch_equals_the_loop_written_out(plan, clip):
+    loader = make_loader(make_samples(11), batch_size=4)
+    network = make_network()
+    optimizer, schedule = sgd(network)
+    torch.manual_seed(5)
+    averages = train_one_epoch(
+        network,
+        loader,
+        optimizer,
+        schedule,
+        plan=plan,
+        loss_function=partial(classification_losses, label_smoothing=0.1),
+        execution=CPU,
+        clip_gradient_norm=clip,
+    )
+
+    reference = make_network()
+    optimizer, schedule = sgd(reference)
+    torch.manual_seed(5)
+    reference.train()
+    losses = dict.fromkeys((*plan.loss_weights, "total"), 0.0)
+    correct = dict.fromkeys(plan.loss_weights, 0)
+    norms = []
+    for batch in loader:
+        output = reference(batch.images.to(memory_format=torch.channels_last), branches=tuple(plan.loss_weights))
+        terms = {n: F.cross_entropy(output.logits[n], batch.labels, label_smoothing=0.1) for n in plan.loss_weights}
+        loss = terms["raw"] * 1.0
+        if "object" in terms:
+            loss = loss + 0.5 * terms["object"]
+        optimizer.zero_grad()
+        loss.backward()
+        gradients = [p.grad for p in reference.parameters() if p.grad is not None]
+        norms.append(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients])))
+        if clip:
+            for gradient in gradients:
+                gradient *= (clip / (norms[-1] + 1e-6)).clamp(max=1.0)
+        optimizer.step()
+        schedule.step()
+        losses["total"] += loss.item() * len(batch.labels)
+        for name, term in terms.items():
+            losses[name] += term.item() * len(batch.labels)
+            correct[name] += (output.logits[name].argmax(dim=1) == batch.labels).sum().item()
+
+    assert_same_state(network, reference)
+    if clip:
+        assert min(norms) > clip  # every step was clipped
+    speed = averages.pop("images_per_second")
+    assert speed > 0
+    expected = {f"loss/{name}": value / 11 for name, value in losses.items()}
+    expected |= {f"accuracy/{name}": value / 11 for name, value in correct.items()}
+    assert averages == pytest.approx({**expected, "images": 11}, rel=1e-6)
+    assert network.training
+
+
+def test_the_plan_reaches_the_network():
+    network, loader = make_network(), make_loader(make_samples(5), batch_size=2)
+    train_one_epoch(network, loader, *sgd(network), plan=EVERYTHING, loss_function=classification_losses, execution=CPU)
+    call = {"mask_background": True, "branches": ("raw", "object"), "shape": (2, 3, SIZE, SIZE)}
+    assert network.calls == [call, call, {**call, "shape": (1, 3, SIZE, SIZE)}]
+
+
+def test_a_branch_outside_the_plan_keeps_its_weights_even_from_weight_decay():
+    network = make_network()
+    before = copy.deepcopy(network)
+    plan = EpochPlan({"raw": 1.0}, mask_background=False)
+    loader = make_loader(make_samples(8), batch_size=4)
+    train_one_epoch(network, loader, *sgd(network), plan=plan, loss_function=classification_losses, execution=CPU)
+    assert torch.equal(network.object.weight, before.object.weight)
+    assert not torch.equal(network.raw.weight, before.raw.weight)
+
+
+def test_clipping_scales_down_and_never_up():
+    states = {}
+    for clip in (0.0, 0.05, 1e9):
+        network = make_network()
+        torch.manual_seed(5)
+        train_one_epoch(
+            network,
+            make_loader(make_samples(8), batch_size=4),
+            *sgd(network),
+            plan=EVERYTHING,
+            loss_function=classification_losses,
+            execution=CPU,
+            clip_gradient_norm=clip,
+        )
+        states[clip] = network
+    assert_same_state(states[0.0], states[1e9])
+    assert not torch.equal(states[0.0].raw.weight, states[0.05].raw.weight)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("broken_step", [1, 2, 3])
+def test_a_loss_that_is_not_finite_stops_the_epoch_by_name(value, broken_step):
+    steps = 0
+
+    def loss_function(output, labels):
+        nonlocal steps
+        steps += 1
+        terms = classification_losses(output, labels)
+        return terms | {"object": terms["object"] * value} if steps == broken_step else terms
+
+    network = make_network()
+    with pytest.raises(NonFiniteLossError) as stop:
+        train_one_epoch(
+            network,
+            make_loader(make_samples(12), batch_size=4),
+            *sgd(network),
+            plan=EVERYTHING,
+            loss_function=loss_function,
+            execution=CPU,
+        )
+    assert steps == broken_step
+    message = str(stop.value)
+    assert "loss/object" in message
+    assert "loss/total" in message
+    assert "loss/raw" not in message
+    assert len(message.splitlines()) == 1
+
+
+def test_bf16_computes_in_bf16_and_keeps_weights_and_loss_in_float32():
+    network = make_network()
+    seen = []
+    network.raw.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+
+    def loss_function(output, labels):
+        terms = classification_losses(output, labels)
+        seen.append(terms["raw"].dtype)
+        return terms
+
+    execution = Execution(torch.device("cpu"), precision="bf16")
+    loader = make_loader(make_samples(4), batch_size=4)
+    train_one_epoch(network, loader, *sgd(network), plan=EVERYTHING, loss_function=loss_function, execution=execution)
+    assert seen == [torch.bfloat16, torch.float32]
+    assert {p.dtype for p in network.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_images_come_in_the_chosen_layout(channels_last):
+    execution = Execution(torch.device("cpu"), channels_last=channels_last)
+    images = execution.images(torch.rand(2, 3, 4, 5))
+    assert images.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+# ---- Evaluation -----------------------------------------------------------------------------------------------------
+
+
+def _evaluate(network, loader, **options):
+    shared = {"plan": EVERYTHING, "loss_function": classification_losses, "execution": CPU}
+    return evaluate(network, loader, **shared | options)
+
+
+def _overlap(a, b) -> float:
+    width = max(min(a[2], b[2]) - max(a[0], b[0]), 0)
+    height = max(min(a[3], b[3]) - max(a[1], b[1]), 0)
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)]
+    return width * height / (sum(areas) - width * height)
+
+
+@pytest.mark.parametrize("image_size", [SIZE, 2 * SIZE, 3 * SIZE])
+def test_figures_equal_direct_computation_over_uneven_batches(image_size):
+    samples = make_samples(11, size=image_size)
+    network = make_network()
+    figures = _evaluate(network, make_loader(samples, batch_size=4))
+    speed = figures.pop("images_per_second")
+    assert speed > 0
+
+    expected = {"loss/raw": 0.0, "loss/object": 0.0, "accuracy/raw": 0, "accuracy/object": 0, "accuracy/answer": 0}
+    overlaps = []
+    network.eval()
+    for sample in samples:  # one by one
+        with torch.no_grad():
+            output = network(sample.image[None])
+        probabilities = []
+        for name in ("raw", "object"):
+            p = output.logits[name][0].softmax(dim=0)
+            probabilities.append(p)
+            expected[f"loss/{name}"] -= p[sample.label].log().item() / 11
+            expected[f"accuracy/{name}"] += (p.argmax() == sample.label).item() / 11
+        expected["accuracy/answer"] += (sum(probabilities).argmax() == sample.label).item() / 11
+        x0, y0, x1, y1 = output.object_boxes[0].tolist()
+        true = [edge * SIZE / image_size for edge in sample.box.tolist()]
+        overlaps.append(_overlap((x0, y0, x1 + 1, y1 + 1), true))
+    expected["loss/total"] = expected["loss/raw"] + 0.5 * expected["loss/object"]
+    expected["box_iou/mean"] = sum(overlaps) / 11
+    expected["box_iou/share_at_0.5"] = sum(overlap >= 0.5 for overlap in overlaps) / 11
+    assert figures == pytest.approx({**expected, "images": 11}, rel=1e-5)
+    assert expected["box_iou/mean"] > 0
+
+
+def test_evaluation_changes_nothing():
+    network = make_network()
+    before = copy.deepcopy(network.state_dict())
+    _evaluate(network.train(), make_loader(make_samples(7), batch_size=3))
+    assert not network.training
+    assert not any(module.training for module in network.modules())
+    assert all(p.grad is None and p.requires_grad for p in network.parameters())
+    after = network.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    train_one_epoch(  # and training goes on after it
+        network,
+        make_loader(make_samples(4), batch_size=4),
+        *sgd(network),
+        plan=EVERYTHING,
+        loss_function=classification_losses,
+        execution=CPU,
+    )
+    assert network.training
+
+
+def test_evaluation_does_not_touch_the_random_numbers_of_training():
+    network = make_network()
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    loader = make_loader(make_samples(7), batch_size=3)
+    loader.generator = torch.Generator()  # a loader draws a seed for its workers: from the global numbers, by default
+    _evaluate(network, loader)
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_all_branches_are_evaluated_even_in_warm_up():
+    network = make_network()
+    plan = EpochPlan({"raw": 1.0}, mask_background=True)
+    figures = _evaluate(network, make_loader(make_samples(5), batch_size=5), plan=plan)
+    assert network.calls == [{"mask_background": True, "branches": None, "shape": (5, 3, SIZE, SIZE)}]
+    assert figures["loss/total"] == figures["loss/raw"]
+    assert {"accuracy/raw", "accuracy/object", "accuracy/answer", "loss/object"} <= figures.keys()
+
+
+@pytest.mark.parametrize(("network_boxes", "true_boxes"), [(False, True), (True, False), (False, False)])
+def test_no_overlap_without_both_boxes(network_boxes, true_boxes):
+    network = make_network(boxes=network_boxes)
+    figures = _evaluate(network, make_loader(make_samples(5, boxes=true_boxes), batch_size=2))
+    assert not [name for name in figures if name.startswith("box_iou")]
+
+
+def test_on_batch_sees_every_batch_with_its_answer():
+    seen = []
+    network = make_network()
+
+    def collect(batch, output, answer):
+        assert torch.equal(answer, network.predict_logits(output))
+        assert answer.shape == (len(batch.labels), 3)
+        seen.extend(batch.paths)
+
+    _evaluate(network, make_loader(make_samples(7), batch_size=3), on_batch=collect)
+    assert seen == [str(index) for index in range(7)]
+
+
+def test_evaluation_of_no_image_at_all_ends():
+    """Under torchrun a process's share of a small validation set can be empty."""
+    figures = _evaluate(make_network(), make_loader([], batch_size=3))
+    assert figures["images"] == 0

@@ -1,0 +1,152 @@
+"""What changes from epoch to epoch, against formulas."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from config import parse_settings
+from networks import build_network
+from utils.schedule import build_optimizer, build_schedule, plan_epoch
+
+BRANCHES = ("raw", "fused", "object", "window", "graph")
+
+
+# ---- Plans ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("warmup_epochs", [0, 1, 3])
+@pytest.mark.parametrize("mask_from_epoch", [None, 1, 2, 5])
+def test_plan_of_every_epoch(warmup_epochs, mask_from_epoch):
+    for epoch in range(1, 8):
+        plan = plan_epoch(epoch, BRANCHES, warmup_epochs=warmup_epochs, mask_from_epoch=mask_from_epoch)
+        expected = ("raw",) if epoch - 1 < warmup_epochs else BRANCHES
+        assert plan.loss_weights == dict.fromkeys(expected, 1.0)
+        assert plan.mask_background is (mask_from_epoch is not None and epoch + 1 > mask_from_epoch)
+
+
+def test_published_plan():
+    settings = parse_settings(["--dataset", "cub", "--data_root", "x"])
+    shared = {"warmup_epochs": settings.warmup_epochs, "mask_from_epoch": settings.mask_from_epoch}
+    plans = {epoch: plan_epoch(epoch, BRANCHES, **shared) for epoch in range(1, settings.epochs + 1)}
+    assert [epoch for epoch, plan in plans.items() if set(plan.loss_weights) == {"raw"}] == [1]
+    assert [epoch for epoch, plan in plans.items() if plan.mask_background] == list(range(46, 101))
+
+
+# ---- Optimizer ------------------------------------------------------------------------------------------------------
+
+NETWORKS = [
+    {"model": "resnet"},
+    {"model": "mmal"},
+    {"model": "sgkrl", "wiring": "trained"},
+    {"model": "sgkrl", "wiring": "published"},
+]
+
+
+@pytest.mark.parametrize("options", NETWORKS, ids=lambda options: "-".join(options.values()))
+def test_every_trainable_parameter_is_optimized_once_and_heads_at_their_factor(options):
+    network = build_network(num_classes=3, backbone="resnet18", input_size=96, windows=((((5, 5),), 1),), **options)
+    optimizer = build_optimizer(
+        network,
+        network.heads(),
+        learning_rate=0.01,
+        head_learning_rate_factor=5.0,
+        momentum=0.8,
+        weight_decay=1e-3,
+    )
+    rates = [(id(p), group["lr"]) for group in optimizer.param_groups for p in group["params"]]
+    assert len(rates) == len({identity for identity, _ in rates})
+    heads = {id(p) for head in network.heads() for p in head.parameters()}
+    expected = {id(p): 0.05 if id(p) in heads else 0.01 for p in network.parameters() if p.requires_grad}
+    assert dict(rates) == pytest.approx(expected)
+    assert heads <= expected.keys()
+    assert id(network.classifier.weight) in heads
+    assert id(network.backbone.trunk.conv1.weight) not in heads
+    for group in optimizer.param_groups:
+        assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.8, 1e-3, False)
+    frozen = [name for name, p in network.named_parameters() if not p.requires_grad]
+    if options.get("wiring") == "published":  # never learn there; weight decay must not shrink them either
+        assert {name.split(".")[0] for name in frozen} == {"fusion", "weighting"}
+    else:
+        assert frozen == []
+
+
+# ---- Learning rates -------------------------------------------------------------------------------------------------
+
+
+def _rates(kind: str, *, epochs: int, steps: int, milestones=(), rate=0.02, factor=5.0) -> tuple[list, list]:
+    """Learning rates [epochs * steps] of the two groups, as the optimizer meets them at each step."""
+    trunk, head = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    network = torch.nn.Sequential(trunk, head)
+    options = {"learning_rate": rate, "head_learning_rate_factor": factor, "momentum": 0.9, "weight_decay": 0.0}
+    optimizer = build_optimizer(network, [head], **options)
+    schedule = build_schedule(optimizer, kind, epochs=epochs, steps_per_epoch=steps, milestones=milestones)
+    used = []
+    for _ in range(epochs * steps):
+        used.append([group["lr"] for group in optimizer.param_groups])
+        assert [group["momentum"] for group in optimizer.param_groups] == [0.9, 0.9]
+        optimizer.step()
+        schedule.step()
+    return [pair[0] for pair in used], [pair[1] for pair in used]
+
+
+@pytest.mark.parametrize("milestones", [(), (2,), (2, 4), (4, 2), (1, 2, 3), (3, 90)])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_steps(milestones, steps):
+    trunk, head = _rates("steps", epochs=5, steps=steps, milestones=milestones)
+    expected = [0.02 * 0.1 ** sum(epoch >= m for m in milestones) for epoch in range(5) for _ in range(steps)]
+    assert trunk == pytest.approx(expected, rel=1e-9)
+    assert head == pytest.approx([5 * value for value in expected], rel=1e-9)
+
+
+def _one_cycle(step: int, steps: int, highest: float) -> float:
+    peak = 0.3 * steps - 1
+    low, lowest = highest / 25, highest / 25e4
+    start, end, part = (
+        (low, highest, step / peak) if step <= peak else (highest, lowest, (step - peak) / (steps - 1 - peak))
+    )
+    return end + (start - end) * (1 + math.cos(math.pi * part)) / 2
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(4, 10), (10, 1), (5, 7)])
+def test_one_cycle(epochs, steps):
+    trunk, head = _rates("one_cycle", epochs=epochs, steps=steps)
+    expected = [_one_cycle(step, epochs * steps, 0.02) for step in range(epochs * steps)]
+    assert trunk == pytest.approx(expected, rel=1e-6)
+    assert head == pytest.approx([5 * value for value in expected], rel=1e-6)
+    assert max(trunk) == pytest.approx(0.02, rel=0.1)
+    assert trunk[-1] < 1e-4 * max(trunk)
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(1, 1), (1, 2), (2, 1), (1, 4)])
+def test_one_cycle_of_the_shortest_runs(epochs, steps):
+    trunk, _ = _rates("one_cycle", epochs=epochs, steps=steps)
+    assert all(0 < rate <= 0.02 + 1e-12 for rate in trunk)
+
+
+@pytest.mark.parametrize(("model", "epochs"), [("sgkrl", 100), ("mmal", 200)])
+def test_published_milestones(model, epochs):
+    settings = parse_settings(["--dataset", "cub", "--data_root", "x", "--model", model])
+    assert settings.epochs == epochs
+    trunk, head = _rates(
+        settings.schedule,
+        epochs=settings.epochs,
+        steps=2,
+        milestones=settings.milestones,
+        rate=settings.learning_rate,
+        factor=settings.head_learning_rate_factor,
+    )
+    of_epoch = {epoch: trunk[2 * (epoch - 1)] for epoch in range(1, epochs + 1)}
+    assert of_epoch[1] == of_epoch[60] == pytest.approx(1e-3)
+    assert of_epoch[61] == of_epoch[100] == pytest.approx(1e-4)
+    if epochs > 100:
+        assert of_epoch[101] == of_epoch[200] == pytest.approx(1e-5)
+    assert trunk == head
+
+
+def test_an_unknown_schedule_is_refused():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    with pytest.raises(ValueError, match="cosine"):
+        build_schedule(optimizer, "cosine", epochs=1, steps_per_epoch=1, milestones=())

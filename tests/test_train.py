@@ -1,0 +1,696 @@
+"""Whole runs: train.py and test.py from their command lines to the files they leave."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import config
+import datasets
+import train
+from config import Settings, SettingsError
+from datasets import DataError, Pictures, read_catalogue
+from networks import build_network
+from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from utils.engine import NonFiniteLossError
+from utils.errors import exit_with_one_sentence
+
+PROJECT = Path(train.__file__).resolve().parent
+BRANCHES = ("raw", "fused", "object", "window", "graph")
+
+# Everything that a resumed run could get wrong: flips, jitter and dropout are on; warm-up ends, the mask begins and the
+# learning rate changes at every step.
+FOUR_EPOCHS = [
+    *("--epochs", "4", "--warmup_epochs", "1", "--mask_from_epoch", "3", "--schedule", "one_cycle"),
+    *("--learning_rate", "0.01", "--head_learning_rate_factor", "5", "--clip_gradient_norm", "1"),
+    *("--label_smoothing", "0.1", "--dropout", "0.5", "--pictures_every", "3"),
+]
+TWO_EPOCHS = ["--epochs", "2", "--schedule", "steps", "--milestones", "1", "--learning_rate", "0.05"]
+
+
+def read_log(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def without_speeds(lines: list[dict]) -> list[dict]:
+    return [{name: v for name, v in line.items() if not name.startswith("speed/")} for line in lines]
+
+
+def read_events(folder: Path) -> EventAccumulator:
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "tensors": 0})
+    events.Reload()
+    return events
+
+
+def assert_equal(one: object, other: object, place: str = "") -> None:
+    """Two checkpoints hold the same, every tensor bit for bit."""
+    assert type(one) is type(other), place
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype, place
+        assert torch.equal(one, other), place
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), place
+        for name, value in one.items():
+            assert_equal(value, other[name], f"{place}/{name}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), place
+        for index, (ours, theirs) in enumerate(zip(one, other, strict=True)):
+            assert_equal(ours, theirs, f"{place}/{index}")
+    else:
+        assert one == other, place
+
+
+def interrupt_in_epoch(monkeypatch: pytest.MonkeyPatch, epoch: int) -> None:
+    """Ctrl-C after the training of an epoch, before its evaluation."""
+    evaluate = train.evaluate
+    plan_epoch, planned = train.plan_epoch, []
+
+    def plan(number, *arguments, **options):
+        planned.append(number)
+        return plan_epoch(number, *arguments, **options)
+
+    def interrupted(*arguments, **options):
+        if planned[-1] == epoch:
+            raise KeyboardInterrupt
+        return evaluate(*arguments, **options)
+
+    monkeypatch.setattr(train, "plan_epoch", plan)
+    monkeypatch.setattr(train, "evaluate", interrupted)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_wait_for_the_disk():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file_number: None)
+        yield
+
+
+@pytest.fixture
+def tmp_path(tmp_path):
+    """pytest's own, emptied after the test: checkpoints are large, and pytest would keep them for three sessions."""
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_run, runs) -> Path:
+    """The folder of an uninterrupted run of SG-KRL over four epochs; tests only read it."""
+    train.main(tiny_run(runs, *FOUR_EPOCHS, model="sgkrl"))
+    return runs / "folder-sgkrl"
+
+
+@pytest.fixture(scope="module")
+def short(tiny_run, runs) -> Path:
+    """The folder of a ResNet's run over two epochs; tests only read it."""
+    train.main(tiny_run(runs, *TWO_EPOCHS))
+    return runs / "folder-resnet"
+
+
+@pytest.fixture
+def short_copy(short, tmp_path) -> Path:
+    """A copy of that folder whose files may be replaced or removed, but not written into: they are hard links."""
+    return Path(shutil.copytree(short, tmp_path / "runs" / short.name, copy_function=os.link))
+
+
+# ---- What a run leaves ----------------------------------------------------------------------------------------------
+
+
+def test_folder_of_a_run(finished):
+    names = {re.sub(r"tfevents.*", "tfevents", path.name) for path in finished.iterdir()}
+    files = {"config.json", "log.jsonl", "last.pth", "best.pth", "events.out.tfevents", "pictures"}
+    assert names == files
+    assert sorted(path.name for path in (finished / "pictures").iterdir()) == [
+        "epoch-001.png",
+        "epoch-003.png",
+        "epoch-004.png",
+    ]
+    saved = json.loads((finished / "config.json").read_text(encoding="utf-8"))
+    in_checkpoint = load_checkpoint(finished / "last.pth")["settings"]
+    assert saved == json.loads(json.dumps(in_checkpoint))
+    assert in_checkpoint.keys() == Settings.__dataclass_fields__.keys()
+    assert (saved["epochs"], saved["model"], saved["windows"]) == (4, "sgkrl", [[[[5, 5]], 1]])
+
+
+def test_log_has_a_line_per_epoch(finished):
+    lines = read_log(finished)
+    assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
+    for line in lines:
+        trained = ("raw",) if line["epoch"] == 1 else BRANCHES
+        logged = {f"train/loss/{name}" for name in (*trained, "total")} | {f"train/accuracy/{name}" for name in trained}
+        logged |= {f"validation/loss/{name}" for name in (*BRANCHES, "total")}
+        logged |= {f"validation/accuracy/{name}" for name in (*BRANCHES, "answer")}
+        logged |= {"schedule/learning_rate", "speed/train_images_per_second", "speed/validation_images_per_second"}
+        assert line.keys() == logged | {"epoch", "train/images", "validation/images"}
+        assert (line["train/images"], line["validation/images"]) == (12, 6)
+        assert line["train/loss/total"] == pytest.approx(sum(line[f"train/loss/{name}"] for name in trained), rel=1e-6)
+    assert lines[0]["schedule/learning_rate"] == pytest.approx(0.01 / 25)  # one_cycle begins at a 25th
+
+
+def test_tensorboard_holds_the_log_pictures_and_settings(finished):
+    events = read_events(finished)
+    lines = read_log(finished)
+    tags = {name for line in lines for name in line} - {"epoch"}
+    assert set(events.Tags()["scalars"]) == tags
+    for tag in tags:
+        points = {point.step: point.value for point in events.Scalars(tag)}
+        expected = {line["epoch"]: line[tag] for line in lines if tag in line}
+        assert points == pytest.approx(expected, rel=1e-6)
+    assert events.Tags()["images"] == ["validation/localization"]
+    assert [image.step for image in events.Images("validation/localization")] == [1, 3, 4]
+    (text_tag,) = (tag for tag in events.Tags()["tensors"] if tag.startswith("settings"))
+    text = events.Tensors(text_tag)[0].tensor_proto.string_val[0].decode()
+    for name in (*Settings.__dataclass_fields__, "selected_on"):
+        assert re.search(rf"\b{name}\b", text), name
+
+
+def test_best_is_the_epoch_of_the_highest_validation_answer(finished):
+    accuracies = {line["epoch"]: line["validation/accuracy/answer"] for line in read_log(finished)}
+    best_epoch = max(accuracies, key=lambda epoch: (accuracies[epoch], -epoch))  # of equal ones the first
+    best, last = load_checkpoint(finished / "best.pth"), load_checkpoint(finished / "last.pth")
+    assert best["epoch"] == best_epoch
+    assert best["best"] == last["best"] == {"accuracy": accuracies[best_epoch], "epoch": best_epoch}
+    assert last["epoch"] == 4
+    assert best["class_names"] == last["class_names"] == ["blue", "green", "red"]
+    assert best["selected_on"].startswith("6 validation images")
+    assert "optimizer" not in best
+
+
+@pytest.mark.parametrize("accuracies", [(0.2, 0.6, 0.6), (0.0, 0.0)])
+def test_best_follows_the_figures(tiny_run, tmp_path, monkeypatch, accuracies):
+    """With made-up figures, and all other numbers pointing the other way."""
+    calls = iter(accuracies)
+
+    def evaluate(network, batches, **options):
+        accuracy = next(calls)
+        return {
+            "loss/total": accuracy,
+            "accuracy/raw": 1 - accuracy,
+            "accuracy/answer": accuracy,
+            "images_per_second": 1.0,
+        }
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    monkeypatch.setattr(train, "train_one_epoch", lambda *a, **o: {"loss/total": 1.0, "images_per_second": 1.0})
+    train.main(tiny_run(tmp_path, "--epochs", str(len(accuracies))))
+    best_epoch = accuracies.index(max(accuracies)) + 1
+    assert load_checkpoint(tmp_path / "folder-resnet" / "best.pth")["epoch"] == best_epoch
+
+
+def test_demo_birds_have_boxes(tmp_path, monkeypatch, evaluation_script):
+    """Drawn pictures, larger than the backbone's input, through MMAL-Net: overlap of boxes from end to end."""
+    monkeypatch.setattr(datasets, "DEMO_TRAIN", 4)
+    monkeypatch.setattr(datasets, "DEMO_TEST", 2)
+    names = read_catalogue("demo", None).class_names[:3]
+    train.main(
+        [
+            *("--dataset", "demo", "--model", "mmal", "--backbone", "resnet18", "--classes", *names),
+            *("--input_size", "96", "--image_size", "128", "--windows", "((((5, 5),), 2),)", "--warmup_epochs", "0"),
+            *("--epochs", "1", "--batch_size", "4", "--workers", "0", "--checkpoint_dir", str(tmp_path)),
+        ]
+    )
+    folder = tmp_path / "demo-mmal"
+    (line,) = read_log(folder)
+    assert 0 < line["validation/box_iou/mean"] < 1
+    assert 0 <= line["validation/box_iou/share_at_0.5"] <= 1
+    assert {"validation/box_iou/mean", "validation/box_iou/share_at_0.5"} <= set(read_events(folder).Tags()["scalars"])
+
+    evaluation_script.main([str(folder / "best.pth")])
+    boxes = json.loads((folder / "report.json").read_text(encoding="utf-8"))["boxes"]
+    saved = load_checkpoint(folder / "best.pth")
+    network = rebuilt(saved)
+    catalogue = read_catalogue("demo", None, classes=names)
+    overlaps = []
+    for sample in Pictures(catalogue.test, image_size=128):
+        with torch.no_grad():
+            x0, y0, x1, y1 = network(sample.image[None]).object_boxes[0].tolist()
+        predicted, true = (x0, y0, x1 + 1, y1 + 1), [edge * 96 / 128 for edge in sample.box.tolist()]
+        width = max(min(predicted[2], true[2]) - max(predicted[0], true[0]), 0)
+        height = max(min(predicted[3], true[3]) - max(predicted[1], true[1]), 0)
+        areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (predicted, true)]
+        overlaps.append(width * height / (sum(areas) - width * height))
+    assert len(overlaps) == 6
+    assert boxes["mean"] == pytest.approx(sum(overlaps) / 6, rel=1e-5)
+    assert boxes["share_at_0.5"] == pytest.approx(sum(overlap >= 0.5 for overlap in overlaps) / 6)
+
+
+# ---- Continuing -----------------------------------------------------------------------------------------------------
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert without_speeds(read_log(one)) == without_speeds(read_log(other))
+    for name in ("last.pth", "best.pth"):
+        contents = [load_checkpoint(folder / name) for folder in (one, other)]
+        for content in contents:
+            for free in train.FREE_ON_RESUME:
+                content["settings"].pop(free)
+        assert_equal(*contents, name)
+
+
+def test_a_continued_run_equals_an_uninterrupted_one(finished, tiny_run, picture_tree, tmp_path, monkeypatch):
+    """Stopped in the middle of epoch 3, pictures loaded by two workers instead of the main process, and moved."""
+    arguments = tiny_run(tmp_path, *FOUR_EPOCHS, "--workers", "2", model="sgkrl")
+    folder = tmp_path / finished.name
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_in_epoch(patch, 3)
+        train.main(arguments)
+    assert load_checkpoint(folder / "last.pth")["epoch"] == 2
+    assert len(read_log(folder)) == 2
+
+    moved = shutil.copytree(picture_tree, tmp_path / "moved")
+    train.main([*arguments, "--data_root", str(moved)])
+    assert_same_run(finished, folder)
+    momenta = load_checkpoint(folder / "last.pth")["optimizer"]["state"]
+    assert len(momenta) > 60
+    assert all(state["momentum_buffer"].abs().sum() > 0 for state in momenta.values())
+    for tag in ("train/loss/total", "validation/accuracy/answer", "schedule/learning_rate"):
+        points, whole = read_events(folder).Scalars(tag), read_events(finished).Scalars(tag)
+        assert [(p.step, p.value) for p in points] == [(p.step, p.value) for p in whole]
+
+
+def test_a_run_stopped_in_every_epoch_equals_an_uninterrupted_one(short, tiny_run, tmp_path, monkeypatch):
+    """The other schedule: the rate falls at an epoch's end, which is where the run is continued."""
+    for epoch in (1, 2):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            interrupt_in_epoch(patch, epoch)
+            train.main(tiny_run(tmp_path, *TWO_EPOCHS))
+    train.main(tiny_run(tmp_path, *TWO_EPOCHS))
+    assert_same_run(short, tmp_path / short.name)
+    rates = [line["schedule/learning_rate"] for line in read_log(short)]
+    assert rates == pytest.approx([0.05, 0.005])
+
+
+def test_another_seed_makes_another_run(short, tiny_run, tmp_path):
+    train.main(tiny_run(tmp_path, *TWO_EPOCHS, "--epochs", "1", "--seed", "1"))
+    assert read_log(tmp_path / short.name)[0]["train/loss/total"] != read_log(short)[0]["train/loss/total"]
+
+
+def test_every_epoch_has_an_order_and_random_numbers_of_its_own(tiny_run, tmp_path, monkeypatch):
+    seen = []
+
+    def record(network, batches, *arguments, **options):
+        seen.append((list(batches.sampler), torch.rand(3).tolist()))
+        return {"loss/total": 1.0, "images_per_second": 1.0}
+
+    monkeypatch.setattr(train, "train_one_epoch", record)
+    monkeypatch.setattr(train, "save_checkpoint", lambda path, content: None)
+    train.main(tiny_run(tmp_path, *TWO_EPOCHS))
+    (first_order, first_numbers), (second_order, second_numbers) = seen
+    assert {index for index, _ in first_order} == {index for index, _ in second_order} == set(range(12))
+    assert [index for index, _ in first_order] != [index for index, _ in second_order]
+    assert not {seed for _, seed in first_order} & {seed for _, seed in second_order}
+    assert first_numbers != second_numbers
+
+
+def test_a_finished_run_started_again_keeps_its_files(short, short_copy, tiny_run, capsys):
+    train.main(tiny_run(short_copy.parent, *TWO_EPOCHS))
+    assert "done" in capsys.readouterr().out
+    for name in ("last.pth", "best.pth", "log.jsonl", "config.json"):
+        assert (short_copy / name).read_bytes() == (short / name).read_bytes(), name
+    loss = [(point.step, point.value) for point in read_events(short_copy).Scalars("train/loss/total")]
+    assert [step for step, _ in loss] == [1, 2]
+    assert loss == [(point.step, point.value) for point in read_events(short).Scalars("train/loss/total")]
+
+
+def test_other_settings_are_refused_with_both_values(short, short_copy, tiny_run):
+    before = {path.name: path.read_bytes() for path in short_copy.iterdir() if path.is_file()}
+    with pytest.raises(CheckpointError) as refusal:
+        train.main(tiny_run(short_copy.parent, *TWO_EPOCHS, "--epochs", "3", "--learning_rate", "0.25"))
+    sentence = str(refusal.value)
+    assert len(sentence.splitlines()) == 1
+    for word in ("epochs", "2", "3", "learning_rate", "0.25", "0.05", "--name", str(short_copy / "last.pth")):
+        assert word in sentence
+    assert "workers" not in sentence
+    assert {path.name: path.read_bytes() for path in short_copy.iterdir() if path.is_file()} == before
+
+
+def test_other_classes_are_refused(short_copy, tiny_run, picture_tree, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(picture_tree, other)
+    (other / "red").rename(other / "yellow")
+    with pytest.raises(CheckpointError) as refusal:
+        train.main(tiny_run(short_copy.parent, *TWO_EPOCHS, "--data_root", str(other)))
+    assert "classes" in str(refusal.value)
+    assert str(short_copy / "last.pth") in str(refusal.value)
+
+
+def test_other_pictures_are_refused(tiny_run, picture_tree, tmp_path, monkeypatch):
+    """A run continued with more pictures than it began with would be neither the one nor the other."""
+    tree = Path(shutil.copytree(picture_tree, tmp_path / "tree"))
+    arguments = tiny_run(tmp_path / "runs", "--epochs", "2", "--data_root", str(tree), "--schedule", "one_cycle")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_in_epoch(patch, 2)
+        train.main(arguments)
+    for path in sorted(tree.glob("*/*.png")):
+        shutil.copy(path, path.with_stem(path.stem + "-again"))
+    with pytest.raises(CheckpointError) as refusal:
+        train.main(arguments)
+    assert "pictures" in str(refusal.value) or "images" in str(refusal.value)
+    assert len(str(refusal.value).splitlines()) == 1
+
+
+def test_a_damaged_last_checkpoint_is_refused_and_kept(short_copy, tiny_run):
+    path = short_copy / "last.pth"
+    start = path.read_bytes()[:1000]
+    path.unlink()
+    path.write_bytes(start)
+    with pytest.raises(CheckpointError, match=re.escape(str(path))):
+        train.main(tiny_run(short_copy.parent, *TWO_EPOCHS))
+    assert path.stat().st_size == 1000
+    assert (short_copy / "best.pth").exists()
+
+
+def test_a_run_killed_between_last_and_best_still_gets_its_best(tiny_run, tmp_path, monkeypatch):
+    figures = iter((0.9, 0.1))
+    evaluate = train.evaluate
+
+    def evaluate_and_pretend(*arguments, **options):
+        return evaluate(*arguments, **options) | {"accuracy/answer": next(figures)}
+
+    def kill_before_best(path, content):
+        if Path(path).name == "best.pth":
+            raise KeyboardInterrupt
+        save_checkpoint(path, content)
+
+    monkeypatch.setattr(train, "evaluate", evaluate_and_pretend)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "save_checkpoint", kill_before_best)
+        train.main(tiny_run(tmp_path, "--epochs", "2"))
+    train.main(tiny_run(tmp_path, "--epochs", "2"))
+    best, last = (load_checkpoint(tmp_path / "folder-resnet" / name) for name in ("best.pth", "last.pth"))
+    assert best["epoch"] == last["best"]["epoch"]
+    assert last["best"]["accuracy"] == 0.9
+
+
+def test_broken_weights_never_become_the_last_checkpoint(tiny_run, tmp_path, monkeypatch):
+    """The last step of an epoch breaks the weights: its loss was still finite."""
+    train_one_epoch, epochs = train.train_one_epoch, []
+
+    def breaking(network, *arguments, **options):
+        averages = train_one_epoch(network, *arguments, **options)
+        epochs.append(1)
+        if len(epochs) == 2:
+            with torch.no_grad():
+                network.classifier.weight.fill_(math.nan)
+        return averages
+
+    monkeypatch.setattr(train, "train_one_epoch", breaking)
+    with pytest.raises(NonFiniteLossError):
+        train.main(tiny_run(tmp_path, "--epochs", "3"))
+    weights = load_checkpoint(tmp_path / "folder-resnet" / "last.pth")["network"]
+    assert all(torch.isfinite(weight).all() for weight in weights.values())
+
+
+# ---- What best.pth is chosen by -------------------------------------------------------------------------------------
+
+
+def test_selection_on_test_images_is_said_everywhere(tiny_run, tmp_path, capsys, evaluation_script):
+    train.main(tiny_run(tmp_path, "--select_on", "test", "--validation", "0"))
+    folder = tmp_path / "folder-resnet"
+    assert "TEST" in capsys.readouterr().out
+    (line,) = read_log(folder)
+    assert (line["train/images"], line["test/images"]) == (16, 6)  # of 18, the last batch of 2 is left out
+    assert not [name for name in line if name.startswith("validation/")]
+    assert "TEST" in load_checkpoint(folder / "best.pth")["selected_on"]
+    evaluation_script.main([str(folder / "best.pth")])
+    assert "TEST" in json.loads((folder / "report.json").read_text(encoding="utf-8"))["selected_on"]
+    assert "TEST" in capsys.readouterr().out
+
+
+def test_no_validation_has_to_be_asked_for(tiny_run, tmp_path):
+    with pytest.raises(SettingsError, match="select_on"):
+        train.main(tiny_run(tmp_path, "--validation", "0"))
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- Refused before anything is written -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flag", "values", "word"),
+    [
+        ("backbone", ["resnet9"], "resnet9"),
+        ("wiring", ["tangled"], "tangled"),
+        ("graph_scope", ["batch"], "graph_scope"),
+        ("windows", ["fish"], "fish"),
+        ("windows", ["((((14, 14),), 5),)"], "5"),
+        ("windows", ["(1, 2)"], "windows"),
+        ("answer", ["raw", "tail"], "tail"),
+        ("pretrained", ["missing.pth"], "missing.pth"),
+        ("pretrained", ["IMAGENET"], "IMAGENET"),
+        ("stride_on_first_conv", [], "stride_on_first_conv"),
+        ("data_root", ["nowhere"], "nowhere"),
+        ("classes", ["pur*"], "pur*"),
+    ],
+)
+def test_what_cannot_be_built_is_refused_before_anything_is_written(tiny_run, tmp_path, flag, values, word):
+    with pytest.raises((ValueError, OSError)) as refusal:
+        train.main(tiny_run(tmp_path, f"--{flag}", *values, model="sgkrl"))
+    sentence = str(refusal.value)
+    assert word in sentence
+    assert len(sentence.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- test.py --------------------------------------------------------------------------------------------------------
+
+
+def rebuilt(saved: dict) -> torch.nn.Module:
+    """A checkpoint's network, put together here."""
+    names = ("backbone", "input_size", "windows", "wiring", "graph_scope")
+    settings = {name: saved["settings"][name] for name in names}
+    network = build_network(saved["settings"]["model"], num_classes=len(saved["class_names"]), **settings)
+    network.load_state_dict(saved["network"])
+    return network.eval()
+
+
+def test_report_equals_an_independent_evaluation(finished, picture_tree, tmp_path, evaluation_script, capsys):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    os.link(
+        finished / "last.pth", folder / "last.pth"
+    )  # its epoch masks the background, which test.py has to do as well
+    evaluation_script.main([str(folder / "last.pth")])
+    printed = capsys.readouterr().out
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    assert (folder / "pictures" / "test.png").is_file()
+
+    saved = load_checkpoint(folder / "last.pth")
+    network = rebuilt(saved)
+    catalogue = read_catalogue("folder", picture_tree, seed=0, test_fraction=0.25)
+    correct = dict.fromkeys(("answer", *BRANCHES), 0)
+    per_class = {label: [] for label in range(3)}
+    for sample in Pictures(catalogue.test, image_size=96):
+        with torch.no_grad():
+            logits = network(sample.image[None], mask_background=True).logits
+        scores = {name: value[0].mean(dim=0) if name == "window" else value[0] for name, value in logits.items()}
+        scores["answer"] = sum(scores[name].softmax(dim=0) for name in ("raw", "fused", "object", "graph"))
+        for name, values in scores.items():
+            correct[name] += (values.argmax() == sample.label).item()
+        per_class[sample.label].append((scores["answer"].argmax() == sample.label).item())
+
+    assert report["images"] == 6
+    assert report["branches"].keys() == correct.keys()
+    for name, count in correct.items():
+        branch = report["branches"][name]
+        assert branch["top1"] == pytest.approx(count / 6)
+        assert branch["top5"] == 1  # of three classes
+        low, high = branch["top1_interval_95"]
+        assert low <= branch["top1"] <= high
+        assert name in printed
+    recalls = [sum(hits) / len(hits) for hits in per_class.values()]
+    assert report["mean_per_class_accuracy"] == pytest.approx(sum(recalls) / 3)
+    assert sum(c["count"] for c in report["worst_confusions"]) == 6 - correct["answer"]
+    assert report["boxes"] is None
+    assert report["images_per_second"] > 0
+    assert report["epoch"] == 4
+    assert report["selected_on"] == saved["selected_on"]
+    assert report["selected_on"] in printed
+    assert report["settings"] == json.loads(json.dumps(saved["settings"]))
+
+
+def test_report_does_not_depend_on_config_py(short_copy, evaluation_script, monkeypatch):
+    monkeypatch.setitem(config.DATASETS, "folder", {})
+    evaluation_script.main([str(short_copy / "best.pth"), "--evaluation_batch_size", "5"])
+    report = json.loads((short_copy / "report.json").read_text(encoding="utf-8"))
+    assert report["settings"]["evaluation_batch_size"] == 5
+    assert report["settings"]["input_size"] == 96
+
+
+def with_settings(path: Path, **changes: object) -> None:
+    saved = load_checkpoint(path)
+    saved["settings"] |= changes
+    save_checkpoint(path, saved)
+
+
+def test_data_that_lie_elsewhere(short_copy, picture_tree, tmp_path, evaluation_script):
+    path = short_copy / "best.pth"
+    evaluation_script.main([str(path)])
+    expected = json.loads((short_copy / "report.json").read_text(encoding="utf-8"))
+    (short_copy / "report.json").unlink()
+
+    with_settings(path, data_root=str(tmp_path / "gone"))
+    with pytest.raises(DataError, match="gone"):
+        evaluation_script.main([str(path)])
+    assert not (short_copy / "report.json").exists()
+    moved = tmp_path / "moved"
+    shutil.copytree(picture_tree, moved)
+    evaluation_script.main([str(path), "--data_root", str(moved)])
+    report = json.loads((short_copy / "report.json").read_text(encoding="utf-8"))
+    assert report["branches"] == expected["branches"]
+    assert report["worst_confusions"] == expected["worst_confusions"]
+
+    (moved / "red").rename(moved / "yellow")
+    with pytest.raises(CheckpointError) as refusal:
+        evaluation_script.main([str(path), "--data_root", str(moved)])
+    assert str(path) in str(refusal.value)
+    assert "data_root" in str(refusal.value)
+
+
+@pytest.mark.parametrize("content", [{"network": {}}, {"conv1.weight": torch.zeros(2)}, {}])
+def test_a_file_without_settings_is_refused(tmp_path, evaluation_script, content):
+    save_checkpoint(tmp_path / "weights.pth", content)
+    with pytest.raises(CheckpointError) as refusal:
+        evaluation_script.main([str(tmp_path / "weights.pth")])
+    assert str(tmp_path / "weights.pth") in str(refusal.value)
+
+
+@pytest.mark.parametrize("missing", ["settings", "class_names", "network", "epoch", "selected_on"])
+def test_a_checkpoint_that_lacks_a_part_is_refused(short_copy, evaluation_script, missing):
+    path = short_copy / "best.pth"
+    saved = load_checkpoint(path)
+    del saved[missing]
+    save_checkpoint(path, saved)
+    with pytest.raises(CheckpointError, match=re.escape(str(path))):
+        evaluation_script.main([str(path)])
+
+
+def test_settings_of_another_version_are_refused(short_copy, evaluation_script):
+    with_settings(short_copy / "best.pth", colour="blue")
+    with pytest.raises(CheckpointError, match="colour"):
+        evaluation_script.main([str(short_copy / "best.pth")])
+
+
+@pytest.mark.parametrize(("flag", "value"), [("evaluation_batch_size", "0"), ("workers", "-1"), ("device", "abacus")])
+def test_impossible_options_of_the_evaluation_are_refused(short_copy, evaluation_script, flag, value):
+    with pytest.raises(SettingsError) as refusal:
+        evaluation_script.main([str(short_copy / "best.pth"), f"--{flag}", value])
+    assert flag in str(refusal.value)
+
+
+def test_figures_are_printed_even_where_nothing_can_be_written(short_copy, evaluation_script, capsys):
+    (short_copy / "report.json").mkdir()  # stands in for a folder without write permission
+    with pytest.raises(OSError, match="report.json"):
+        evaluation_script.main([str(short_copy / "best.pth")])
+    assert "top-1" in capsys.readouterr().out
+
+
+# ---- From the command line ------------------------------------------------------------------------------------------
+
+
+def run_script(*words: str, timeout: float = 120) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, *words]
+    with subprocess.Popen(command, cwd=PROJECT, env=environment, **pipes) as process:
+        try:
+            output, errors = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # not killed: torchrun then ends the processes that it started
+            process.wait(timeout=60)
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
+
+
+def test_an_impossible_value_ends_with_one_line(tiny_run, tmp_path):
+    result = run_script("train.py", *tiny_run(tmp_path), "--input_size", "100")
+    assert result.returncode == 2
+    assert re.fullmatch(r"error: input_size is 100; .*multiple of 32.*\n", result.stderr)
+    assert result.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_flag_ends_with_its_name(tiny_run, tmp_path):
+    result = run_script("train.py", *tiny_run(tmp_path), "--imput_size", "96")
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert "--imput_size" in result.stderr.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_processes_train_and_evaluate_together(tiny_run, picture_tree, tmp_path):
+    """With a single image to select on: the second process has none, and must not keep the first one waiting."""
+    tree = tmp_path / "tree"
+    shutil.copytree(picture_tree, tree / "train")
+    (tree / "test" / "red").mkdir(parents=True)
+    shutil.copy(picture_tree / "red" / "0.png", tree / "test" / "red")
+    arguments = tiny_run(tmp_path, "--data_root", str(tree), "--select_on", "test", "--validation", "0.34")
+    result = run_script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py", *arguments)
+    assert result.returncode == 0, result.stderr[-2000:]
+    folder = tmp_path / "folder-resnet"
+    (line,) = read_log(folder)
+    assert line["test/images"] == 1
+    assert line["train/images"] == 16  # of 15, one twice: both processes have as many
+    assert result.stdout.count("epoch 1/1") == 1
+    assert result.stdout.count("done") == 1
+    weights = load_checkpoint(folder / "last.pth")["network"]
+    assert not [name for name in weights if name.startswith("module.")]
+
+
+def test_a_broken_picture_met_by_a_worker_ends_with_one_line(tiny_run, picture_tree, tmp_path, capsys):
+    tree = Path(shutil.copytree(picture_tree, tmp_path / "tree"))
+    for path in tree.glob("red/*.png"):
+        path.write_bytes(b"not a picture")
+    with pytest.raises(SystemExit) as ending, exit_with_one_sentence():
+        train.main(tiny_run(tmp_path / "runs", "--data_root", str(tree), "--workers", "1"))
+    assert ending.value.code == 2
+    assert re.fullmatch(r"error: \S*tree/red/\d\.png cannot be read as a picture.*\n", capsys.readouterr().err)
+
+
+def test_evaluation_of_an_absent_checkpoint_ends_with_one_line(tmp_path, capsys, evaluation_script):
+    with pytest.raises(SystemExit) as ending, exit_with_one_sentence():
+        evaluation_script.main([str(tmp_path / "best.pth")])
+    assert ending.value.code == 2
+    assert re.fullmatch(r"error: .*best\.pth.*\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "word"),
+    [
+        (SettingsError("epochs is 0"), 2, "error: epochs is 0"),
+        (OSError(28, "No space left on device"), 2, "No space left"),
+        (OSError(), 2, "error: "),  # some have no text
+        (NonFiniteLossError("no longer finite"), 1, "error: no longer finite"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)
+def test_errors_that_a_user_can_mend_end_with_one_line(error, code, word, capsys):
+    with pytest.raises(SystemExit) as ending, exit_with_one_sentence():
+        raise error
+    assert ending.value.code == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert word in line
+
+
+def test_faults_keep_their_traceback():
+    with pytest.raises(KeyError), exit_with_one_sentence():
+        {}["a"]
+    with pytest.raises(json.JSONDecodeError), exit_with_one_sentence():
+        json.loads("{")  # raised inside a library, by nothing that the user gave
