@@ -250,7 +250,7 @@ def draw_panel(network, entries, settings, class_names, execution, plan) -> torc
     spread = torch.linspace(0, len(entries) - 1, min(8, len(entries))).long().tolist()
     batch = collate([Pictures([entries[i]], image_size=settings.image_size)[0] for i in spread])
     network = unwrap(network).eval()
-    with torch.inference_mode(), execution.autocast():
+    with torch.no_grad(), execution.autocast():
         output = network(execution.images(batch.images), mask_background=plan.mask_background)
     return output_panel(
         batch.images,

@@ -7,6 +7,7 @@ image by image with scikit-image on the host; here all images are done at once o
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -46,7 +47,7 @@ def largest_component(mask: Tensor) -> Tensor:
     # squarings is fixed by the grid, so nothing is read back to the host, and a product of ones and zeros that is
     # compared with zero is exact in every float type.
     reach = linked.float()
-    for _ in range((h * w - 1).bit_length()):
+    for _ in range(math.ceil(math.log2(h * w))):
         reach = (torch.bmm(reach, reach) > 0).float()
     cells_per_block = padded.view(B, h, 2, w, 2).sum(dim=(2, 4)).view(B, 1, h * w)
     block_area = (reach * cells_per_block).sum(dim=2).long()  # [B, hw], of the component that the block lies in

@@ -144,7 +144,7 @@ class WindowSelector(nn.Module):
         """Return inclusive pixel boxes [B, N, 4] of the windows chosen on activation maps [B, g, g]."""
         chosen = []
         for index, (sizes, quota) in enumerate(self.window_set):
-            boxes, conflicts = self.get_buffer(f"boxes{index}"), self.get_buffer(f"conflicts{index}")
+            boxes, conflicts = getattr(self, f"boxes{index}"), getattr(self, f"conflicts{index}")
             picks = greedy_selection(window_scores(activation, sizes), conflicts, quota)
             chosen.append(boxes[picks].float())
         return torch.cat(chosen, dim=1)

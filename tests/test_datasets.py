@@ -356,7 +356,11 @@ def test_gray_and_two_colours(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["deep.png", "deep.tif", "deep.pgm"])
 def test_16_bit_gray_is_scaled(tmp_path: Path, name: str) -> None:
-    Image.fromarray(ramp().astype(np.uint16) * 257).save(tmp_path / name)
+    deep = ramp().astype(np.uint16) * 257
+    if name.endswith(".pgm"):  # which older versions of Pillow read but do not write
+        (tmp_path / name).write_bytes(b"P5 16 4 65535\n" + deep.astype(">u2").tobytes())
+    else:
+        Image.fromarray(deep).save(tmp_path / name)
     assert np.array_equal(loaded(tmp_path / name), np.repeat(ramp()[..., None], 3, axis=2))
 
 

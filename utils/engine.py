@@ -113,7 +113,7 @@ def check_finite(averages: dict[str, float]) -> None:
         )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def evaluate(
     network: nn.Module,
     batches: DataLoader,
