@@ -35,7 +35,7 @@ class Settings:
 
     # ---- Which images choose the best epoch -----------------------------------------------------------------------
     validation: float = 0.1  # share of the training images of each class that is held back for it
-    select_on: str = "validation"  # validation, or test: then the test figures are no longer those of unseen images
+    select_on: str = "validation"  # validation, or test: trains on all training images, and test figures flatter
     test_fraction: float = 0.2  # dataset=folder without train/ and test/: share of each class that becomes the test set
 
     # ---- Pictures -------------------------------------------------------------------------------------------------

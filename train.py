@@ -16,8 +16,18 @@ import torch
 from torch.utils.data import DataLoader
 
 from config import Settings, SettingsError, parse_settings, run_name
-from datasets import MEAN, STD, Augmentation, Catalogue, Entry, Pictures, ShuffledSampler, collate, read_catalogue
-from datasets import split_validation as split_entries
+from datasets import (
+    MEAN,
+    STD,
+    Augmentation,
+    Catalogue,
+    Entry,
+    Pictures,
+    ShuffledSampler,
+    collate,
+    read_catalogue,
+    split_validation,
+)
 from networks import build_network
 from networks.losses import classification_losses
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
@@ -107,7 +117,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             **shared,
         )
         evaluated = evaluate(network, selection_loader, description=prefix, **shared)
-
         check_finite(evaluated)  # the epoch's last step may have broken the weights: they must not replace whole ones
 
         # Log.
@@ -165,9 +174,9 @@ def catalogue_of(settings: Settings) -> Catalogue:
 
 def choose_split(settings: Settings, catalogue: Catalogue) -> tuple[list[Entry], list[Entry], str]:
     """Return the training images, those that choose the best epoch, and the latter in words."""
-    train, validation = split_entries(catalogue.train, settings.validation, settings.seed)
     if settings.select_on == "test":
-        return train, catalogue.test, f"the {len(catalogue.test)} TEST images: test figures are optimistic"
+        return catalogue.train, catalogue.test, f"the {len(catalogue.test)} TEST images: test figures are optimistic"
+    train, validation = split_validation(catalogue.train, settings.validation, settings.seed)
     if not validation:
         raise SettingsError("no class has an image to spare for validation: raise validation, or set select_on to test")
     share = f"{settings.validation:.0%} of the training images, by class, seed {settings.seed}"
