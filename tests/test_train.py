@@ -640,13 +640,13 @@ def test_two_processes_train_and_evaluate_together(tiny_run, picture_tree, tmp_p
     shutil.copytree(picture_tree, tree / "train")
     (tree / "test" / "red").mkdir(parents=True)
     shutil.copy(picture_tree / "red" / "0.png", tree / "test" / "red")
-    arguments = tiny_run(tmp_path, "--data_root", str(tree), "--select_on", "test", "--validation", "0.34")
+    arguments = tiny_run(tmp_path, "--data_root", str(tree), "--select_on", "test")
     result = run_script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py", *arguments)
     assert result.returncode == 0, result.stderr[-2000:]
     folder = tmp_path / "folder-resnet"
     (line,) = read_log(folder)
     assert line["test/images"] == 1
-    assert line["train/images"] == 16  # of 15, one twice: both processes have as many
+    assert line["train/images"] == 24  # all of them: the test images choose, so none is held back
     assert result.stdout.count("epoch 1/1") == 1
     assert result.stdout.count("done") == 1
     weights = load_checkpoint(folder / "last.pth")["network"]
