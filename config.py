@@ -116,7 +116,7 @@ DATASETS: dict[str, dict[str, object]] = {
         "clip_gradient_norm": 10.0,
         "label_smoothing": 0.1,
         "warmup_epochs": 5,
-        "mask_from_epoch": 100,
+        "mask_from_epoch": 100,  # past the last epoch: never
     },
     "cub": PUBLISHED,
     "cars": PUBLISHED | {"windows": "vehicles"},
@@ -215,8 +215,8 @@ def check(settings: Settings) -> None:
     for name in ("workers", "pictures_every", "warmup_epochs", "seed"):
         value = getattr(settings, name)
         require(isinstance(value, int) and value >= 0, name, "a whole number of at least 0")
-    for name in ("flip", "brightness", "contrast", "dropout", "label_smoothing", "validation", "momentum"):
-        require(0 <= getattr(settings, name) < 1 or name == "flip", name, "a number from 0 to less than 1")
+    for name in ("brightness", "contrast", "dropout", "label_smoothing", "validation", "momentum"):
+        require(0 <= getattr(settings, name) < 1, name, "a number from 0 to less than 1")
     require(0 <= settings.flip <= 1, "flip", "a probability from 0 to 1")
     require(0 < settings.test_fraction < 1, "test_fraction", "a share between 0 and 1")
     for name in ("learning_rate", "head_learning_rate_factor"):

@@ -26,9 +26,10 @@ class Features(NamedTuple):
 class NetworkOutput(NamedTuple):
     """What every system returns. Boxes are `(x0, y0, x1, y1)` pixel corners whose ends belong to the box.
 
-    This is torchvision's order of corners. The published MMAL-Net and SG-KRL code writes the same inclusive
-    pixels rows first, `(row0, col0, row1, col1)`: swap the pairs to compare. Add 1 to x1 and y1 for
-    torchvision's box operations, which treat the ends as edges.
+    This is torchvision's order of corners. The published MMAL-Net and SG-KRL code writes the same inclusive pixels
+    rows first, `(row0, col0, row1, col1)`: swap the pairs to compare. Add 1 to x1 and y1 for torchvision's box
+    operations, which treat the ends as edges. `networks.crops.boxes_in_image` carries windows from the object crop
+    back to the picture.
     """
 
     logits: dict[str, Tensor]  # branch name -> [B, classes]; "window" -> [B, N, classes]

@@ -165,7 +165,7 @@ def _one_process(rank, port, folder):
         "is_main": distributed.is_main(),
     }
     torch.save(result, f"{folder}/{rank}.pth")
-    distributed.barrier()
+    torch.distributed.barrier()
     distributed.cleanup()
     assert not distributed.is_distributed()
 
@@ -208,7 +208,6 @@ def test_a_lone_process_is_its_own_main(monkeypatch):
     assert distributed.unwrap(network) is network
     assert distributed.unwrap(torch.nn.DataParallel(network)) is network
     assert distributed.all_reduce_sum(torch.tensor([2.0])).item() == 2
-    distributed.barrier()
     distributed.cleanup()
 
 

@@ -81,12 +81,6 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def barrier() -> None:
-    """Wait until every process has come this far."""
-    if is_distributed():
-        torch.distributed.barrier()
-
-
 def wrap_network(network: nn.Module, device: torch.device, *, data_parallel: bool) -> nn.Module:
     """Spread a network, already on `device`, over processes or GPUs.
 
@@ -111,8 +105,8 @@ def unwrap(network: nn.Module) -> nn.Module:
 def evaluation_network(network: nn.Module) -> nn.Module:
     """What to evaluate with: processes may have different numbers of batches, so none may wait for the others.
 
-    DistributedDataParallel would, to share rank 0's batch-norm statistics: they are shared here,
-    once, and its inner network is returned. Anything else is returned as it is.
+    DistributedDataParallel's forward would, to share rank 0's batch-norm statistics: they are shared here, once, and
+    its inner network is returned. Anything else is returned as it is.
     """
     if not isinstance(network, nn.parallel.DistributedDataParallel):
         return network
