@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
+def crop_and_resize(images: Tensor, boxes: Tensor, size: int, *, outside: str = "border") -> Tensor:
     """Cut `boxes` out of `images` and resize every cut to size x size, bilinearly with aligned corners.
 
     Shapes: images [B, 3, H, W]; boxes [B, 4], giving [B, 3, size, size], or [B, N, 4], giving [B*N, 3, size, size] in
     the order of the boxes. Equals `F.interpolate(image[:, y0:y1+1, x0:x1+1], size, mode="bilinear",
-    align_corners=True)` box by box. Boxes may have fractional corners; no gradient flows into them.
+    align_corners=True)` box by box. Boxes may have fractional corners; no gradient flows into them. Where they reach
+    beyond the image it goes on with its border pixels ("border") or with zeros, the mean colour ("zeros").
     """
     B, C, H, W = images.shape
     # Half precision tells pixels apart only up to a few hundred: coordinates, and with them the sampling, are float32.
@@ -32,7 +33,7 @@ def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     grid = torch.stack([x[:, :, None, :].expand(shape), y[:, :, :, None].expand(shape)], dim=-1)
     # All boxes of an image are sampled as one tall picture, so the image need not be repeated for each of them.
     grid = grid.view(B, N * size, size, 2)
-    crops = F.grid_sample(images.to(precise), grid, mode="bilinear", padding_mode="border", align_corners=True)
+    crops = F.grid_sample(images.to(precise), grid, mode="bilinear", padding_mode=outside, align_corners=True)
     return crops.view(B, C, N, size, size).transpose(1, 2).reshape(B * N, C, size, size).to(images.dtype)
 
 
@@ -82,9 +83,10 @@ def crop_objects(images: Tensor, boxes: Tensor, *, input_size: int, masks: Tenso
     return crop_and_resize(images, resize_boxes(boxes, size / input_size), size)
 
 
-def crop_windows(crops: Tensor, boxes: Tensor, *, input_size: int) -> Tensor:
-    """Cut windows [B, N, 4], in input_size pixels, out of object crops [B, 3, S, S].
+def crop_windows(images: Tensor, boxes: Tensor, *, input_size: int, outside: str = "border") -> Tensor:
+    """Cut windows [B, N, 4], in input_size pixels, out of pictures or object crops [B, 3, S, S].
 
-    Returns [B*N, 3, input_size / 2, input_size / 2].
+    Returns [B*N, 3, input_size / 2, input_size / 2]. `outside`: see `crop_and_resize`.
     """
-    return crop_and_resize(crops, resize_boxes(boxes, crops.shape[-1] / input_size), input_size // 2)
+    scale = images.shape[-1] / input_size
+    return crop_and_resize(images, resize_boxes(boxes, scale), input_size // 2, outside=outside)

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from networks.outputs import NetworkOutput
+
+
+def loss_terms(output: NetworkOutput, labels: Tensor, *, label_smoothing: float = 0.0) -> dict[str, Tensor]:
+    """Every loss that an output allows, by name, as float32 scalars; `labels` [B] int64.
+
+    The cross-entropy of every branch; `ranking` where parts were scored and classified; `contrastive` where there are
+    coarse features.
+    """
+    terms = classification_losses(output, labels, label_smoothing=label_smoothing)
+    if output.part_scores is not None and "part" in output.logits:
+        terms["ranking"] = ranking_loss(output.part_scores, output.logits["part"], labels)
+    if output.coarse_features is not None:
+        terms["contrastive"] = contrastive_loss(output.coarse_features, labels)
+    return terms
 
 
 def classification_losses(output: NetworkOutput, labels: Tensor, *, label_smoothing: float = 0.0) -> dict[str, Tensor]:
@@ -18,3 +33,57 @@ def classification_losses(output: NetworkOutput, labels: Tensor, *, label_smooth
         targets = labels if logits.ndim == 2 else labels[:, None].expand(logits.shape[:2]).flatten()
         terms[name] = F.cross_entropy(logits.flatten(0, -2).float(), targets, label_smoothing=label_smoothing)
     return terms
+
+
+def ranking_loss(scores: Tensor, part_logits: Tensor, labels: Tensor) -> Tensor:
+    """Teach scores [B, P, M] to rank the M parts of each module as the part classifier does.
+
+    Yang et al., "Learning to Navigate for Fine-grained Classification", ECCV 2018, section 3.2: for every two parts of
+    which the classifier (`part_logits` [B, P * M, classes]) gives the true label more to the first one, the hinge
+    `max(0, 1 - first score + second score)`. The mean over the M * (M - 1) / 2 pairs and over the images, summed over
+    the modules; the published code sums over the pairs, which only makes the navigators, the sole ones to learn from
+    this, learn faster. Only the scores get a gradient.
+    """
+    B, P, M = scores.shape
+    log_probabilities = part_logits.detach().float().log_softmax(dim=-1)
+    doubt = -log_probabilities.gather(2, labels[:, None, None].expand(B, P * M, 1)).reshape(B, P, M)
+    should_lead = doubt[..., :, None] < doubt[..., None, :]  # [B, P, M, M]: the row's part over the column's
+    scores = scores.float()
+    hinge = F.relu(1 - scores[..., :, None] + scores[..., None, :])
+    return (hinge * should_lead).sum(dim=(1, 2, 3)).mean() / max(M * (M - 1) / 2, 1)
+
+
+def contrastive_loss(features: Tensor, labels: Tensor) -> Tensor:
+    """Draw features [B, P, D] together, the nearer the more they have in common: class, and module that made them.
+
+    Sun et al., "Multi-Attention Multi-Class Constraint for Fine-grained Image Recognition", ECCV 2018, section 3.2.
+    Seen from every feature (image, module), the others are of the same module and class, the same module only, the same
+    class only, or neither. Three N-pair losses, `log(1 + sum over negatives of exp(negative - positive similarity))`:
+    same module and class against all others; same module against neither; same class against neither. Each is averaged
+    over the positives of a feature, then over the features that have one (0 where none has); the three are added.
+    """
+    B, P, _ = features.shape
+    features = F.normalize(features.float().flatten(0, 1), dim=1)  # [B * P, D], image by image
+    similarity = features @ features.T
+    image = torch.arange(B, device=features.device).repeat_interleave(P)
+    module = torch.arange(P, device=features.device).repeat(B)
+    same_class = labels[image][:, None] == labels[image][None, :]
+    same_module = module[:, None] == module[None, :]
+    oneself = torch.eye(B * P, dtype=torch.bool, device=features.device)
+    both = same_class & same_module & ~oneself
+    neither = ~same_class & ~same_module
+    return (
+        _n_pair_loss(similarity, both, ~both & ~oneself)
+        + _n_pair_loss(similarity, same_module & ~same_class, neither)
+        + _n_pair_loss(similarity, same_class & ~same_module, neither)
+    )
+
+
+def _n_pair_loss(similarity: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
+    """All [n, n]: row = the feature one looks from. Similarities are cosines, so no exponential can overflow."""
+    against = (similarity.exp() * negatives).sum(dim=1, keepdim=True)
+    losses = torch.log1p(against * (-similarity).exp()) * positives
+    counts = positives.sum(dim=1)
+    has_positive = counts > 0
+    means = losses.sum(dim=1) / counts.clamp(min=1)
+    return (means * has_positive).sum() / has_positive.sum().clamp(min=1)

@@ -32,10 +32,17 @@ class NetworkOutput(NamedTuple):
     back to the picture.
     """
 
-    logits: dict[str, Tensor]  # branch name -> [B, classes]; "window" -> [B, N, classes]
+    logits: dict[str, Tensor]  # branch name -> [B, classes]; "window" and "part" -> [B, N, classes]
     object_boxes: Tensor | None = None  # [B, 4], in the input scaled to input_size x input_size
     window_boxes: Tensor | None = None  # [B, N, 4], in the object crop enlarged to input_size x input_size
     object_masks: Tensor | None = None  # [B, g, g] bool, the adaptive object mask in grid cells
+    part_boxes: Tensor | None = None  # [B, N, 4], in the input scaled to input_size x input_size; may reach beyond it
+    part_scores: Tensor | None = None  # [B, P, M], how informative each of P modules finds its M parts, N = P * M
+    coarse_features: Tensor | None = None  # [B, P, D], a feature from each of P modules for the contrastive loss
+
+
+# Branches that classify several regions of an image, each by itself: no single answer, only a mean over them.
+SEVERAL_PER_IMAGE = ("window", "part")
 
 
 def requested_branches(branches: tuple[str, ...] | None, available: tuple[str, ...]) -> set[str]:

@@ -102,18 +102,22 @@ def overlap_conflicts(boxes: Tensor, max_iou: float = 0.25) -> Tensor:
     return overlap / (area[:, None] + area[None, :] - overlap) > max_iou
 
 
-def greedy_selection(scores: Tensor, conflicts: Tensor, quota: int) -> Tensor:
+def greedy_selection(
+    scores: Tensor, conflicts: Tensor, quota: int, restrictions: Sequence[Tensor] | Tensor = ()
+) -> Tensor:
     """Non-maximum suppression with a fixed number of results: indices [B, quota] int64 into scores [B, n].
 
     Takes the highest score (of equal ones the lowest index), drops all that conflict with it ([n, n] bool), and so on;
-    once nothing remains the last one taken is repeated.
+    once nothing remains the last one taken is repeated. `restrictions`, [n] bool each, say what the first, the second
+    and so on may be taken from; those after them come from all.
     """
     available = torch.ones_like(scores, dtype=torch.bool)
     picks: list[Tensor] = []
-    for _ in range(quota):
-        best = torch.where(available, scores, -torch.inf).argmax(dim=1)
+    for step in range(quota):
+        candidates = available & restrictions[step] if step < len(restrictions) else available
+        best = torch.where(candidates, scores, -torch.inf).argmax(dim=1)
         if picks:
-            best = torch.where(available.any(dim=1), best, picks[-1])
+            best = torch.where(candidates.any(dim=1), best, picks[-1])
         picks.append(best)
         available = available & ~conflicts[best]
     return torch.stack(picks, dim=1)
