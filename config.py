@@ -5,7 +5,7 @@
     python train.py --dataset cub --data_root DIR --model mmal --name try1 # another system, a folder of its own
     python train.py --help                                                 # all settings
 
-A value of None takes the data set's own value from the table `DATASETS` below, so an edit here always wins.
+A value of None takes the data set's or the model's own value from the tables below, so an edit here always wins.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Settings:
     # ---- What to train, and on what -----------------------------------------------------------------------------
-    model: str = "sgkrl"  # resnet, mmal or sgkrl
+    model: str = "sgkrl"  # resnet, mmal, sgkrl, flrdf or scrim
     dataset: str = "demo"  # demo, cub, cars, aircraft, dogs, nabirds or folder (pictures in a folder per class)
     data_root: str | None = None  # folder that holds the data set; the demo set is drawn in memory and needs none
     classes: tuple[str, ...] | None = None  # only the classes whose names match, such as '*_Gull' '*_Wren'; None: all
@@ -49,13 +49,25 @@ class Settings:
     backbone: str | None = None  # resnet18, resnet34, resnet50, resnet101 or resnet152
     pretrained: str | None = None  # torchvision weights such as IMAGENET1K_V2, a .pth file, or none: random weights
     stride_on_first_conv: bool = False  # for .pth files of the ResNet variant with the stride on the 1x1 convolution
-    wiring: str = "trained"  # sgkrl: trained (every part learns) or published (fusion and weighting stay random)
-    graph_scope: str = "image"  # sgkrl, published wiring: image, or batch (windows of other images are linked)
+    answer: tuple[str, ...] | None = None  # branches whose mean probability is the prediction; None: the model's own
+    dropout: float | None = None  # before every classifier; the attention of the fusion keeps its published 0.2
     # sgkrl, mmal: 'birds', 'vehicles', or groups of ((height, width), ...), quota in cells of a 14-cell grid, such as
     # ((((4, 4), (3, 5)), 2), (((8, 8),), 1)): the two best of small windows, the best one of the large.
     windows: str | tuple | None = None  # which windows of the object are looked at
-    answer: tuple[str, ...] | None = None  # branches whose mean probability is the prediction; None: the model's own
-    dropout: float | None = None  # before every classifier; the attention of the fusion keeps its published 0.2
+    wiring: str = "trained"  # sgkrl: trained (every part learns) or published (fusion and weighting stay random)
+    graph_scope: str = "image"  # sgkrl, published wiring: image, or batch (windows of other images are linked)
+    # flrdf. Its paper leaves the next four open.
+    suppression: str | float = "learnable"  # what channels are capped at: learnable, or a share of their maximum (0.7)
+    classify_suppressed: bool = True  # raw classifies the suppressed map; without it only a fixed suppression works
+    box_agreement: bool = False  # the box keeps only what the map before the last one confirms, as in mmal
+    jigsaw_blocks: int = 2  # blocks along a side of the shuffled object; 1: not shuffled
+    # scrim. Only its abstract is known to us, so these are those of its building blocks.
+    coarse_channels: int = 1024  # length of the features that the contrastive loss compares
+    part_proposals: int = 6  # regions that each of the two navigators proposes and learns to rank
+    parts_in_answer: int = 4  # the best of them that join the final classification
+    part_max_iou: float = 0.25  # a region that overlaps a better one by more is dropped
+    parts_of_every_level: bool = True  # a navigator's best small, middle and large region are always among them
+    anchor_sizes: tuple[int, ...] = (48, 96, 192)  # sides of regions in pixels of a 448-pixel input, by level
 
     # ---- Training -------------------------------------------------------------------------------------------------
     epochs: int | None = None
@@ -68,6 +80,10 @@ class Settings:
     milestones: tuple[int, ...] = (60, 100)  # schedule=steps: the epochs after which the learning rate falls
     clip_gradient_norm: float | None = None  # a larger gradient is scaled down to this norm; 0: never
     label_smoothing: float | None = None  # share of the target that goes to the other classes
+    # Terms not named keep the model's own weight: 1, and 0.5 for scrim's contrastive loss. On the command line:
+    # --loss_weights object=2 window=0.5
+    loss_weights: dict[str, float] | None = None  # weights of loss terms, such as {"object": 2.0}; 0: term not trained
+    images_per_class: int | None = None  # batches hold so many of each class (scrim: 2); 0: plainly shuffled
     warmup_epochs: int | None = None  # first epochs, in which only the raw branch is trained, as published (1)
     mask_from_epoch: int | None = None  # sgkrl: from this epoch on (from 1) the background is masked, as published (46)
 
@@ -81,9 +97,10 @@ class Settings:
     pictures_every: int = 5  # epochs between panels of boxes, masks and windows in TensorBoard; 0: never
 
 
-# The data sets' own values for the settings left at None above. CUB, Cars and Aircraft: the published hyperparameters
-# of SG-KRL; MODELS holds what is published differently for other systems.
-PUBLISHED = {
+# The values for the settings left at None above: PUBLISHED, over it what differs for a model, over that what differs
+# for a data set. PUBLISHED holds SG-KRL's hyperparameters for CUB, Cars and Aircraft; those of FLRDF and SCRIM are not
+# known to us.
+PUBLISHED: dict[str, object] = {
     "input_size": 448,
     "backbone": "resnet50",
     "pretrained": "IMAGENET1K_V1",
@@ -98,12 +115,20 @@ PUBLISHED = {
     "label_smoothing": 0.0,
     "warmup_epochs": 1,
     "mask_from_epoch": 46,
+    "images_per_class": 0,
+}
+
+MODELS: dict[str, dict[str, object]] = {
+    "sgkrl": {},
+    "mmal": {"epochs": 200, "batch_size": 6},
+    "flrdf": {},
+    "scrim": {"images_per_class": 2},  # its contrastive loss needs pairs
+    "resnet": {},
 }
 
 DATASETS: dict[str, dict[str, object]] = {
     # Small and from random weights, to finish on any machine: five minutes on two cores at the most.
-    "demo": PUBLISHED
-    | {
+    "demo": {
         "input_size": 128,
         "backbone": "resnet18",
         "pretrained": "none",
@@ -118,18 +143,22 @@ DATASETS: dict[str, dict[str, object]] = {
         "warmup_epochs": 5,
         "mask_from_epoch": 100,  # past the last epoch: never
     },
-    "cub": PUBLISHED,
-    "cars": PUBLISHED | {"windows": "vehicles"},
-    "aircraft": PUBLISHED | {"windows": "vehicles"},
-    "dogs": PUBLISHED,
-    "nabirds": PUBLISHED,
-    "folder": PUBLISHED,
+    "cub": {},
+    "cars": {"windows": "vehicles"},
+    "aircraft": {"windows": "vehicles"},
+    "dogs": {},
+    "nabirds": {},
+    "folder": {},
 }
 
-MODELS: dict[str, dict[str, object]] = {
-    "sgkrl": {},
-    "mmal": {"epochs": 200, "batch_size": 6},
-    "resnet": {},
+
+# Settings that take several words on the command line, and what those become.
+LISTS: dict[str, type] = {
+    "classes": tuple,
+    "answer": tuple,
+    "anchor_sizes": tuple,
+    "milestones": tuple,
+    "loss_weights": dict,
 }
 
 
@@ -156,12 +185,12 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
             options["action"] = argparse.BooleanOptionalAction
         else:
             options |= {"type": _converter(hints[field.name]), "metavar": "VALUE"}
-            if field.name in ("classes", "answer", "milestones"):
+            if field.name in LISTS:
                 options["nargs"] = "+"
         parser.add_argument(f"--{field.name}", **options)
     values = vars(parser.parse_args(arguments))
-    for name in ("classes", "answer", "milestones"):
-        values[name] = tuple(values[name]) if values[name] is not None else None
+    for name, kind in LISTS.items():
+        values[name] = kind(values[name]) if values[name] is not None else None
     return complete(Settings(**values))
 
 
@@ -171,6 +200,10 @@ def _converter(hint: object) -> typing.Callable[[str], object]:
     member = next(m for m in members if m is not type(None))
     if tuple in members:
         return _windows
+    if float in members and str in members:
+        return _name_or_number
+    if typing.get_origin(member) is dict:
+        return _weight
     if typing.get_origin(member) is tuple:  # the words of a list come one by one
         member = typing.get_args(member)[0]
     return member
@@ -186,14 +219,29 @@ def _windows(word: str) -> str | tuple:
         raise argparse.ArgumentTypeError(f"{word!r}; expected a name, or a tuple as in config.py") from None
 
 
+def _name_or_number(word: str) -> str | float:
+    try:
+        return float(word)
+    except ValueError:
+        return word
+
+
+def _weight(word: str) -> tuple[str, float]:
+    """`name=number`."""
+    name, _, number = word.partition("=")
+    try:
+        return name, float(number)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{word!r}; expected name=number, such as object=0.5") from None
+
+
 def complete(settings: Settings) -> Settings:
     """Fill settings left at None from the tables above and check them all. Raises SettingsError."""
     if settings.dataset not in DATASETS:
         raise SettingsError(f"unknown dataset {settings.dataset!r}; choose one of {', '.join(DATASETS)}")
     if settings.model not in MODELS:
         raise SettingsError(f"unknown model {settings.model!r}; choose one of {', '.join(MODELS)}")
-    model_defaults = {} if settings.dataset == "demo" else MODELS[settings.model]
-    defaults = DATASETS[settings.dataset] | model_defaults
+    defaults = PUBLISHED | MODELS[settings.model] | DATASETS[settings.dataset]
     missing = {name: value for name, value in defaults.items() if getattr(settings, name) is None}
     settings = dataclasses.replace(settings, **missing)
     if settings.image_size is None:
@@ -212,7 +260,10 @@ def check(settings: Settings) -> None:
     for name in ("epochs", "batch_size", "evaluation_batch_size"):
         value = getattr(settings, name)
         require(isinstance(value, int) and value >= 1, name, "a whole number of at least 1")
-    for name in ("workers", "pictures_every", "warmup_epochs", "seed"):
+    for name in ("jigsaw_blocks", "coarse_channels", "part_proposals", "parts_in_answer"):
+        value = getattr(settings, name)
+        require(isinstance(value, int) and value >= 1, name, "a whole number of at least 1")
+    for name in ("workers", "pictures_every", "warmup_epochs", "seed", "images_per_class"):
         value = getattr(settings, name)
         require(isinstance(value, int) and value >= 0, name, "a whole number of at least 0")
     for name in ("brightness", "contrast", "dropout", "label_smoothing", "validation", "momentum"):
@@ -235,6 +286,34 @@ def check(settings: Settings) -> None:
         re.fullmatch(r"auto|cpu|cuda(:\d+)?", settings.device) is not None,
         "device",
         "'auto', 'cpu', 'cuda', 'cuda:1' ...",
+    )
+    for name, choices in {"wiring": ("trained", "published"), "graph_scope": ("image", "batch")}.items():
+        require(getattr(settings, name) in choices, name, f"'{choices[0]}' or '{choices[1]}'")
+    is_share = not isinstance(settings.suppression, str) and 0 < settings.suppression <= 1
+    require(settings.suppression == "learnable" or is_share, "suppression", "'learnable' or a share above 0, at most 1")
+    blocks = settings.input_size // 32
+    require(
+        settings.jigsaw_blocks <= blocks, "jigsaw_blocks", f"at most {blocks}: a block is a cell of 32 pixels or more"
+    )
+    require(
+        settings.parts_in_answer <= settings.part_proposals,
+        "parts_in_answer",
+        f"at most part_proposals, {settings.part_proposals}",
+    )
+    require(0 <= settings.part_max_iou < 1, "part_max_iou", "a share from 0 to less than 1")
+    sizes = settings.anchor_sizes
+    require(len(sizes) == 3 and all(s >= 1 for s in sizes), "anchor_sizes", "three sizes in pixels, of at least 1")
+    weights = (settings.loss_weights or {"raw": 1.0}).values()
+    require(all(0 <= w < math.inf for w in weights), "loss_weights", "finite numbers of at least 0")
+    require(
+        settings.images_per_class == 0 or settings.batch_size % settings.images_per_class == 0,
+        "images_per_class",
+        f"0, or a number that divides batch_size, {settings.batch_size}",
+    )
+    require(
+        settings.model != "scrim" or settings.images_per_class >= 2,
+        "images_per_class",
+        "at least 2 for scrim, whose contrastive loss compares images of one class",
     )
     require(settings.select_on in ("validation", "test"), "select_on", "'validation' or 'test'")
     require(settings.schedule in ("steps", "one_cycle"), "schedule", "'steps' or 'one_cycle'")

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from config import Settings, complete
-from networks.losses import classification_losses
-from train import catalogue_of, draw_panel, evaluation_loader, network_of
+from networks.losses import loss_terms
+from train import catalogue_of, draw_panel, evaluation_loader, network_of, weights_of_losses
 from utils.checkpoint import CheckpointError, load_checkpoint
 from utils.distributed import choose_device
 from utils.engine import Execution, evaluate
@@ -35,6 +35,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--precision", choices=("float32", "bf16"), help="(default: as in training)")
     parser.add_argument("--evaluation_batch_size", type=int, help="images at a time (default: as in training)")
     parser.add_argument("--workers", type=int, help="processes that load pictures (default: as in training)")
+    parser.add_argument(
+        "--branches", nargs="+", help="what to report beside the answer (default: all that matter to it)"
+    )
     return parser.parse_args(arguments)
 
 
@@ -45,7 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     saved = load_checkpoint(options.checkpoint)
     if not {"settings", "class_names", "network", "epoch", "selected_on"} <= saved.keys():
         raise CheckpointError(f"{options.checkpoint} was not written by train.py: it lacks settings or weights")
-    overrides = {name: value for name, value in vars(options).items() if value is not None and name != "checkpoint"}
+    overrides = {
+        name: value
+        for name, value in vars(options).items()
+        if value is not None and name in Settings.__dataclass_fields__
+    }
     settings = complete(dataclasses.replace(settings_of(saved, options.checkpoint), **overrides))
     catalogue = catalogue_of(settings)
     if list(catalogue.class_names) != saved["class_names"]:
@@ -63,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plan = plan_epoch(
         saved["epoch"],
         network.branches,
+        weights_of_losses(settings, network),
         warmup_epochs=settings.warmup_epochs,
         mask_from_epoch=settings.mask_from_epoch,
     )
@@ -73,8 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         network,
         evaluation_loader(settings, catalogue.test),
         plan=plan,
-        loss_function=partial(classification_losses, label_smoothing=settings.label_smoothing),
+        loss_function=partial(loss_terms, label_smoothing=settings.label_smoothing),
         execution=execution,
+        branches=options.branches,
         on_batch=ranks,
         description="test",
     )

@@ -20,6 +20,7 @@ from datasets import (
     MEAN,
     STD,
     Augmentation,
+    BalancedSampler,
     Catalogue,
     Entry,
     Pictures,
@@ -29,7 +30,7 @@ from datasets import (
     split_validation,
 )
 from networks import build_network
-from networks.losses import classification_losses
+from networks.losses import loss_terms
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from utils.distributed import cleanup, is_main, rank, setup_distributed, unwrap, world_size, wrap_network
 from utils.engine import Execution, check_finite, evaluate, train_one_epoch
@@ -54,8 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     train_entries, selection_entries, selected_on = choose_split(settings, catalogue)
     device = setup_distributed(settings.device)
     execution = Execution(device, settings.precision, settings.channels_last)
-    sampler = ShuffledSampler(len(train_entries), seed=settings.seed, rank=rank(), world_size=world_size())
-    train_loader = training_loader(settings, train_entries, sampler)
+    train_loader = training_loader(settings, train_entries)
     selection_loader = evaluation_loader(settings, selection_entries[rank() :: world_size()])
 
     saved = load_resumable(folder / "last.pth", settings, catalogue, len(train_entries))
@@ -64,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if settings.channels_last:
         network = network.to(memory_format=torch.channels_last)
     network = wrap_network(network.to(device), device, data_parallel=settings.data_parallel)
+    loss_weights = weights_of_losses(settings, unwrap(network))
     optimizer = build_optimizer(
         unwrap(network),
         unwrap(network).heads(),
@@ -97,13 +98,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         (folder / "config.json").write_text(json.dumps(dataclasses.asdict(settings), indent=2) + "\n")
         log.log_settings(dataclasses.asdict(settings) | {"selected_on": selected_on})
     prefix = settings.select_on
-    loss_function = partial(classification_losses, label_smoothing=settings.label_smoothing)
-    branches = unwrap(network).branches
+    loss_function = partial(loss_terms, label_smoothing=settings.label_smoothing)
     for epoch in range(first_epoch, settings.epochs + 1):
         seed_everything(settings.seed, epoch, rank())
-        sampler.set_epoch(epoch)
+        train_loader.sampler.set_epoch(epoch)
         plan = plan_epoch(
-            epoch, branches, warmup_epochs=settings.warmup_epochs, mask_from_epoch=settings.mask_from_epoch
+            epoch,
+            unwrap(network).branches,
+            loss_weights,
+            warmup_epochs=settings.warmup_epochs,
+            mask_from_epoch=settings.mask_from_epoch,
         )
         shared = {"plan": plan, "loss_function": loss_function, "execution": execution}
         learning_rate = optimizer.param_groups[0]["lr"]
@@ -183,10 +187,20 @@ def choose_split(settings: Settings, catalogue: Catalogue) -> tuple[list[Entry],
     return train, validation, f"{len(validation)} validation images ({share})"
 
 
-def training_loader(settings: Settings, entries: list[Entry], sampler: ShuffledSampler) -> DataLoader:
-    if settings.batch_size % world_size():
-        raise SettingsError(f"batch_size {settings.batch_size} cannot be shared equally by {world_size()} processes")
+def training_loader(settings: Settings, entries: list[Entry]) -> DataLoader:
+    processes = {"seed": settings.seed, "rank": rank(), "world_size": world_size()}
+    if settings.batch_size % (world_size() * max(settings.images_per_class, 1)):
+        per_class = f" in groups of images_per_class {settings.images_per_class}" if settings.images_per_class else ""
+        raise SettingsError(
+            f"batch_size {settings.batch_size} cannot be shared equally by {world_size()} processes{per_class}"
+        )
     batch_size = settings.batch_size // world_size()
+    if settings.images_per_class:
+        labels = [entry.label for entry in entries]
+        groups = {"batch_size": settings.batch_size, "images_per_class": settings.images_per_class}
+        sampler = BalancedSampler(labels, **groups, **processes)
+    else:
+        sampler = ShuffledSampler(len(entries), **processes)
     augment = Augmentation(settings.flip, settings.brightness, settings.contrast)
     return DataLoader(
         Pictures(entries, image_size=settings.image_size, augment=augment),
@@ -221,12 +235,33 @@ def network_of(settings: Settings, num_classes: int, *, pretrained: bool) -> tor
         pretrained=settings.pretrained if pretrained and settings.pretrained != "none" else None,
         stride_on_first_conv=settings.stride_on_first_conv,
         input_size=settings.input_size,
+        dropout=settings.dropout,
+        answer=settings.answer,
         windows=settings.windows,
         wiring=settings.wiring,
         graph_scope=settings.graph_scope,
-        dropout=settings.dropout,
-        answer=settings.answer,
+        suppression=settings.suppression,
+        classify_suppressed=settings.classify_suppressed,
+        box_agreement=settings.box_agreement,
+        jigsaw_blocks=settings.jigsaw_blocks,
+        coarse_channels=settings.coarse_channels,
+        part_proposals=settings.part_proposals,
+        parts_in_answer=settings.parts_in_answer,
+        part_max_iou=settings.part_max_iou,
+        parts_of_every_level=settings.parts_of_every_level,
+        anchor_sizes=settings.anchor_sizes,
     )
+
+
+def weights_of_losses(settings: Settings, network: torch.nn.Module) -> dict[str, float]:
+    """Return the network's own weights of its loss terms, with those that the settings change."""
+    own, changed = network.loss_weights, settings.loss_weights or {}
+    if not changed.keys() <= own.keys():
+        raise SettingsError(f"loss_weights names {', '.join(changed)}; {settings.model} has {', '.join(own)}")
+    weights = own | changed
+    if not any(weights.values()):
+        raise SettingsError("loss_weights are all 0: leave at least one term to train")
+    return weights
 
 
 def load_resumable(path: Path, settings: Settings, catalogue: Catalogue, images: int) -> dict | None:
@@ -260,7 +295,9 @@ def draw_panel(network, entries, settings, class_names, execution, plan) -> torc
     batch = collate([Pictures([entries[i]], image_size=settings.image_size)[0] for i in spread])
     network = unwrap(network).eval()
     with torch.no_grad(), execution.autocast():
-        output = network(execution.images(batch.images), mask_background=plan.mask_background)
+        output = network(
+            execution.images(batch.images), mask_background=plan.mask_background, branches=network.evaluated
+        )
     return output_panel(
         batch.images,
         output,

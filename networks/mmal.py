@@ -16,9 +16,13 @@ from networks.windows import WindowSelector
 
 
 class MMALNet(nn.Module):
-    """Branches `raw`, `object` and `window` share the backbone and the classifier; the answer is `object`."""
+    """Branches `raw`, `object` and `window` share the backbone and the classifier; the answer is `object`.
+
+    The windows only serve training: evaluation leaves their pass out unless it is asked for.
+    """
 
     branches = ("raw", "object", "window")
+    evaluated = ("raw", "object")
 
     def __init__(
         self,
@@ -32,6 +36,7 @@ class MMALNet(nn.Module):
         super().__init__()
         self.input_size = input_size
         self.answer = ("object",)
+        self.loss_weights = dict.fromkeys(self.branches, 1.0)
         self.backbone = backbone
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(backbone.embedding_channels, num_classes)

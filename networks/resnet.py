@@ -17,11 +17,13 @@ class ResNetClassifier(nn.Module):
     """Backbone and linear classifier: branch `raw`, which is also the answer."""
 
     branches = ("raw",)
+    evaluated = branches
 
     def __init__(self, backbone: Backbone, num_classes: int, *, input_size: int = 448, dropout: float = 0.5):
         super().__init__()
         self.input_size = input_size
         self.answer = ("raw",)
+        self.loss_weights = {"raw": 1.0}
         self.backbone = backbone
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(backbone.embedding_channels, num_classes)

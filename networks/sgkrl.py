@@ -58,7 +58,9 @@ class SGKRL(nn.Module):
         self.branches = (
             ("raw", "fused", "object", "window", "graph") if trained else ("raw", "object", "window", "graph")
         )
+        self.evaluated = self.branches
         self.answer = ("raw", "fused", "object", "graph") if trained else ("object",)
+        self.loss_weights = dict.fromkeys(self.branches, 1.0)
 
         channels = backbone.embedding_channels
         self.backbone = backbone

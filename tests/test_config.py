@@ -42,6 +42,16 @@ WORDS = {
     "windows": ("((((4, 4), (3, 5)), 2), (((8, 8),), 1))", ((((4, 4), (3, 5)), 2), (((8, 8),), 1))),
     "answer": (["raw", "object"], ("raw", "object")),
     "dropout": ("0.2", 0.2),
+    "suppression": ("0.7", 0.7),
+    "classify_suppressed": (None, True),
+    "box_agreement": (None, True),
+    "jigsaw_blocks": ("3", 3),
+    "coarse_channels": ("256", 256),
+    "part_proposals": ("8", 8),
+    "parts_in_answer": ("2", 2),
+    "part_max_iou": ("0.5", 0.5),
+    "parts_of_every_level": (None, True),
+    "anchor_sizes": (["32", "64", "128"], (32, 64, 128)),
     "epochs": ("3", 3),
     "batch_size": ("12", 12),
     "learning_rate": ("2e-2", 0.02),
@@ -52,6 +62,8 @@ WORDS = {
     "milestones": (["3", "5"], (3, 5)),
     "clip_gradient_norm": ("10", 10.0),
     "label_smoothing": ("0.1", 0.1),
+    "loss_weights": (["object=2", "window=0.5"], {"object": 2.0, "window": 0.5}),
+    "images_per_class": ("4", 4),
     "warmup_epochs": ("0", 0),
     "mask_from_epoch": ("4", 4),
     "device": ("cpu", "cpu"),
@@ -73,6 +85,10 @@ def _is_of(value: object, hint: object) -> bool:
         if typing.get_origin(member) is tuple:
             item = typing.get_args(member)[0]
             if isinstance(value, tuple) and all(type(v) is item for v in value):
+                return True
+        elif typing.get_origin(member) is dict:
+            name, item = typing.get_args(member)
+            if isinstance(value, dict) and all(type(k) is name and type(v) is item for k, v in value.items()):
                 return True
         elif type(value) is member:
             return True
@@ -119,6 +135,21 @@ def test_every_field_is_a_flag_with_its_annotated_type(name):
 def test_a_switch_can_be_turned_off(name):
     assert getattr(parse_settings([*CUB, f"--{name}"]), name) is True
     assert getattr(parse_settings([*CUB, f"--no-{name}"]), name) is False
+
+
+def test_suppression_is_a_name_or_a_number():
+    assert parse_settings([*CUB, "--suppression", "learnable"]).suppression == "learnable"
+    assert parse_settings([*CUB, "--suppression", "1"]).suppression == 1.0
+
+
+@pytest.mark.parametrize("word", ["object", "object=", "object=much"])
+def test_malformed_weights_are_refused(word, capsys):
+    with pytest.raises(SystemExit) as ending:
+        parse_settings([*CUB, "--loss_weights", "raw=1", word])
+    assert ending.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert repr(word) in last
+    assert "name=number" in last
 
 
 def test_a_name_for_windows_stays_a_name():
@@ -217,7 +248,8 @@ def test_complete_fills_only_what_is_none():
 def test_every_data_set_and_model_gets_complete_settings(dataset, model):
     settings = complete(dataclasses.replace(Settings(), dataset=dataset, model=model, data_root="x"))
     unset = {name for name in NAMES if getattr(settings, name) is None}
-    assert unset <= {"classes", "name", "answer"}
+    assert unset <= {"classes", "name", "answer", "loss_weights"}
+    assert settings.images_per_class == (2 if model == "scrim" else 0)
 
 
 @pytest.mark.parametrize(("dataset", "windows"), [("cub", "birds"), ("cars", "vehicles"), ("aircraft", "vehicles")])
@@ -240,6 +272,7 @@ def test_published_hyperparameters(dataset, windows):
     assert settings.dropout == 0.5
     assert settings.warmup_epochs == 1
     assert settings.mask_from_epoch == 46
+    assert settings.images_per_class == 0
 
 
 @pytest.mark.parametrize("dataset", ["cub", "cars", "aircraft"])
@@ -305,6 +338,25 @@ IMPOSSIBLE = [
     ("weight_decay", float("nan")),
     ("clip_gradient_norm", -1.0),
     ("schedule", "cosine"),
+    ("suppression", "strong"),
+    ("suppression", 0.0),
+    ("suppression", 1.5),
+    ("suppression", float("nan")),
+    ("wiring", "tangled"),
+    ("graph_scope", "world"),
+    ("jigsaw_blocks", 0),
+    ("jigsaw_blocks", 15),  # of 448 pixels: 14 cells
+    ("coarse_channels", 0),
+    ("part_proposals", 0),
+    ("parts_in_answer", 7),  # of 6
+    ("part_max_iou", 1.0),
+    ("part_max_iou", -0.1),
+    ("anchor_sizes", (48, 96)),
+    ("anchor_sizes", (48, 96, 0)),
+    ("loss_weights", {"raw": -1.0}),
+    ("loss_weights", {"raw": float("nan")}),
+    ("images_per_class", -1),
+    ("images_per_class", 3),  # of a batch of 40
     ("milestones", (0,)),
     ("milestones", (60, -5)),
     ("warmup_epochs", -1),
@@ -350,6 +402,12 @@ def test_impossible_values_are_refused_in_a_sentence(name, value):
 def test_the_outermost_possible_values_pass(name, value):
     settings = dataclasses.replace(Settings(), dataset="cub", data_root="somewhere", **{name: value})
     assert getattr(complete(settings), name) == value
+
+
+@pytest.mark.parametrize("images_per_class", [0, 1])
+def test_scrim_needs_images_to_compare(images_per_class):
+    with pytest.raises(SettingsError, match="images_per_class.*scrim"):
+        parse_settings([*CUB, "--model", "scrim", "--images_per_class", str(images_per_class)])
 
 
 def test_no_validation_must_be_asked_for():

@@ -20,13 +20,14 @@ from utils.schedule import EpochPlan
 
 SIZE = 8  # pixels that the toy network sees
 CPU = Execution(torch.device("cpu"))
-EVERYTHING = EpochPlan({"raw": 1.0, "object": 0.5}, mask_background=True)
+EVERYTHING = EpochPlan({"raw": 1.0, "object": 0.5}, ("raw", "object"), mask_background=True)
+WARM_UP = EpochPlan({"raw": 1.0}, ("raw",), mask_background=False)
 
 
 class Toy(nn.Module):
     """Two branches on a convolution with batch norm and dropout; a box that the picture's first pixels tell."""
 
-    branches = ("raw", "object")
+    branches = evaluated = ("raw", "object")
     answer = ("raw", "object")
     input_size = SIZE
 
@@ -88,7 +89,7 @@ def assert_same_state(one: nn.Module, other: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.05])
-@pytest.mark.parametrize("plan", [EVERYTHING, EpochPlan({"raw": 1.0}, mask_background=False)], ids=["all", "warm-up"])
+@pytest.mark.parametrize("plan", [EVERYTHING, WARM_UP], ids=["all", "warm-up"])
 def test_an_epoch_equals_the_loop_written_out(plan, clip):
     loader = make_loader(make_samples(11), batch_size=4)
     network = make_network()
@@ -153,9 +154,8 @@ def test_the_plan_reaches_the_network():
 def test_a_branch_outside_the_plan_keeps_its_weights_even_from_weight_decay():
     network = make_network()
     before = copy.deepcopy(network)
-    plan = EpochPlan({"raw": 1.0}, mask_background=False)
     loader = make_loader(make_samples(8), batch_size=4)
-    train_one_epoch(network, loader, *sgd(network), plan=plan, loss_function=classification_losses, execution=CPU)
+    train_one_epoch(network, loader, *sgd(network), plan=WARM_UP, loss_function=classification_losses, execution=CPU)
     assert torch.equal(network.object.weight, before.object.weight)
     assert not torch.equal(network.raw.weight, before.raw.weight)
 
@@ -311,11 +311,25 @@ def test_evaluation_does_not_touch_the_random_numbers_of_training():
 
 def test_all_branches_are_evaluated_even_in_warm_up():
     network = make_network()
-    plan = EpochPlan({"raw": 1.0}, mask_background=True)
+    plan = WARM_UP._replace(mask_background=True)
     figures = _evaluate(network, make_loader(make_samples(5), batch_size=5), plan=plan)
-    assert network.calls == [{"mask_background": True, "branches": None, "shape": (5, 3, SIZE, SIZE)}]
+    call = {"mask_background": True, "branches": ("raw", "object"), "shape": (5, 3, SIZE, SIZE)}
+    assert network.calls == [call]
     assert figures["loss/total"] == figures["loss/raw"]
     assert {"accuracy/raw", "accuracy/object", "accuracy/answer", "loss/object"} <= figures.keys()
+
+
+def test_branches_that_only_serve_training_are_not_evaluated_unless_asked_for():
+    network = make_network()
+    network.evaluated, network.answer = ("raw",), ("raw",)
+    loader = make_loader(make_samples(5), batch_size=5)
+    figures = _evaluate(network, loader)
+    assert network.calls[-1]["branches"] == ("raw",)
+    assert figures["loss/total"] == figures["loss/raw"]
+    assert not {"accuracy/object", "loss/object"} & figures.keys()
+    figures = _evaluate(network, loader, branches=("object",))
+    assert network.calls[-1]["branches"] == ("object", "raw")  # what the answer needs is always among them
+    assert figures["loss/total"] == pytest.approx(figures["loss/raw"] + 0.5 * figures["loss/object"])
 
 
 @pytest.mark.parametrize(("network_boxes", "true_boxes"), [(False, True), (True, False), (False, False)])

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import scatter_gather
 
 from networks import MODELS, build_network
-from networks.losses import classification_losses
+from networks.flrdf import FLRDF
+from networks.losses import loss_terms
 from networks.mmal import MMALNet
 from networks.outputs import Features, NetworkOutput
 from networks.resnet import ResNetClassifier
+from networks.scrim import SCRIM
 from networks.sgkrl import SGKRL
 
 CLASSES, SIZE = 5, 128
@@ -27,6 +29,9 @@ SYSTEMS: dict[str, tuple[str, dict]] = {
     "trained": ("sgkrl", {}),
     "published": ("sgkrl", {"wiring": "published"}),
     "published batch": ("sgkrl", {"wiring": "published", "graph_scope": "batch"}),
+    "flrdf": ("flrdf", {}),
+    "flrdf fixed": ("flrdf", {"suppression": 0.9, "box_agreement": True, "jigsaw_blocks": 3}),
+    "scrim": ("scrim", {}),
 }
 BRANCHES = {
     "resnet": ("raw",),
@@ -34,8 +39,14 @@ BRANCHES = {
     "trained": ("raw", "fused", "object", "window", "graph"),
     "published": ("raw", "object", "window", "graph"),
     "published batch": ("raw", "object", "window", "graph"),
+    "flrdf": ("raw", "object"),
+    "flrdf fixed": ("raw", "object"),
+    "scrim": ("raw", "part", "concat"),
 }
-WITH_BOXES = [system for system in SYSTEMS if system != "resnet"]
+TRAINING_ONLY = {"flrdf": ("jigsaw",), "flrdf fixed": ("jigsaw",)}
+WITH_BOXES = [system for system in SYSTEMS if system not in ("resnet", "scrim")]
+WITH_WINDOWS = [system for system in WITH_BOXES if "window" in BRANCHES[system]]
+PARTS = 12  # of SCRIM, six for each of its two modules
 OWN_WINDOWS = ((((5, 7), (7, 5)), 2), (((9, 9),), 1))
 ONE_WINDOW = ((((14, 14),), 1),)
 
@@ -110,6 +121,10 @@ def build_scripted(system: str, *, input_size: int = SIZE, **settings: object) -
         return ResNetClassifier(backbone, CLASSES, input_size=input_size, **settings)
     if system == "mmal":
         return MMALNet(backbone, CLASSES, input_size=input_size, **settings)
+    if system == "scrim":
+        return SCRIM(backbone, CLASSES, input_size=input_size, **settings)
+    if system.startswith("flrdf"):
+        return FLRDF(backbone, CLASSES, input_size=input_size, **SYSTEMS[system][1], **settings)
     return SGKRL(backbone, CLASSES, input_size=input_size, **SYSTEMS[system][1], **settings)
 
 
@@ -117,17 +132,37 @@ def build_scripted(system: str, *, input_size: int = SIZE, **settings: object) -
 
 
 def assert_contract(
-    output: NetworkOutput, system: str, *, batch: int, input_size: int, windows: tuple = reference.BIRDS
+    output: NetworkOutput,
+    system: str,
+    *,
+    batch: int,
+    input_size: int,
+    windows: tuple = reference.BIRDS,
+    training: bool = False,
 ) -> None:
     assert isinstance(output, NetworkOutput)
-    assert tuple(output.logits) == BRANCHES[system]
+    assert tuple(output.logits) == BRANCHES[system] + (TRAINING_ONLY.get(system, ()) if training else ())
     grid_size, groups = input_size // 32, reference.scale_window_set(windows, input_size // 32)
     count = sum(quota for _, quota in groups)
     for name, logits in output.logits.items():
-        assert logits.shape == ((batch, count, CLASSES) if name == "window" else (batch, CLASSES)), name
+        several = {"window": count, "part": PARTS}.get(name)
+        assert logits.shape == ((batch, CLASSES) if several is None else (batch, several, CLASSES)), name
         assert logits.isfinite().all(), name
+    if system == "scrim":
+        assert output[1:4] == (None, None, None)
+        assert output.part_boxes.shape == (batch, PARTS, 4)
+        assert output.part_boxes.dtype == torch.float32
+        assert not output.part_boxes.requires_grad
+        assert (output.part_boxes[..., 2:] > output.part_boxes[..., :2]).all()
+        assert (output.part_boxes.abs() < 1.5 * input_size).all()  # inside the zeros round the picture
+        assert (output.part_boxes == output.part_boxes.round()).all()
+        assert output.part_scores.shape == (batch, 2, PARTS // 2)
+        assert (output.part_scores.diff(dim=2) <= 0).all()
+        assert output.coarse_features.shape[:2] == (batch, 2) if training else output.coarse_features is None
+        return
+    assert output[4:] == (None, None, None)
     if system == "resnet":
-        assert output[1:] == (None, None, None)
+        assert output[1:4] == (None, None, None)
         return
 
     boxes = output.object_boxes
@@ -140,6 +175,9 @@ def assert_contract(
     assert (boxes[:, 2:] - boxes[:, :2] + 1 >= 32).all()
     assert not boxes.requires_grad
 
+    if system.startswith("flrdf"):
+        assert output[2:] == (None,) * 5
+        return
     assert output.window_boxes.shape == (batch, count, 4)
     assert output.window_boxes.dtype == torch.float32
     assert not output.window_boxes.requires_grad
@@ -182,6 +220,7 @@ def test_contract(system: str) -> None:
         ("trained", 224, OWN_WINDOWS),
         ("published batch", 224, "birds"),
         ("trained", 448, "birds"),
+        *((system, size, "birds") for system in ("flrdf", "flrdf fixed", "scrim") for size in (96, 160, 224, 448)),
     ),
     ids=str,
 )
@@ -232,7 +271,7 @@ def test_images_of_these_tests_tell_something() -> None:
 
 # ---- passes and branches ------------------------------------------------------------------------------------------
 
-PASSES = {"raw": 1, "fused": 1, "object": 2, "window": 3, "graph": 3}
+PASSES = {"raw": 1, "fused": 1, "object": 2, "window": 3, "graph": 3, "part": 2, "concat": 2}
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
@@ -242,21 +281,54 @@ def test_only_the_passes_that_are_needed(system: str) -> None:
     with recorded_passes(network) as given:
         everything = network(images)
     assert len(given) == max(PASSES[branch] for branch in BRANCHES[system])
-    count = 0 if system == "resnet" else everything.window_boxes.shape[1]
-    assert [tuple(x.shape) for x in given] == [
-        (2, 3, SIZE, SIZE),
-        (2, 3, SIZE, SIZE),
-        (2 * count, 3, SIZE // 2, SIZE // 2),
-    ][: len(given)]
+    shapes = [(2, 3, SIZE, SIZE)]
+    if everything.object_boxes is not None:
+        shapes.append((2, 3, SIZE, SIZE))
+    regions = everything.window_boxes if system != "scrim" else everything.part_boxes
+    if regions is not None:
+        shapes.append((2 * regions.shape[1], 3, SIZE // 2, SIZE // 2))
+    assert [tuple(x.shape) for x in given] == shapes
     for branch in BRANCHES[system]:
         with recorded_passes(network) as given:
             output = network(images, branches=(branch,))
         assert len(given) == PASSES[branch], branch
         assert branch in output.logits
+        if system == "scrim" and branch == "concat":  # of the six parts of a module only four are looked at
+            assert given[1].shape == (2 * 8, 3, SIZE // 2, SIZE // 2)
+            torch.testing.assert_close(output.logits["concat"], everything.logits["concat"])
+            continue
         for name, logits in output.logits.items():
             assert torch.equal(logits, everything.logits[name]), (branch, name)
         for got, expected in zip(output[1:], everything[1:], strict=True):
             assert got is None or torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+@torch.no_grad()
+def test_what_evaluation_computes(system: str) -> None:
+    """All that is reported and the answer's own, and no pass that only serves training."""
+    network = evaluated(system)
+    assert set(network.answer) <= set(network.evaluated) <= set(network.branches)
+    with recorded_passes(network) as given:
+        output = network(make_images(SIZE), branches=network.evaluated)
+    expected = tuple(branch for branch in BRANCHES[system] if (system, branch) != ("mmal", "window"))
+    assert network.evaluated == tuple(output.logits) == expected
+    assert len(given) == max(PASSES[branch] for branch in expected)
+    assert (output.window_boxes is None) == (system not in WITH_WINDOWS)  # MMAL-Net's cost no pass, and are drawn
+    assert network.predict_logits(output).shape == (2, CLASSES)
+
+
+@pytest.mark.parametrize("system", TRAINING_ONLY)
+def test_branches_of_training_are_refused_in_evaluation(system: str) -> None:
+    with pytest.raises(ValueError, match="jigsaw"):
+        evaluated(system)(make_images(SIZE), branches=("jigsaw",))
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_every_loss_term_has_a_weight(system: str) -> None:
+    network = build(system, input_size=96).train()
+    terms = loss_terms(network(make_images(96, batch=4)), torch.tensor([0, 1, 1, 2]))
+    assert network.loss_weights == {name: 0.5 if name == "contrastive" else 1.0 for name in terms}
 
 
 @torch.no_grad()
@@ -271,7 +343,9 @@ def test_answer_is_the_mean_probability_of_its_branches() -> None:
 
 
 @pytest.mark.parametrize(
-    ("system", "answer"), (("resnet", ("raw",)), ("mmal", ("object",)), ("published", ("object",))), ids=str
+    ("system", "answer"),
+    (("resnet", ("raw",)), ("mmal", ("object",)), ("published", ("object",)), ("scrim", ("concat",))),
+    ids=str,
 )
 @torch.no_grad()
 def test_answer_of_one_branch(system: str, answer: tuple[str, ...]) -> None:
@@ -280,6 +354,14 @@ def test_answer_of_one_branch(system: str, answer: tuple[str, ...]) -> None:
     assert network.answer == answer
     expected = output.logits[answer[0]].softmax(-1)
     torch.testing.assert_close(network.predict_logits(output).softmax(-1), expected)
+
+
+@torch.no_grad()
+def test_answer_of_flrdf_is_the_mean_of_two_branches() -> None:
+    network = evaluated("flrdf")
+    output = network(make_images(SIZE))
+    mean = (output.logits["raw"].softmax(-1) + output.logits["object"].softmax(-1)) / 2
+    torch.testing.assert_close(network.predict_logits(output), mean.log())
 
 
 @torch.no_grad()
@@ -297,7 +379,8 @@ def test_answer_may_be_chosen() -> None:
 def test_gradient_reaches_every_parameter(system: str) -> None:
     network = build(system, input_size=96).train()
     output = network(make_images(96, batch=4))
-    sum(classification_losses(output, torch.arange(4)).values()).backward()
+    terms = loss_terms(output, torch.arange(4))
+    sum(network.loss_weights[name] * term for name, term in terms.items()).backward()
     frozen = {name for name, parameter in network.named_parameters() if not parameter.requires_grad}
     expected = {name for name in dict(network.named_parameters()) if name.startswith(("fusion.", "weighting."))}
     assert frozen == (expected if system.startswith("published") else set())
@@ -323,7 +406,12 @@ def test_each_part_learns_from_its_own_branch(system: str) -> None:
         "object": {"backbone", "classifier", "weighting"},
         "window": {"backbone", "classifier"},
         "graph": {"backbone", "graph"},
+        "jigsaw": {"backbone", "classifier"},
+        "part": {"backbone", "part_classifier"},
+        "concat": {"backbone", "concat_classifier"},
     }
+    if system == "flrdf":
+        reached["raw"] = reached["raw"] | {"suppression"}
     for branch, logits in output.logits.items():
         expected = set(reached[branch])
         if system != "trained":
@@ -338,14 +426,14 @@ def test_each_part_learns_from_its_own_branch(system: str) -> None:
             assert any(gradient is not None for gradient in gradients) == (name in expected), (branch, name)
 
 
-@pytest.mark.parametrize("system", WITH_BOXES)
+@pytest.mark.parametrize("system", [system for system in SYSTEMS if system != "resnet"])
 def test_no_gradient_flows_through_the_crops(system: str) -> None:
     """The images of the object and window passes are given, not made: they carry no graph."""
     network = build_scripted(system).train()
     with recorded_passes(network) as given:
         output = network(make_images(SIZE))
     assert not any(images.requires_grad for images in given)
-    assert not any(boxes.requires_grad for boxes in output[1:] if boxes is not None)
+    assert not any(boxes.requires_grad for boxes in output[1:5] if boxes is not None)
     assert all(logits.requires_grad for logits in output.logits.values())
 
 
@@ -370,7 +458,10 @@ def assert_same_output(got: NetworkOutput, expected: NetworkOutput, *, except_fo
         )
     for got_boxes, expected_boxes in zip(got[1:], expected[1:], strict=True):
         assert (got_boxes is None) == (expected_boxes is None)
-        assert got_boxes is None or torch.equal(got_boxes, expected_boxes)
+        if got_boxes is not None and got_boxes is got.part_scores:
+            torch.testing.assert_close(got_boxes, expected_boxes, rtol=1e-3, atol=1e-4)
+        else:
+            assert got_boxes is None or torch.equal(got_boxes, expected_boxes)
 
 
 def indexed(output: NetworkOutput, index: Tensor) -> NetworkOutput:
@@ -410,29 +501,36 @@ def test_graph_over_the_batch_depends_on_the_batch() -> None:
 def test_first_pass_sees_larger_images_scaled_down(system: str, image_size: int) -> None:
     network, images = evaluated(system), make_images(image_size)
     small = F.interpolate(images, size=(SIZE, SIZE), mode="bilinear", antialias=True)
+    branches = ("part",) if system == "scrim" else ("raw",) if system == "resnet" else ("object",)
     with recorded_passes(network) as given:
-        output = network(images, branches=("object",))
+        output = network(images, branches=branches)
     assert torch.equal(given[0], small)
-    expected = network(small, branches=("object",))
-    for name in output.logits.keys() - {"object"}:
+    expected = network(small, branches=branches)
+    for name in output.logits.keys() - {"object", "part", "concat"}:
         assert torch.equal(output.logits[name], expected.logits[name])
-    if system != "resnet":
+    if system == "scrim":
+        assert torch.equal(output.part_boxes, expected.part_boxes)
+        assert not torch.allclose(output.logits["part"], expected.logits["part"], atol=1e-5)
+    elif system != "resnet":
         assert torch.equal(output.object_boxes, expected.object_boxes)  # in input_size pixels, whatever came
         assert not torch.allclose(output.logits["object"], expected.logits["object"], atol=1e-5)
     if output.object_masks is not None:
         assert torch.equal(output.object_masks, expected.object_masks)
 
 
-@pytest.mark.parametrize("system", WITH_BOXES)
+@pytest.mark.parametrize("system", [system for system in SYSTEMS if system != "resnet"])
 @torch.no_grad()
 def test_contract_with_larger_images(system: str) -> None:
     network = evaluated(system)
     with recorded_passes(network) as given:
         output = network(make_images(2 * SIZE), mask_background=True)
     assert_contract(output, system, batch=2, input_size=SIZE)
-    count = output.window_boxes.shape[1]
-    assert given[1].shape == (2, 3, SIZE, SIZE)
-    assert given[2].shape == (2 * count, 3, SIZE // 2, SIZE // 2)
+    if system != "scrim":
+        assert given.pop(1).shape == (2, 3, SIZE, SIZE)
+    regions = output.part_boxes if system == "scrim" else output.window_boxes
+    if regions is not None:
+        assert given.pop(1).shape == (2 * regions.shape[1], 3, SIZE // 2, SIZE // 2)
+    assert len(given) == 1
 
 
 def object_picture(cells: Tensor, image_size: int) -> Tensor:
@@ -486,7 +584,7 @@ def cut(image: Tensor, box: list[float], factor: int, size: int) -> Tensor:
 
 
 @pytest.mark.parametrize("factor", (1, 2))
-@pytest.mark.parametrize("system", ("trained", "published", "mmal"))
+@pytest.mark.parametrize("system", ("trained", "published", "mmal", "flrdf fixed"))
 @torch.no_grad()
 def test_mask_background_blanks_what_is_outside_the_mask(system: str, factor: int) -> None:
     size = 224
@@ -502,7 +600,7 @@ def test_mask_background_blanks_what_is_outside_the_mask(system: str, factor: in
     assert torch.equal(plain[0], masked[0])
     expected = cut(images[0], output.object_boxes[0].tolist(), factor, size)
     torch.testing.assert_close(plain[1][0], expected, rtol=1e-4, atol=1e-3)
-    if system == "mmal":
+    if system in ("mmal", "flrdf fixed"):
         assert torch.equal(plain[1], masked[1])
         return
 
@@ -635,9 +733,11 @@ ODD_MAPS = {
 @pytest.mark.parametrize("system", WITH_BOXES)
 @torch.no_grad()
 def test_maps_without_an_object_give_the_whole_image(system: str, maps: str, mask_background: bool) -> None:
+    if (system, maps) == ("flrdf", "disjoint"):
+        pytest.skip("its box asks the last map alone, where there is an object")
     for input_size in (96, 224):
         network = build_scripted(system, input_size=input_size, look=ODD_MAPS[maps]).eval()
-        if system != "mmal":  # what random attention adds is not constant, and is not what is tested here
+        if hasattr(network, "fusion"):  # what random attention adds is not constant, and is not what is tested here
             for attention in (network.fusion.stage3, network.fusion.stage2):
                 nn.init.zeros_(attention.out.weight)
         output = network(make_images(input_size), mask_background=mask_background)
@@ -673,15 +773,17 @@ def test_mixed_precision(system: str, training: bool) -> None:
     network = build(system, input_size=96).train(training)
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.set_grad_enabled(training):
         output = network(make_images(192), mask_background=True)
-    assert_contract(output, system, batch=2, input_size=96)
-    terms = classification_losses(output, torch.arange(2))
+    assert all(value.isfinite().all() for value in output[1:] if value is not None)
+    assert_contract(output, system, batch=2, input_size=96, training=training)
+    terms = loss_terms(output, torch.zeros(2, dtype=torch.int64))
     if training:
+        assert terms.keys() == network.loss_weights.keys()
         sum(terms.values()).backward()
         gradients = [parameter.grad for parameter in network.parameters() if parameter.requires_grad]
         assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
 
 
-@pytest.mark.parametrize("system", ("resnet", "mmal", "trained", "published batch"))
+@pytest.mark.parametrize("system", ("resnet", "mmal", "trained", "published batch", "flrdf", "scrim"))
 @torch.no_grad()
 def test_traces_without_graph_break(system: str) -> None:
     """The real trunk is traced once, in the plain system; a scripted one stands for it in the others (faster)."""
@@ -776,6 +878,15 @@ def test_no_synchronisation_on_a_gpu(system: str) -> None:
         ("sgkrl", {"windows": ((4, 4), 2)}, ("windows",)),
         ("mmal", {"windows": ()}, ("windows",)),
         ("mmal", {"backbone": "vgg16"}, ("vgg16", "resnet50")),
+        ("flrdf", {"suppression": "strong"}, ("strong", "learnable")),
+        ("flrdf", {"suppression": 0.0}, ("0.0", "learnable")),
+        ("flrdf", {"classify_suppressed": False}, ("classify_suppressed", "suppression", "learnable")),
+        ("flrdf", {"jigsaw_blocks": 5}, ("5", "4")),
+        ("flrdf", {"answer": ("jigsaw",)}, ("jigsaw", "raw, object")),
+        ("scrim", {"answer": ("part",)}, ("part", "raw, concat")),
+        ("scrim", {"parts_in_answer": 7}, ("parts_in_answer", "7", "6")),
+        ("scrim", {"part_proposals": 1000}, ("part_proposals", "1000", "129")),
+        ("scrim", {"anchor_sizes": (48, 96)}, ("anchor_sizes", "48", "3")),
     ),
     ids=str,
 )

@@ -12,6 +12,7 @@ from networks import build_network
 from utils.schedule import build_optimizer, build_schedule, plan_epoch
 
 BRANCHES = ("raw", "fused", "object", "window", "graph")
+WEIGHTS = {"raw": 0.5, "fused": 1.0, "object": 2.0, "window": 1.0, "graph": 1.0}
 
 
 # ---- Plans ----------------------------------------------------------------------------------------------------------
@@ -21,16 +22,30 @@ BRANCHES = ("raw", "fused", "object", "window", "graph")
 @pytest.mark.parametrize("mask_from_epoch", [None, 1, 2, 5])
 def test_plan_of_every_epoch(warmup_epochs, mask_from_epoch):
     for epoch in range(1, 8):
-        plan = plan_epoch(epoch, BRANCHES, warmup_epochs=warmup_epochs, mask_from_epoch=mask_from_epoch)
-        expected = ("raw",) if epoch - 1 < warmup_epochs else BRANCHES
-        assert plan.loss_weights == dict.fromkeys(expected, 1.0)
+        plan = plan_epoch(epoch, BRANCHES, WEIGHTS, warmup_epochs=warmup_epochs, mask_from_epoch=mask_from_epoch)
+        assert plan.loss_weights == ({"raw": 1.0} if epoch - 1 < warmup_epochs else WEIGHTS)
+        assert plan.branches == (("raw",) if epoch - 1 < warmup_epochs else BRANCHES)
         assert plan.mask_background is (mask_from_epoch is not None and epoch + 1 > mask_from_epoch)
+
+
+def test_terms_of_weight_zero_are_left_out_with_their_branches():
+    plan = plan_epoch(2, BRANCHES, WEIGHTS | {"window": 0.0, "graph": 0.0})
+    assert plan.loss_weights == {"raw": 0.5, "fused": 1.0, "object": 2.0}
+    assert set(plan.branches) == {"raw", "fused", "object"}
+
+
+def test_a_term_of_several_branches_needs_them_all():
+    weights = {"raw": 1.0, "part": 0.0, "concat": 1.0, "ranking": 1.0}
+    assert plan_epoch(2, ("raw", "part", "concat"), weights).branches == ("raw", "part", "concat")
+    assert plan_epoch(1, ("raw", "part", "concat"), weights).branches == ("raw",)
+    without = plan_epoch(2, ("raw", "part", "concat"), weights | {"ranking": 0.0})
+    assert set(without.branches) == {"raw", "concat"}
 
 
 def test_published_plan():
     settings = parse_settings(["--dataset", "cub", "--data_root", "x"])
     shared = {"warmup_epochs": settings.warmup_epochs, "mask_from_epoch": settings.mask_from_epoch}
-    plans = {epoch: plan_epoch(epoch, BRANCHES, **shared) for epoch in range(1, settings.epochs + 1)}
+    plans = {epoch: plan_epoch(epoch, BRANCHES, WEIGHTS, **shared) for epoch in range(1, settings.epochs + 1)}
     assert [epoch for epoch, plan in plans.items() if set(plan.loss_weights) == {"raw"}] == [1]
     assert [epoch for epoch, plan in plans.items() if plan.mask_background] == list(range(46, 101))
 
@@ -42,6 +57,8 @@ NETWORKS = [
     {"model": "mmal"},
     {"model": "sgkrl", "wiring": "trained"},
     {"model": "sgkrl", "wiring": "published"},
+    {"model": "flrdf"},
+    {"model": "scrim"},
 ]
 
 

@@ -250,6 +250,85 @@ def test_demo_birds_have_boxes(tmp_path, monkeypatch, evaluation_script):
     assert boxes["share_at_0.5"] == pytest.approx(sum(overlap >= 0.5 for overlap in overlaps) / 6)
 
 
+# What the other systems log: terms in training, terms in evaluation, branches in evaluation.
+LOGGED = {
+    "mmal": (("raw", "object", "window"), ("raw", "object"), ("raw", "object")),
+    "flrdf": (("raw", "object", "jigsaw"), ("raw", "object"), ("raw", "object")),
+    "scrim": (
+        ("raw", "part", "concat", "ranking", "contrastive"),
+        ("raw", "part", "concat", "ranking"),
+        ("raw", "part", "concat"),
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=LOGGED)
+def other_system(request, tiny_run, runs) -> tuple[str, Path]:
+    """The name of a system and the folder of its run over two epochs, the first of which trains `raw` only."""
+    train.main(tiny_run(runs, *TWO_EPOCHS, "--warmup_epochs", "1", "--pictures_every", "1", model=request.param))
+    return request.param, runs / f"folder-{request.param}"
+
+
+def test_every_system_logs_and_reports_its_terms_and_branches(other_system, tmp_path, evaluation_script):
+    model, folder = other_system
+    terms, evaluated_terms, branches = LOGGED[model]
+    first, second = read_log(folder)
+    for line, trained in ((first, ("raw",)), (second, terms)):
+        for split, expected in (("train", trained), ("validation", evaluated_terms)):
+            logged = {name.removeprefix(f"{split}/loss/") for name in line if name.startswith(f"{split}/loss/")}
+            assert logged == {*expected, "total"}, split
+        accuracies = {n.rpartition("/")[2] for n in line if n.startswith("validation/accuracy/")}
+        assert accuracies == {*branches, "answer"}
+    assert set(read_events(folder).Tags()["scalars"]) == {name for name in second | first if name != "epoch"}
+    weights = {"contrastive": 0.5}
+    for split, expected in (("train", terms), ("validation", evaluated_terms)):
+        total = sum(weights.get(name, 1.0) * second[f"{split}/loss/{name}"] for name in expected)
+        assert second[f"{split}/loss/total"] == pytest.approx(total, rel=1e-6)
+    assert (folder / "pictures" / "epoch-002.png").is_file()
+
+    copy = Path(shutil.copytree(folder, tmp_path / folder.name))
+    evaluation_script.main([str(copy / "last.pth")])
+    report = json.loads((copy / "report.json").read_text(encoding="utf-8"))
+    assert report["branches"].keys() == {*branches, "answer"}
+    answer = {"mmal": "object", "flrdf": "mean probability of raw, object", "scrim": "concat"}
+    assert report["answer"] == answer[model]
+
+
+def test_every_system_continues_as_if_never_stopped(other_system, tiny_run, tmp_path, monkeypatch):
+    model, folder = other_system
+    options = ("--warmup_epochs", "1", "--pictures_every", "1", "--workers", "1")
+    arguments = tiny_run(tmp_path, *TWO_EPOCHS, *options, model=model)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_in_epoch(patch, 2)
+        train.main(arguments)
+    train.main(arguments)
+    assert_same_run(folder, tmp_path / folder.name)
+
+
+def test_loss_weights_reach_the_loss(tiny_run, tmp_path):
+    options = ("--warmup_epochs", "0", "--loss_weights", "object=0.25", "window=0")
+    train.main(tiny_run(tmp_path, *options, model="mmal"))
+    (line,) = read_log(tmp_path / "folder-mmal")
+    assert "train/loss/window" not in line
+    total = line["train/loss/raw"] + 0.25 * line["train/loss/object"]
+    assert line["train/loss/total"] == pytest.approx(total, rel=1e-6)
+
+
+def test_branches_to_report_may_be_chosen(other_system, tmp_path, evaluation_script):
+    model, folder = other_system
+    copy = Path(shutil.copytree(folder, tmp_path / folder.name))
+    asked, reported = {
+        "mmal": ("window", {"raw", "object", "window"}),
+        "flrdf": ("raw", {"raw", "object"}),
+        "scrim": ("raw", {"raw", "concat"}),
+    }[model]
+    evaluation_script.main([str(copy / "last.pth"), "--branches", asked])
+    report = json.loads((copy / "report.json").read_text(encoding="utf-8"))
+    assert report["branches"].keys() == {"answer", *reported}
+    with pytest.raises(ValueError, match="crown"):
+        evaluation_script.main([str(copy / "last.pth"), "--branches", "crown"])
+
+
 # ---- Continuing -----------------------------------------------------------------------------------------------------
 
 
@@ -457,6 +536,8 @@ def test_no_validation_has_to_be_asked_for(tiny_run, tmp_path):
         ("stride_on_first_conv", [], "stride_on_first_conv"),
         ("data_root", ["nowhere"], "nowhere"),
         ("classes", ["pur*"], "pur*"),
+        ("loss_weights", ["crown=1"], "crown"),
+        ("loss_weights", ["raw=0", "fused=0", "object=0", "window=0", "graph=0"], "loss_weights"),
     ],
 )
 def test_what_cannot_be_built_is_refused_before_anything_is_written(tiny_run, tmp_path, flag, values, word):
@@ -634,16 +715,18 @@ def test_an_unknown_flag_ends_with_its_name(tiny_run, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_two_processes_train_and_evaluate_together(tiny_run, picture_tree, tmp_path):
+@pytest.mark.parametrize("model", ["resnet", "scrim"])
+def test_two_processes_train_and_evaluate_together(model, tiny_run, picture_tree, tmp_path):
     """With a single image to select on: the second process has none, and must not keep the first one waiting."""
     tree = tmp_path / "tree"
     shutil.copytree(picture_tree, tree / "train")
     (tree / "test" / "red").mkdir(parents=True)
     shutil.copy(picture_tree / "red" / "0.png", tree / "test" / "red")
-    arguments = tiny_run(tmp_path, "--data_root", str(tree), "--select_on", "test")
+    options = ("--data_root", str(tree), "--select_on", "test", "--warmup_epochs", "0")
+    arguments = tiny_run(tmp_path, *options, model=model)
     result = run_script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py", *arguments)
     assert result.returncode == 0, result.stderr[-2000:]
-    folder = tmp_path / "folder-resnet"
+    folder = tmp_path / f"folder-{model}"
     (line,) = read_log(folder)
     assert line["test/images"] == 1
     assert line["train/images"] == 24  # all of them: the test images choose, so none is held back
@@ -651,6 +734,18 @@ def test_two_processes_train_and_evaluate_together(tiny_run, picture_tree, tmp_p
     assert result.stdout.count("done") == 1
     weights = load_checkpoint(folder / "last.pth")["network"]
     assert not [name for name in weights if name.startswith("module.")]
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "world_size", lambda: 4)
+    for options, words in (
+        (("--batch_size", "6"), ["6", "4"]),
+        (("--images_per_class", "2"), ["4", "images_per_class 2"]),
+    ):
+        with pytest.raises(SettingsError) as refusal:
+            train.main(tiny_run(tmp_path, *options))
+        assert all(word in str(refusal.value) for word in words)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_broken_picture_met_by_a_worker_ends_with_one_line(tiny_run, picture_tree, tmp_path, capsys):

@@ -73,7 +73,7 @@ def train_one_epoch(
                 output = network(
                     execution.images(batch.images),
                     mask_background=plan.mask_background,
-                    branches=tuple(plan.loss_weights),
+                    branches=plan.branches,
                 )
             terms = loss_function(output, labels)
             loss = sum(weight * terms[name] for name, weight in plan.loss_weights.items())
@@ -121,28 +121,31 @@ def evaluate(
     plan: EpochPlan,
     loss_function: LossFunction,
     execution: Execution,
+    branches: tuple[str, ...] | None = None,
     on_batch: Callable[[object, NetworkOutput, Tensor], None] | None = None,
     description: str = "evaluate",
 ) -> dict[str, float]:
     """Evaluate on all `batches` and return the averages, `accuracy/answer` among them, and images/s.
 
-    `on_batch(batch, output, answer)` sees every batch with its output and the answer's logits [B, classes]. The
-    overlap of boxes is measured where the batches carry true ones.
+    `branches` and those of the answer are computed (None: those that the network wants evaluated); the total loss is
+    the weighted sum of the terms that come of them. `on_batch(batch, output, answer)` sees every batch with its output
+    and the answer's logits [B, classes]. The overlap of boxes is measured where the batches carry true ones.
     """
     network = evaluation_network(network).eval()
-    predict_logits, input_size = unwrap(network).predict_logits, unwrap(network).input_size
+    system = unwrap(network)
+    branches = tuple(dict.fromkeys((*(system.evaluated if branches is None else branches), *system.answer)))
     meter, start = EpochMeter(execution.device), time.perf_counter()
     for batch in tqdm(batches, desc=description, disable=_bar_disabled(), leave=False):
         labels = batch.labels.to(execution.device, non_blocking=True)
         with execution.autocast():
-            output = network(execution.images(batch.images), mask_background=plan.mask_background)
-        answer = predict_logits(output)
+            output = network(execution.images(batch.images), mask_background=plan.mask_background, branches=branches)
+        answer = system.predict_logits(output)
         terms = loss_function(output, labels)
-        total = sum(weight * terms[name] for name, weight in plan.loss_weights.items())
+        total = sum(weight * terms[name] for name, weight in plan.loss_weights.items() if name in terms)
         boxes = None if output.object_boxes is None else inclusive_to_edges(output.object_boxes)
         true_boxes = None
         if batch.boxes is not None:  # in pixels of the loaded picture; the network's boxes are in input_size pixels
-            true_boxes = batch.boxes.to(execution.device) * (input_size / batch.images.shape[-1])
+            true_boxes = batch.boxes.to(execution.device) * (system.input_size / batch.images.shape[-1])
         meter.update(
             labels,
             losses={"total": total, **terms},

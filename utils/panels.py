@@ -43,13 +43,14 @@ def output_panel(
             zip(predictions.tolist(), probabilities.tolist(), strict=True)
         )
     ]
+    crops = None if output.object_boxes is None else _object_crops(pictures, output.object_boxes)
     return localization_panel(
         pictures,
         object_boxes=output.object_boxes,
         masks=output.object_masks,
         true_boxes=None if true_boxes is None else true_boxes * scale,
-        crops=None if output.object_boxes is None else _object_crops(pictures, output.object_boxes),
-        window_boxes=output.window_boxes,
+        crops=crops if output.part_boxes is None else pictures,  # parts lie in the whole picture
+        window_boxes=output.window_boxes if output.part_boxes is None else output.part_boxes,
         captions=captions,
     )
 

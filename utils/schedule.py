@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,17 +13,27 @@ from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, OneCycleLR
 class EpochPlan(NamedTuple):
     """What the epoch number means for the network and the loss; the network itself never sees the number."""
 
-    loss_weights: dict[str, float]  # branch -> weight; branches without one are not trained, nor computed in training
+    loss_weights: dict[str, float]  # loss term -> weight, above 0; terms without one are not trained
+    branches: tuple[str, ...]  # what training has to compute for them
     mask_background: bool  # cut the object from the picture with the background blanked
 
 
 def plan_epoch(
-    epoch: int, branches: Sequence[str], *, warmup_epochs: int = 1, mask_from_epoch: int | None = None
+    epoch: int,
+    branches: Sequence[str],
+    loss_weights: Mapping[str, float],
+    *,
+    warmup_epochs: int = 1,
+    mask_from_epoch: int | None = None,
 ) -> EpochPlan:
-    """Plan an epoch, counted from 1: during warm-up only `raw` is trained, then every branch with weight 1."""
-    trained = ("raw",) if epoch <= warmup_epochs else tuple(branches)
+    """Plan an epoch, counted from 1: during warm-up only `raw` is trained, then every term with its weight.
+
+    A term that is not the loss of one branch may need any of them, so that all are computed.
+    """
+    weights = {"raw": 1.0} if epoch <= warmup_epochs else {name: w for name, w in loss_weights.items() if w > 0}
+    needed = tuple(weights) if weights.keys() <= set(branches) else tuple(branches)
     masked = mask_from_epoch is not None and epoch >= mask_from_epoch
-    return EpochPlan(loss_weights=dict.fromkeys(trained, 1.0), mask_background=masked)
+    return EpochPlan(weights, needed, masked)
 
 
 def build_optimizer(
