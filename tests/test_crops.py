@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import reference
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from networks.crops import boxes_in_image, crop_and_resize, resize_boxes
+from networks.crops import boxes_in_image, crop_and_resize, crop_windows, resize_boxes
 
 
 def random_images(batch: int, height: int, width: int, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -137,6 +138,110 @@ def test_values_outside_the_box_do_not_leak() -> None:
     torch.testing.assert_close(result, torch.ones_like(result), rtol=0, atol=1e-6)
 
 
+# ---- boxes that reach beyond the image ----------------------------------------------------------------------------
+
+AROUND = 40  # pixels put round the image by hand, more than any box below reaches out
+
+
+def reaching_boxes(height: int, width: int) -> Tensor:
+    """`[N, 4]` inclusive whole pixels: over every border, over all of them, and with nothing of the image inside."""
+    right, bottom = width - 1, height - 1
+    boxes = [
+        (-5, 2, 6, 9),  # one border after the other
+        (3, -7, 8, 4),
+        (right - 3, 1, right + 9, 8),
+        (2, bottom - 1, 7, bottom + 12),
+        (-6, -3, 4, 8),  # corners
+        (right - 2, bottom - 4, right + 5, bottom + 1),
+        (-9, -11, right + 13, bottom + 2),  # the whole image with some round it
+        (-1, -1, width, height),
+        (-1, 0, -1, bottom),  # the lines next to the image
+        (width, 0, width, bottom),
+        (0, height, right, height),
+        (-20, 3, -4, 9),  # wholly outside
+        (width + 3, -30, width + 20, -8),
+        (width, height, width + 15, height + 6),
+        (-1, -1, -1, -1),
+        (-1, bottom, 0, bottom + 1),  # one pixel of the image
+        (0, 0, right, bottom),  # and two that stay inside
+        (2, 1, 8, 7),
+    ]
+    return torch.tensor(boxes, dtype=torch.float64)
+
+
+def expected_with_surroundings(images: Tensor, boxes: Tensor, size: int, mode: str) -> Tensor:
+    """The image with its surroundings made by hand, then cut as ever."""
+    surrounded = F.pad(images, (AROUND,) * 4, mode=mode)
+    return expected_crops(surrounded, boxes + AROUND, size)
+
+
+@pytest.mark.parametrize(("height", "width"), ((32, 32), (17, 61), (23, 11), (31, 40)))
+@pytest.mark.parametrize("size", (1, 7, 32, 45))
+@pytest.mark.parametrize(("outside", "mode"), (("zeros", "constant"), ("border", "replicate")))
+def test_boxes_beyond_the_image(height: int, width: int, size: int, outside: str, mode: str) -> None:
+    images = random_images(2, height, width, seed=20) + 5  # nowhere near zero
+    boxes = reaching_boxes(height, width).expand(2, -1, -1)
+    result = crop_and_resize(images, boxes, size, outside=outside)
+    assert result.shape == (2 * boxes.shape[1], 3, size, size)
+    torch.testing.assert_close(result, expected_with_surroundings(images, boxes, size, mode), rtol=0, atol=1e-9)
+
+
+def test_border_is_what_happens_unasked() -> None:
+    images, boxes = random_images(1, 30, 26, seed=21), reaching_boxes(30, 26)[None]
+    assert torch.equal(crop_and_resize(images, boxes, 16), crop_and_resize(images, boxes, 16, outside="border"))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_zeros_beyond_the_image_at_full_size(dtype: torch.dtype) -> None:
+    """Exactly nothing where no pixel is near, in the images' own type."""
+    images = torch.full((1, 3, 448, 448), 3.0, dtype=dtype)
+    boxes = torch.tensor([[[-96.0, -96.0, 95.0, 95.0], [400.0, 16.0, 591.0, 207.0], [448.0, 448.0, 639.0, 639.0]]])
+    first, second, third = crop_and_resize(images, boxes, 192, outside="zeros")
+    assert first.dtype == dtype
+    expected = torch.zeros(3, 192, 192)
+    expected[:, 96:, 96:] = 3
+    torch.testing.assert_close(first.float(), expected, rtol=0, atol=1e-2)
+    assert not first[:, :95].any() and not first[:, :, :95].any()
+    expected = torch.zeros(3, 192, 192)
+    expected[:, :, :48] = 3
+    torch.testing.assert_close(second.float(), expected, rtol=0, atol=1e-2)
+    assert not second[:, :, 49:].any()
+    assert third.abs().max() < 1e-2
+    assert not third[:, 1:, 1:].any()
+
+
+def test_boxes_inside_do_not_care_what_is_outside() -> None:
+    images, boxes = random_images(4, 29, 37, seed=22), random_boxes((4, 5), 29, 37, seed=22)
+    zeros, border = (crop_and_resize(images, boxes, 19, outside=outside) for outside in ("zeros", "border"))
+    torch.testing.assert_close(zeros, border, rtol=0, atol=1e-9)
+
+
+def test_zeros_fade_in_within_one_pixel() -> None:
+    """Between the last pixel and the zero next to it the value is in between, as between any two pixels."""
+    images = torch.ones(1, 3, 9, 9, dtype=torch.float64)
+    boxes = torch.tensor([[-2.0, 4.0, 1.0, 4.0]], dtype=torch.float64)
+    row = crop_and_resize(images, boxes, 13, outside="zeros")[0, 0, 0]
+    expected = [0, 0, 0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1, 1, 1]
+    torch.testing.assert_close(row, torch.tensor(expected).double(), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("outside", ("zeros", "border"))
+@pytest.mark.parametrize("factor", (1, 2))
+def test_windows_beyond_the_image(outside: str, factor: int) -> None:
+    """`crop_windows` hands the choice on, also for images larger than the boxes' frame; `border` is its default."""
+    input_size = 34
+    images = random_images(2, factor * input_size, factor * input_size, seed=23) + 5
+    boxes = torch.tensor([[-6, 3, 12, 20], [25, 28, 40, 43], [-19, 0, -3, 9], [4, 5, 20, 21]]).double().expand(2, 4, 4)
+    result = crop_windows(images, boxes, input_size=input_size, outside=outside)
+    assert result.shape == (8, 3, 17, 17)
+    starts, ends = factor * boxes[..., :2], factor * (boxes[..., 2:] + 1) - 1
+    mode = "constant" if outside == "zeros" else "replicate"
+    expected = expected_with_surroundings(images, torch.cat([starts, ends], dim=-1), 17, mode)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-9)
+    if outside == "border":
+        assert torch.equal(crop_windows(images, boxes, input_size=input_size), result)
+
+
 # ---- boxes in other frames ----------------------------------------------------------------------------------------
 
 
@@ -189,7 +294,7 @@ def test_windows_cut_from_the_image_show_what_the_crop_showed() -> None:
     size = 64
     generator = torch.Generator().manual_seed(13)
     coarse = torch.randn(3, 3, 4, 4, generator=generator, dtype=torch.float64)
-    images = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bicubic", align_corners=True)
+    images = F.interpolate(coarse, size=(size, size), mode="bicubic", align_corners=True)
     objects = torch.tensor([[0, 0, 63, 63], [5, 9, 60, 50], [20, 3, 51, 63]]).float()
     windows = torch.tensor([[0, 0, 31, 31], [31, 0, 63, 31], [15, 15, 47, 63]]).float().expand(3, 3, 4)
     from_crop = crop_and_resize(crop_and_resize(images, objects, size), windows, 32)
