@@ -46,7 +46,7 @@ class FLRDF(nn.Module):
         if suppression == "learnable" and not classify_suppressed:
             raise ValueError(
                 "classify_suppressed is off and suppression 'learnable': nothing would teach the controller; "
-                "set suppression to a number such as 0.7"
+                "set suppression to a number such as 0.5"
             )
         if not 1 <= jigsaw_blocks <= input_size // STRIDE:
             raise ValueError(f"jigsaw_blocks is {jigsaw_blocks}; expected 1 to {input_size // STRIDE} blocks a side")
