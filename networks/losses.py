@@ -63,7 +63,7 @@ def contrastive_loss(features: Tensor, labels: Tensor) -> Tensor:
     over the positives of a feature, then over the features that have one (0 where none has); the three are added.
     """
     B, P, _ = features.shape
-    features = F.normalize(features.float().flatten(0, 1), dim=1)  # [B * P, D], image by image
+    features = F.normalize(features.float().flatten(0, 1), dim=1, eps=1e-6)  # [B * P, D], image by image
     similarity = features @ features.T
     image = torch.arange(B, device=features.device).repeat_interleave(P)
     module = torch.arange(P, device=features.device).repeat(B)

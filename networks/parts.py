@@ -96,9 +96,10 @@ def anchor_levels(grid_size: int) -> Tensor:
 class PartProposals(nn.Module):
     """Keeps the `count` anchors with the highest scores, none of which overlaps a better one by more than `max_iou`.
 
-    `every_level` takes the best of each level of the navigator first, so that parts of every scale are found and every
-    level learns: a level that is never proposed would never get a gradient. NTS-Net takes the best of all. Raises
-    ValueError for anchor sizes that are not one for each level and where there are fewer anchors than `count`.
+    `every_level` takes one of each level of the navigator first, the best that those taken leave, so that parts of
+    every scale are found and every level learns: a level that is never proposed would never get a gradient. NTS-Net
+    takes the best of all, and so does this for a `count` below the number of levels. Raises ValueError for anchor sizes
+    that are not one for each level and where there are fewer anchors than `count`.
     """
 
     def __init__(

@@ -92,14 +92,15 @@ def window_scores(activation: Tensor, sizes: Sizes) -> Tensor:
 
 
 def overlap_conflicts(boxes: Tensor, max_iou: float = 0.25) -> Tensor:
-    """[n, n] bool: pairs of inclusive boxes [n, 4] that overlap by an IoU of more than `max_iou`."""
+    """[n, n] bool: pairs of inclusive boxes [n, 4] with an IoU of more than `max_iou`, and each box with itself."""
     boxes = boxes.double()
     sides = boxes[:, 2:] - boxes[:, :2] + 1
     area = sides.prod(dim=1)
     starts = torch.maximum(boxes[:, None, :2], boxes[None, :, :2])
     ends = torch.minimum(boxes[:, None, 2:], boxes[None, :, 2:])
     overlap = (ends - starts + 1).clamp(min=0).prod(dim=2)
-    return overlap / (area[:, None] + area[None, :] - overlap) > max_iou
+    too_much = overlap / (area[:, None] + area[None, :] - overlap) > max_iou
+    return too_much | torch.eye(len(boxes), dtype=torch.bool, device=boxes.device)  # none is taken twice
 
 
 def greedy_selection(
@@ -109,12 +110,15 @@ def greedy_selection(
 
     Takes the highest score (of equal ones the lowest index), drops all that conflict with it ([n, n] bool), and so on;
     once nothing remains the last one taken is repeated. `restrictions`, [n] bool each, say what the first, the second
-    and so on may be taken from; those after them come from all.
+    and so on are taken from, as long as any of it remains; those after them come from all.
     """
     available = torch.ones_like(scores, dtype=torch.bool)
     picks: list[Tensor] = []
     for step in range(quota):
-        candidates = available & restrictions[step] if step < len(restrictions) else available
+        candidates = available
+        if step < len(restrictions):
+            restricted = available & restrictions[step]
+            candidates = torch.where(restricted.any(dim=1, keepdim=True), restricted, available)
         best = torch.where(candidates, scores, -torch.inf).argmax(dim=1)
         if picks:
             best = torch.where(candidates.any(dim=1), best, picks[-1])

@@ -1,13 +1,17 @@
-"""Named loss terms against PyTorch's cross-entropy, taken by hand."""
+"""Named loss terms: cross-entropy by hand, contrast and ranking against loops over single features and pairs."""
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import pytest
+import reference
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from networks.losses import classification_losses
+from networks.losses import classification_losses, contrastive_loss, loss_terms, ranking_loss
 from networks.outputs import NetworkOutput
 
 LABELS = torch.tensor([0, 3, 4, 1])
@@ -74,3 +78,331 @@ def test_one_image_and_one_window() -> None:
     terms = classification_losses(output, torch.tensor([2]))
     assert terms["raw"].item() == pytest.approx(torch.tensor(4.0).log().item())
     assert terms["window"].item() == pytest.approx(torch.tensor(4.0).log().item())
+
+
+# ---- the terms of an output ---------------------------------------------------------------------------------------
+
+
+def make_scored_output(batch: int = 4, modules: int = 2, parts: int = 3) -> NetworkOutput:
+    generator = torch.Generator().manual_seed(8)
+    return NetworkOutput(
+        {
+            "raw": torch.randn(batch, 5, generator=generator),
+            "part": torch.randn(batch, modules * parts, 5, generator=generator),
+        },
+        part_scores=torch.randn(batch, modules, parts, generator=generator),
+        coarse_features=torch.randn(batch, modules, 6, generator=generator),
+    )
+
+
+def test_terms_are_those_that_the_output_allows() -> None:
+    output = make_scored_output()
+    assert list(loss_terms(output, LABELS)) == ["raw", "part", "ranking", "contrastive"]
+    assert loss_terms(output._replace(part_scores=None), LABELS).keys() == {"raw", "part", "contrastive"}
+    assert loss_terms(output._replace(coarse_features=None), LABELS).keys() == {"raw", "part", "ranking"}
+    unclassified = output._replace(logits={"raw": output.logits["raw"]})
+    assert loss_terms(unclassified, LABELS).keys() == {"raw", "contrastive"}
+    assert loss_terms(unclassified._replace(coarse_features=None), LABELS).keys() == {"raw"}
+    assert all(term.shape == () and term.dtype == torch.float32 for term in loss_terms(output, LABELS).values())
+
+
+def test_terms_are_the_losses_of_their_names() -> None:
+    output = make_scored_output()
+    terms = loss_terms(output, LABELS)
+    assert torch.equal(terms["ranking"], ranking_loss(output.part_scores, output.logits["part"], LABELS))
+    assert torch.equal(terms["contrastive"], contrastive_loss(output.coarse_features, LABELS))
+    classified = classification_losses(output, LABELS)
+    assert all(torch.equal(terms[name], classified[name]) for name in ("raw", "part"))
+
+
+def test_smoothing_changes_only_what_classifies() -> None:
+    output = make_scored_output()
+    plain, smoothed = loss_terms(output, LABELS), loss_terms(output, LABELS, label_smoothing=0.2)
+    assert {name for name in plain if not torch.equal(plain[name], smoothed[name])} == {"raw", "part"}
+    expected = classification_losses(output, LABELS, label_smoothing=0.2)
+    assert all(torch.equal(smoothed[name], expected[name]) for name in expected)
+
+
+# ---- contrast of the coarse features ------------------------------------------------------------------------------
+
+BATCHES = {
+    "pairs": [0, 0, 1, 1, 2, 2],
+    "one class": [3, 3, 3, 3],
+    "all different": [4, 0, 2, 1],
+    "unequal": [1, 0, 1, 1, 2, 0, 1],
+    "one pair among strangers": [0, 1, 2, 0, 3],
+    "two images, one class": [5, 5],
+    "two images, two classes": [5, 6],
+    "one image": [2],
+}
+
+
+def contrast_one_by_one(features: Tensor, labels: list[int]) -> Tensor:
+    """Anchor by anchor, positive by positive, negative by negative, of features `[B, P, D]`."""
+    anchors = [(image, module) for image in range(features.shape[0]) for module in range(features.shape[1])]
+    vectors = {(i, p): features[i, p] / features[i, p].pow(2).sum().sqrt() for i, p in anchors}
+    means: dict[str, list[Tensor]] = {"SASC": [], "SADC": [], "DASC": []}
+    for anchor in anchors:
+        sets: dict[str, list[tuple[int, int]]] = {"SASC": [], "SADC": [], "DASC": [], "DADC": []}
+        for other in anchors:
+            if other != anchor:
+                attention = "SA" if other[1] == anchor[1] else "DA"
+                sets[attention + ("SC" if labels[other[0]] == labels[anchor[0]] else "DC")].append(other)
+        for name, against in (("SASC", ("SADC", "DASC", "DADC")), ("SADC", ("DADC",)), ("DASC", ("DADC",))):
+            losses = []
+            for positive in sets[name]:
+                total = torch.ones((), dtype=features.dtype)
+                for negative in [other for relation in against for other in sets[relation]]:
+                    closer = vectors[anchor] @ vectors[negative] - vectors[anchor] @ vectors[positive]
+                    total = total + closer.exp()
+                losses.append(total.log())
+            if losses:
+                means[name].append(sum(losses) / len(losses))
+    return sum((sum(values) / len(values) for values in means.values() if values), features.sum() * 0)
+
+
+def random_features(batch: int, modules: int, *, seed: int = 0, length: int = 5) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return 2 * torch.randn(batch, modules, length, generator=generator, dtype=torch.float64) + 0.3
+
+
+@pytest.mark.parametrize("modules", (1, 2, 3))
+@pytest.mark.parametrize("composition", BATCHES)
+def test_contrast_equals_reference(composition: str, modules: int) -> None:
+    labels = BATCHES[composition]
+    features = random_features(len(labels), modules, seed=modules).requires_grad_()
+    expected = contrast_one_by_one(features, labels)
+    (expected_gradient,) = torch.autograd.grad(expected, features)
+    result = contrastive_loss(features, torch.tensor(labels))
+    assert result.shape == () and result.dtype == torch.float32
+    torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-6)
+    (gradient,) = torch.autograd.grad(result, features)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_contrast_has_the_slope_of_finite_differences() -> None:
+    labels, step = [1, 0, 1, 2], 1e-6
+    features = random_features(len(labels), 2, seed=3, length=3)
+    slopes = torch.zeros_like(features)
+    for index in range(features.numel()):
+        shift = torch.zeros_like(features)
+        shift.view(-1)[index] = step
+        above, below = (contrast_one_by_one(features + sign * shift, labels) for sign in (1, -1))
+        slopes.view(-1)[index] = (above - below) / (2 * step)
+    features.requires_grad_()
+    contrastive_loss(features, torch.tensor(labels)).backward()
+    torch.testing.assert_close(features.grad, slopes, rtol=1e-4, atol=1e-6)
+
+
+def test_contrast_by_hand() -> None:
+    same = torch.ones(4, 2, 3)
+    # Seen from each of eight features: one positive, six others; two of the same module, two of neither; two, two.
+    expected = math.log(1 + 6) + math.log(1 + 2) + math.log(1 + 2)
+    assert contrastive_loss(same, torch.tensor([0, 0, 1, 1])).item() == pytest.approx(expected, rel=1e-5)
+    # One class, a direction of its own for each module: two negatives at cosine 0, a positive at 1; nothing else.
+    modules = torch.eye(2).expand(2, 2, 2)
+    assert contrastive_loss(modules, torch.tensor([1, 1])).item() == pytest.approx(math.log1p(2 / math.e), rel=1e-5)
+    # Opposite classes in one module: a positive at 1 and two negatives at -1; without a second module no other term.
+    classes = torch.tensor([1.0, 1, -1, -1]).view(4, 1, 1)
+    expected = math.log1p(2 * math.exp(-2))
+    assert contrastive_loss(classes, torch.tensor([0, 0, 1, 1])).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("labels", "modules"), (([2], 1), ([2], 2), ([2], 3), ([5, 5], 1), ([5, 6], 1), ([4, 0, 2, 1], 1)), ids=str
+)
+def test_contrast_without_anything_to_compare_is_zero(labels: list[int], modules: int) -> None:
+    features = random_features(len(labels), modules).requires_grad_()
+    loss = contrastive_loss(features, torch.tensor(labels))
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.equal(features.grad, torch.zeros_like(features))
+
+
+def test_contrast_knows_neither_order_nor_names() -> None:
+    labels, features = torch.tensor(BATCHES["unequal"]), random_features(7, 3)
+    expected = contrastive_loss(features, labels)
+    order = torch.randperm(7, generator=torch.Generator().manual_seed(4))
+    for same in (
+        contrastive_loss(features[order], labels[order]),
+        contrastive_loss(features[:, [2, 0, 1]], labels),
+        contrastive_loss(features, torch.tensor([30, 7, 199])[labels]),
+    ):
+        torch.testing.assert_close(same, expected, rtol=1e-5, atol=1e-6)
+    assert (contrastive_loss(features, labels[order]) - expected).abs() > 1e-3  # labels of other images
+
+
+def test_contrast_compares_directions_only() -> None:
+    labels, features = torch.tensor(BATCHES["pairs"]), random_features(6, 2)
+    lengths = torch.logspace(-4, 4, 12, dtype=torch.float64).view(6, 2, 1)
+    torch.testing.assert_close(contrastive_loss(lengths * features, labels), contrastive_loss(features, labels))
+    assert not torch.isclose(contrastive_loss(-features.abs(), labels), contrastive_loss(features, labels), rtol=1e-3)
+
+
+def test_contrast_of_zero_features_is_finite() -> None:
+    labels = torch.tensor([0, 0, 1, 1])
+    features = torch.zeros(4, 2, 3, requires_grad=True)
+    loss = contrastive_loss(features, labels)
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(7) + 2 * math.log(3), rel=1e-5)  # every similarity is 0
+    assert features.grad.isfinite().all()
+    features = random_features(4, 2).float()
+    features[1, 0] = 0
+    features.requires_grad_()
+    loss = contrastive_loss(features, labels)
+    loss.backward()
+    assert loss.isfinite() and features.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_contrast_is_float32_whatever_the_features(dtype: torch.dtype) -> None:
+    labels, features = torch.tensor(BATCHES["pairs"]), random_features(6, 2).to(dtype)
+    result = contrastive_loss(features, labels)
+    assert result.dtype == torch.float32
+    assert torch.equal(result, contrastive_loss(features.float(), labels))
+
+
+def test_contrast_falls_with_every_relation_that_comes_true() -> None:
+    """Nearest of all the same part of the same class; a part or a class in common is nearer than nothing in common."""
+    labels = torch.tensor([0, 0, 1, 1])
+    class_axes, module_axes = torch.eye(4)[:2], torch.eye(4)[2:]
+    shared = class_axes[labels][:, None] + module_axes[None]  # cosines 1, 0.5, 0.5 and 0
+    scrambled = shared[[0, 2, 1, 3]]
+    assert contrastive_loss(shared, labels) < contrastive_loss(torch.ones(4, 2, 4), labels)
+    assert contrastive_loss(shared, labels) < contrastive_loss(scrambled, labels)
+
+
+# ---- ranking of the fine parts ------------------------------------------------------------------------------------
+
+
+def rank_one_by_one(scores: Tensor, part_logits: Tensor, labels: list[int]) -> Tensor:
+    """Pair by pair; the mean over pairs and images, the sum over modules."""
+    batch, modules, parts = scores.shape
+    pairs = max(parts * (parts - 1) // 2, 1)
+    total = scores.sum() * 0
+    for image in range(batch):
+        for module in range(modules):
+            entropies = []
+            for part in range(parts):
+                logits = part_logits[image, module * parts + part].detach().double()
+                entropies.append(float(logits.exp().sum().log() - logits[labels[image]]))
+            for i in range(parts):
+                for j in range(parts):
+                    margin = 1 - scores[image, module, i] + scores[image, module, j]
+                    if entropies[j] > entropies[i] and margin.item() > 0:
+                        total = total + margin
+    return total / pairs / batch
+
+
+@pytest.mark.parametrize("shape", ((4, 2, 6), (1, 2, 3), (3, 1, 4), (2, 3, 2), (5, 1, 1), (2, 2, 1)), ids=str)
+def test_ranking_equals_reference(shape: tuple[int, int, int]) -> None:
+    generator = torch.Generator().manual_seed(5)
+    batch, modules, parts = shape
+    scores = torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+    part_logits = 2 * torch.randn(batch, modules * parts, 5, generator=generator)
+    labels = [3, 0, 4, 1, 2][:batch]
+    expected = rank_one_by_one(scores, part_logits, labels)
+    (expected_gradient,) = torch.autograd.grad(expected, scores)
+    result = ranking_loss(scores, part_logits, torch.tensor(labels))
+    assert result.shape == () and result.dtype == torch.float32
+    torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-6)
+    (gradient,) = torch.autograd.grad(result, scores)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-7)
+    assert (parts == 1) == (result.item() == 0)
+
+
+def confident(*amounts: float, label: int = 2) -> Tensor:
+    """Logits `[1, parts, 4]` of parts that give the label the more, the larger the amount."""
+    logits = torch.zeros(1, len(amounts), 4)
+    logits[0, :, label] = torch.tensor(amounts)
+    return logits
+
+
+def test_ranking_by_hand() -> None:
+    labels, logits = torch.tensor([2]), confident(3, 2, 1)
+    for scores, expected in (
+        ([5.0, 3, 1], 0.0),  # well apart, in the right order
+        ([0.0, 0, 0], 3.0),  # three hinges of 1
+        ([1.0, 0.5, 0], 0.5 + 0 + 0.5),
+        ([0.0, 1, 2], 2.0 + 3 + 2),  # the wrong way round
+    ):
+        loss = ranking_loss(torch.tensor([[scores]]), logits, labels)
+        assert loss.item() == pytest.approx(expected / 3), scores
+
+
+def test_ranking_looks_at_the_true_label_alone() -> None:
+    """The surest part leads only where it is sure of the right class."""
+    logits = torch.tensor([[[9.0, 0, 0], [0, 2, 0]]])
+    scores = torch.tensor([[[0.0, 4]]])
+    assert ranking_loss(scores, logits, torch.tensor([1])).item() == 0
+    assert ranking_loss(scores, logits, torch.tensor([0])).item() == pytest.approx(5)
+    # A larger logit of the label is less when the other classes' are larger still.
+    logits = torch.tensor([[[5.0, 5], [4, 1]]])
+    assert ranking_loss(scores, logits, torch.tensor([0])).item() == 0
+
+
+def test_parts_alike_are_not_ranked() -> None:
+    scores = torch.tensor([[[1.0, -2, 5, 5]]], requires_grad=True)
+    loss = ranking_loss(scores, confident(1, 1, 1, 1), torch.tensor([2]))
+    loss.backward()
+    assert loss.item() == 0 and torch.equal(scores.grad, torch.zeros_like(scores))
+    # One of two alike leads over the third, so two of the three pairs count.
+    loss = ranking_loss(torch.zeros(1, 1, 3), confident(1, 1, 0), torch.tensor([2]))
+    assert loss.item() == pytest.approx(2 / 3)
+
+
+def test_a_module_is_ranked_within_itself() -> None:
+    labels = torch.tensor([2])
+    logits = confident(9, 8, 1, 0)  # the second module's parts are worse, and score higher
+    scores = torch.tensor([[[1.0, 0], [8, 7]]])
+    assert ranking_loss(scores, logits, labels).item() == 0
+    assert ranking_loss(scores.flip(2), logits, labels).item() == pytest.approx(2 + 2)  # the sum over the modules
+
+
+def test_order_alike_costs_least() -> None:
+    labels, logits = torch.tensor([2]), confident(4, 3, 2, 1)
+    losses = {
+        order: ranking_loss(torch.tensor([[order]]), logits, labels).item()
+        for order in itertools.permutations((1.5, 1.0, 0.5, 0.0))
+    }
+    best, worst = min(losses, key=losses.get), max(losses, key=losses.get)
+    assert best == (1.5, 1.0, 0.5, 0.0) and worst == best[::-1]
+    assert sorted(losses.values())[1] > losses[best]
+
+
+def test_only_the_scores_learn_to_rank() -> None:
+    scores = torch.zeros(1, 1, 3, requires_grad=True)
+    logits = confident(3, 2, 1).requires_grad_()
+    ranking_loss(scores, logits, torch.tensor([2])).backward()
+    assert logits.grad is None
+    torch.testing.assert_close(scores.grad, torch.tensor([[[-2.0, 0, 2]]]) / 3)  # the best up, the worst down
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_ranking_is_float32_whatever_the_scores(dtype: torch.dtype) -> None:
+    output = make_scored_output()
+    scores, logits = output.part_scores.to(dtype), output.logits["part"].to(dtype)
+    result = ranking_loss(scores, logits, LABELS)
+    assert result.dtype == torch.float32
+    assert torch.equal(result, ranking_loss(scores.float(), logits.float(), LABELS))
+
+
+def test_ranking_of_extreme_values_is_finite() -> None:
+    scores = torch.tensor([[[1e4, -1e4, 0]]], requires_grad=True)
+    logits = torch.tensor([[[-1e5, 1e5], [1e5, -1e5], [0, 0]]])
+    loss = ranking_loss(scores, logits, torch.tensor([0]))
+    loss.backward()
+    assert loss.item() == pytest.approx((20001 + 10001 + 10001) / 3)
+    assert scores.grad.isfinite().all()
+
+
+def test_new_losses_make_the_host_wait_nowhere() -> None:
+    output = make_scored_output()
+    expected = loss_terms(output, LABELS)
+    with reference.ForbidHostReads():
+        terms = loss_terms(output, LABELS)
+    assert all(torch.equal(terms[name], expected[name]) for name in expected)
+    torch.compiler.reset()
+    compiled = torch.compile(loss_terms, fullgraph=True, backend="eager")(output, LABELS)
+    for name in expected:
+        torch.testing.assert_close(compiled[name], expected[name])
