@@ -9,21 +9,29 @@ Everything that is wrong with the data on disk is a `DataError` of one sentence.
 
 from __future__ import annotations
 
+import errno
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+import re
+import stat
+import warnings
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 from xml.etree import ElementTree
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageDraw, ImageFilter
+from PIL import ExifTags, Image, ImageDraw, ImageFilter, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional
+from tqdm import tqdm
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet, which published backbones were trained with
 STD = (0.229, 0.224, 0.225)
@@ -32,7 +40,21 @@ Box = tuple[float, float, float, float]
 
 
 class DataError(ValueError):
-    """The data are not as they should be: one sentence with what came, what was expected and what to do."""
+    """The data are not as they should be: one sentence with what came, what was expected and what to do.
+
+    It stays one line whatever a hostile file or its name puts into it, and so it does out of a loader's worker, which
+    raises the error anew from the text of its traceback.
+    """
+
+    def __init__(self, sentence: str) -> None:
+        if sentence.startswith("Caught DataError in "):
+            sentence = sentence.rpartition(f"\n{__name__}.DataError: ")[2].rstrip("\n")
+        super().__init__(_one_line(sentence))
+
+
+def _one_line(text: str) -> str:
+    """The text with line ends, and what else would move a terminal's cursor, written out."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -83,27 +105,62 @@ def read_catalogue(
         seed, test_fraction: how a `folder` data set that is not split yet is split; unused otherwise.
 
     Raises:
-        DataError: unknown data set, missing or malformed files, a class without pictures, a pattern without a class.
+        DataError: unknown data set, missing or malformed files, a picture listed twice in different ways, a class
+            without pictures, a pattern without a class.
     """
-    if dataset == "demo":
-        catalogue = _read_demo()
-    elif dataset == "folder":
-        catalogue = _read_folder(_check_root(dataset, root), seed=seed, test_fraction=test_fraction)
-    elif dataset in READERS:
-        catalogue = READERS[dataset](_check_root(dataset, root))
-    else:
-        raise DataError(f"unknown data set {dataset!r}: expected one of demo, folder, {', '.join(READERS)}")
-    _check_complete(dataset, catalogue)
+    try:
+        if dataset == "demo":
+            catalogue = _read_demo()
+        elif dataset == "folder":
+            catalogue = _read_folder(_check_root(dataset, root), seed=seed, test_fraction=test_fraction)
+        elif dataset in READERS:
+            catalogue = READERS[dataset](_check_root(dataset, root))
+        else:
+            raise DataError(f"unknown data set {dataset!r}: expected one of demo, folder, {', '.join(READERS)}")
+        catalogue = _drop_repeated(catalogue)
+        _check_complete(dataset, catalogue)
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or root} cannot be read ({_reason(error)}): expected files of data set {dataset!r} there"
+        ) from None
     return _keep_classes(catalogue, classes) if classes else catalogue
 
 
 def _check_root(dataset: str, root: str | Path | None) -> Path:
     if root is None:
         raise DataError(f"data set {dataset!r} needs the folder that it lies in: set data_root")
-    root = Path(root).expanduser()
+    try:
+        root = Path(root).expanduser()
+    except RuntimeError as error:  # ~somebody
+        raise DataError(f"data_root {root} is not a folder ({error}): write it without ~") from None
     if not root.is_dir():
         raise DataError(f"data_root {root} is not a folder: expected the folder of data set {dataset!r}")
     return root
+
+
+def _drop_repeated(catalogue: Catalogue) -> Catalogue:
+    """Keeps one of equal entries, which lists that were joined hold and which would only count a picture twice.
+
+    Raises DataError where a picture is listed in two ways: nothing says which of them is right.
+    """
+    first: dict[Path | int, tuple[str, Entry]] = {}
+    for split, entries in (("training", catalogue.train), ("testing", catalogue.test)):
+        for entry in entries:
+            first_split, known = first.setdefault(entry.source, (split, entry))
+            names = [catalogue.class_names[label] for label in (known.label, entry.label)]
+            if known.label != entry.label:
+                ways = f"as {names[0]!r} and as {names[1]!r}"
+            elif first_split != split:
+                ways = "for training and for testing"
+            elif known.box != entry.box:
+                ways = f"with the box {known.box} and with {entry.box}"
+            else:
+                continue
+            raise DataError(f"{entry.source} is listed twice, {ways}: take the wrong one off the data set's list")
+    kept = {"training": [], "testing": []}
+    for split, entry in first.values():
+        kept[split].append(entry)
+    return Catalogue(kept["training"], kept["testing"], catalogue.class_names)
 
 
 def _check_complete(dataset: str, catalogue: Catalogue) -> None:
@@ -150,6 +207,17 @@ def _keep_classes(catalogue: Catalogue, patterns: Sequence[str]) -> Catalogue:
     return Catalogue(keep(catalogue.train), keep(catalogue.test), [names[label] for label in kept])
 
 
+def leave_out(catalogue: Catalogue, sources: Container[str]) -> Catalogue:
+    """Return the catalogue without the pictures named. Raises DataError where a class or a split is left empty."""
+    train, test = (
+        [entry for entry in entries if str(entry.source) not in sources]
+        for entries in (catalogue.train, catalogue.test)
+    )
+    rest = Catalogue(train, test, catalogue.class_names)
+    _check_complete("without its unreadable pictures", rest)
+    return rest
+
+
 def split_validation(entries: list[Entry], fraction: float, seed: int) -> tuple[list[Entry], list[Entry]]:
     """Splits entries into (rest, validation), class by class, both in the order they came in.
 
@@ -189,62 +257,123 @@ def _find_root(root: Path, folder: str, marker: str) -> Path:
     )
 
 
+def _quote(value: object) -> str:
+    """What came, for a message: a line of a file that is no list may be megabytes long."""
+    text = str(value)
+    return repr(text if len(text) <= 80 else text[:77] + "...")
+
+
+def _check_list(path: Path) -> None:
+    """Raises DataError unless `path` is a file with something in it."""
+    if not path.exists():
+        raise DataError(f"{path} does not exist: expected the data set's official list there")
+    if not path.is_file():  # to open a pipe would wait for ever
+        raise DataError(f"{path} is not a file: expected the data set's official list there")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path} is empty: restore the data set's official list")
+
+
 def _read_table(path: Path, columns: int) -> Iterator[tuple[str, list[str]]]:
     """Yields (place, fields) for every line that is not blank; the last field is the rest of the line, with its spaces.
 
     place: "<file> line <number>", for messages.
     """
+    place = ""
     try:
+        _check_list(path)
         with path.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, start=1):
+                # Spaces of other scripts belong to the names.
+                line = line.strip(" \t\n")
+                if not line:
+                    continue
+                if not place and line.startswith("<"):
+                    raise DataError(f"{path} is a web page ({_quote(line)}): restore the data set's official list")
                 place = f"{path} line {number}"
-                fields = line.strip().split(maxsplit=columns - 1)
-                if fields and len(fields) != columns:
-                    raise DataError(f"{place}: expected {columns} fields, got {len(fields)} in {line.strip()!r}")
-                if fields:
-                    yield place, fields
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist: expected the data set's official list there") from None
+                fields = re.split("[ \t]+", line, maxsplit=columns - 1) if columns > 1 else [line]
+                if len(fields) != columns:
+                    raise DataError(f"{place}: expected {columns} fields, got {len(fields)} in {_quote(line)}")
+                yield place, fields
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text ({error.reason}): restore the data set's official list") from None
+    if not place:
+        raise DataError(f"{path} holds blank lines only: restore the data set's official list")
+
+
+def _read_keyed(path: Path, columns: int) -> Iterator[tuple[str, list[str]]]:
+    """`_read_table` for tables whose first field is a key: a line said again is left out, a contradiction refused."""
+    known: dict[str, tuple[str, list[str]]] = {}
+    for place, fields in _read_table(path, columns):
+        if fields[0] not in known:
+            known[fields[0]] = place, fields
+            yield place, fields
+        elif known[fields[0]][1] != fields:
+            first_place, first = known[fields[0]]
+            raise DataError(
+                f"{place} gives {_quote(fields[0])} as {_quote(' '.join(fields[1:]))}, and {first_place} as"
+                f" {_quote(' '.join(first[1:]))}: take one of them out"
+            )
 
 
 def _read_matlab(path: Path, variable: str, fields: Sequence[str] = ()) -> np.ndarray:
     """Reads a vector (of records with at least `fields`, if given) from a MATLAB file."""
     from scipy.io import loadmat  # here: it takes a while, and only two data sets need it
 
-    if not path.is_file():
-        raise DataError(f"{path} does not exist: expected the data set's official list there")
     try:
-        values = np.atleast_1d(loadmat(path, squeeze_me=True)[variable])
+        _check_list(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong is said below
+            values = np.atleast_1d(loadmat(path, squeeze_me=True)[variable])
+    except DataError:
+        raise
     except Exception as error:  # on a broken file scipy raises whatever it stumbles over
-        raise DataError(f"{path} cannot be read as a MATLAB list of {variable!r} ({error}): fetch it again") from None
+        reason = "it lacks that" if isinstance(error, KeyError) else _reason(error)
+        raise DataError(f"{path} cannot be read as a MATLAB list of {variable!r} ({reason}): fetch it again") from None
     absent = [field for field in fields if field not in (values.dtype.names or ())]
     if absent:
         raise DataError(f"{path} lacks the field {absent[0]!r} in {variable!r}: expected the list with labels")
+    if not len(values):
+        raise DataError(f"{path} has nothing in {variable!r}: restore the data set's official list")
     return values
+
+
+def _picture_path(place: str, folder: Path, name: object) -> Path:
+    """Where a listed picture lies: inside `folder`, whatever the list says."""
+    if not isinstance(name, str) or not name.strip():
+        raise DataError(f"{place}: expected a picture's name, got {_quote(name)}")
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise DataError(f"{place}: {_quote(name)} lies outside {folder}, expected a picture in there")
+    return folder / name
 
 
 def _look_up(place: str, key: str, table: Mapping[str, Value], table_name: str) -> Value:
     if key not in table:
-        raise DataError(f"{place}: {key!r} is not in {table_name}, expected an entry there")
+        raise DataError(f"{place}: {_quote(key)} is not in {table_name}, expected an entry there")
     return table[key]
 
 
 def _read_label(place: str, number: object, count: int) -> int:
     """A label from 0 of a class number from 1."""
-    if not 1 <= int(number) <= count:
-        raise DataError(f"{place}: class {number} is not in 1..{count}, the classes that have names")
-    return int(number) - 1
+    value = _read_class(place, number)
+    if not 1 <= value <= count:
+        raise DataError(f"{place}: class {value} is not in 1..{count}, the classes that have names")
+    return value - 1
+
+
+def _read_class(place: str, number: object) -> int:
+    (value,) = _read_numbers(place, [number])
+    if not value.is_integer():
+        raise DataError(f"{place}: class {value} is not a whole number")
+    return int(value)
 
 
 def _read_numbers(place: str, fields: Sequence[object]) -> tuple[float, ...]:
     try:
         numbers = tuple(float(field) for field in fields)
-    except (TypeError, ValueError):
-        raise DataError(f"{place}: expected numbers, got {' '.join(map(str, fields))!r}") from None
+    except (TypeError, ValueError, OverflowError):
+        raise DataError(f"{place}: expected numbers, got {_quote(' '.join(map(str, fields)))}") from None
     if not all(map(math.isfinite, numbers)):
-        raise DataError(f"{place}: expected finite numbers, got {' '.join(map(str, fields))!r}")
+        raise DataError(f"{place}: expected finite numbers, got {_quote(' '.join(map(str, fields)))}")
     return numbers
 
 
@@ -266,29 +395,29 @@ def _read_birds(root: Path, *, folder: str) -> Catalogue:
     and large scale dataset with citizen scientists" (CVPR 2015).
     """
     root = _find_root(root, folder, "images.txt")
-    names = {class_id: name for _, (class_id, name) in _read_table(root / "classes.txt", 2)}
+    names = {class_id: name for _, (class_id, name) in _read_keyed(root / "classes.txt", 2)}
     class_ids: dict[str, str] = {}
-    for place, (image, class_id) in _read_table(root / "image_class_labels.txt", 2):
+    for place, (image, class_id) in _read_keyed(root / "image_class_labels.txt", 2):
         _look_up(place, class_id, names, "classes.txt")
         class_ids[image] = class_id
     boxes: dict[str, Box] = {}
-    for place, (image, *fields) in _read_table(root / "bounding_boxes.txt", 5):
+    for place, (image, *fields) in _read_keyed(root / "bounding_boxes.txt", 5):
         x, y, width, height = _read_numbers(place, fields)
         boxes[image] = _box_from_edges(place, x, y, x + width, y + height)
     splits: dict[str, list[Entry]] = {"1": [], "0": []}
     split_of = {
         image: _look_up(place, flag, splits, "the flags 1 (training) and 0 (test)")
-        for place, (image, flag) in _read_table(root / "train_test_split.txt", 2)
+        for place, (image, flag) in _read_keyed(root / "train_test_split.txt", 2)
     }
 
     # The class ids of NABirds are nodes of a tree of which only some hold pictures: the classes are the ids in use.
     used = set(class_ids.values())
     labels = {class_id: label for label, class_id in enumerate(key for key in names if key in used)}
-    for place, (image, file) in _read_table(root / "images.txt", 2):
+    for place, (image, file) in _read_keyed(root / "images.txt", 2):
         label = labels[_look_up(place, image, class_ids, "image_class_labels.txt")]
         box = _look_up(place, image, boxes, "bounding_boxes.txt")
         split = _look_up(place, image, split_of, "train_test_split.txt")
-        split.append(Entry(root / "images" / file, label, box))
+        split.append(Entry(_picture_path(place, root / "images", file), label, box))
     return Catalogue(splits["1"], splits["0"], [names[class_id] for class_id in labels])
 
 
@@ -307,7 +436,7 @@ def _read_cars(root: Path) -> Catalogue:
             place = f"{path} record {number}"
             box = _box_from_matlab(place, *_read_numbers(place, [record[corner] for corner in corners]))
             label = _read_label(place, record["class"], len(names))
-            entries.append(Entry(pictures / str(record["fname"]), label, box))
+            entries.append(Entry(_picture_path(place, pictures, record["fname"]), label, box))
         return entries
 
     test = "cars_test_annos_withlabels.mat"
@@ -323,21 +452,21 @@ def _read_aircraft(root: Path) -> Catalogue:
     Source: Maji et al., "Fine-Grained Visual Classification of Aircraft" (2013).
     """
     data = _find_root(root, "fgvc-aircraft-2013b", "data/variants.txt") / "data"
-    names = [name for _, (name,) in _read_table(data / "variants.txt", 1)]
+    names = [name for _, (name,) in _read_keyed(data / "variants.txt", 1)]
     labels = {name: label for label, name in enumerate(names)}
     boxes = {
         image: _box_from_matlab(place, *_read_numbers(place, fields))
-        for place, (image, *fields) in _read_table(data / "images_box.txt", 5)
+        for place, (image, *fields) in _read_keyed(data / "images_box.txt", 5)
     }
 
     def read(split: str) -> list[Entry]:
         return [
             Entry(
-                data / "images" / f"{image}.jpg",
+                _picture_path(place, data / "images", f"{image}.jpg"),
                 _look_up(place, variant, labels, "variants.txt"),
                 _look_up(place, image, boxes, "images_box.txt"),
             )
-            for place, (image, variant) in _read_table(data / f"images_variant_{split}.txt", 2)
+            for place, (image, variant) in _read_keyed(data / f"images_variant_{split}.txt", 2)
         ]
 
     return Catalogue(read("trainval"), read("test"), names)
@@ -351,17 +480,22 @@ def _read_dogs(root: Path) -> Catalogue:
     # The archive of the lists unpacks without a folder of its own.
     lists = _find_root(root, "lists", "train_list.mat")
     folders: dict[int, str] = {}
+    numbers: dict[str, int] = {}
 
     def read(path: Path) -> list[tuple[int, Path, Box]]:
         files, labels = (_read_matlab(path, variable) for variable in ("file_list", "labels"))
         if len(files) != len(labels):
             raise DataError(f"{path} lists {len(files)} files and {len(labels)} labels: expected as many of each")
         found = []
-        for file, number in zip(map(str, files), map(int, labels), strict=True):
-            folders.setdefault(number, Path(file).parent.name)
-            found.append(
-                (number, root / "Images" / file, _read_dog_box(root / "Annotation" / Path(file).with_suffix("")))
-            )
+        for record, (file, number) in enumerate(zip(files, labels, strict=True), start=1):
+            place = f"{path} record {record}"
+            picture = _picture_path(place, root / "Images", file)
+            number, folder = _read_class(place, number), picture.parent.name
+            if folders.setdefault(number, folder) != folder:
+                raise DataError(f"{place}: class {number} is {folder!r} here and {folders[number]!r} before: keep one")
+            if numbers.setdefault(folder, number) != number:
+                raise DataError(f"{place}: {folder!r} is class {number} here and {numbers[folder]} before: keep one")
+            found.append((number, picture, _read_dog_box(root / "Annotation" / Path(file).with_suffix(""))))
         return found
 
     train, test = read(lists / "train_list.mat"), read(lists / "test_list.mat")
@@ -375,7 +509,7 @@ def _read_dog_box(path: Path) -> Box:
         box = ElementTree.parse(path).find("object/bndbox")
     except FileNotFoundError:
         raise DataError(f"{path} does not exist: unpack the data set's annotations there") from None
-    except ElementTree.ParseError as error:
+    except (ElementTree.ParseError, LookupError, ValueError) as error:  # the latter two: unknown encodings
         raise DataError(f"{path} is not XML ({error}): unpack the data set's annotations again") from None
     corners = [None if box is None else box.findtext(corner) for corner in ("xmin", "ymin", "xmax", "ymax")]
     # Taken as edges: nothing says whether the last pixel counts.
@@ -392,16 +526,55 @@ def _read_folder(root: Path, *, seed: int, test_fraction: float) -> Catalogue:
     class_names = sorted(
         {path.name for tree in trees for path in tree.iterdir() if path.is_dir() and path.name[0] != "."}
     )
-    labels = {name: label for label, name in enumerate(class_names)}
-    if not labels:
+    if not class_names:
         raise DataError(f"{trees[0]} holds no folder: expected one folder of pictures per class")
+    owners: dict[str, Path] = {}
 
     def read(tree: Path) -> list[Entry]:
-        found = make_dataset(str(tree), labels, extensions=IMG_EXTENSIONS, allow_empty=True)
-        return [Entry(Path(file), label) for file, label in found if not Path(file).name.startswith(".")]
+        return [
+            Entry(picture, label)
+            for label, name in enumerate(class_names)
+            for picture in _find_pictures(tree, tree / name, owners)
+        ]
 
     train, test = map(read, trees) if len(trees) == 2 else split_validation(read(root), test_fraction, seed)
     return Catalogue(train, test, class_names)
+
+
+def _find_pictures(tree: Path, class_folder: Path, owners: dict[str, Path]) -> list[Path]:
+    """The pictures in a class's folder and below it, by folder and name, without what is hidden.
+
+    Links are followed, but each real folder is read once, and none that holds the class's folder: so loops end.
+
+    owners: real folder -> the class's folder that it was read for, in all classes and splits; this adds to it.
+    """
+    if not class_folder.is_dir():
+        return []
+    real_tree = Path(os.path.realpath(tree))
+    above = {real_tree, *real_tree.parents, *Path(os.path.realpath(class_folder)).parents}
+    pictures: list[Path] = []
+    done: set[str] = set()
+    real, linked = [class_folder], []
+    while real or linked:
+        folder = real.pop() if real else linked.pop(0)  # links last: what has a name of its own in the class keeps it
+        target = os.path.realpath(folder)
+        if target in done or Path(target) in above:
+            continue
+        done.add(target)
+        if owners.setdefault(target, class_folder) != class_folder:
+            raise DataError(f"{target} is linked into both {owners[target]} and {class_folder}: take one link away")
+        with os.scandir(folder) as items:
+            for item in sorted(items, key=lambda item: item.name):
+                path = folder / item.name
+                if item.name.startswith("."):
+                    continue
+                if item.is_symlink() and path.is_dir():
+                    linked.append(path)
+                elif item.is_dir(follow_symlinks=False):
+                    real.append(path)
+                elif item.name.lower().endswith(IMG_EXTENSIONS):
+                    pictures.append(path)
+    return sorted(pictures, key=lambda picture: (str(picture.parent), picture.name))
 
 
 READERS: dict[str, Callable[[Path], Catalogue]] = {
@@ -429,6 +602,14 @@ UPRIGHT = {
 }
 
 
+# How files end; cameras and editors may write a little more behind it. To open WebP already checks the length.
+END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "WEBP": b""}
+TAIL = 1024  # bytes
+
+# Pillow warns of pictures that `load_picture` refuses in a sentence of its own.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
 def load_picture(path: str | Path, box: Box | None = None) -> tuple[Image.Image, Box | None]:
     """Loads a picture file of any mode as upright RGB, with its box.
 
@@ -439,15 +620,116 @@ def load_picture(path: str | Path, box: Box | None = None) -> tuple[Image.Image,
         DataError: the file cannot be read as a picture.
     """
     try:
-        with Image.open(path) as image:
-            orientation = _orientation(image)
-            picture = _to_rgb(image)
-    # SyntaxError: Pillow's word for a broken PNG
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} cannot be read as a picture ({error}): replace it, or take it off the list") from error
+        picture, orientation = _decode(path)
+    except Exception as error:  # on a broken file Pillow raises whatever it stumbles over
+        raise DataError(
+            f"{path} cannot be read as a picture ({_reason(error)}): replace it, or take it off the list"
+        ) from error
     if orientation not in UPRIGHT:
         return picture, box
     return picture.transpose(UPRIGHT[orientation]), box and _turn_box(box, picture.size, orientation)
+
+
+def _decode(path: str | Path) -> tuple[Image.Image, int]:
+    """The picture as RGB and its EXIF orientation. Raises anything."""
+    with _open_picture(path) as image:
+        orientation = _orientation(image)
+        return _to_rgb(image), orientation
+
+
+def _open_picture(path: str | Path) -> Image.Image:
+    """Reads a picture's header, and refuses what should not be decoded. Raises anything."""
+    status = Path(path).stat()
+    if not stat.S_ISREG(status.st_mode):  # to open a pipe would wait for ever
+        raise ValueError("it is a folder" if stat.S_ISDIR(status.st_mode) else "it is not a file")
+    if status.st_size == 0:
+        raise ValueError("the file is empty")
+    image = Image.open(path)
+    try:
+        _check_header(image)
+    except ValueError:
+        image.close()
+        raise
+    return image
+
+
+def _check_header(image: Image.Image) -> None:
+    pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
+    if limit is not None and pixels > limit:
+        raise ValueError(f"{pixels} pixels, above the limit of {limit} against decompression bombs")
+    if image.format == "EPS":
+        raise ValueError("it is PostScript, which is a program to be run")
+    if image.mode == "F":
+        raise ValueError("pixels are floating-point numbers, of which nothing says what is white")
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, in a few words on one line, without the name of the file."""
+    if isinstance(error, UnidentifiedImageError):
+        return "its content is of no known picture format"
+    words = error.strerror if isinstance(error, OSError) else None
+    return _one_line(words or str(error) or type(error).__name__)
+
+
+def find_bad_pictures(entries: Sequence[Entry], *, thorough: bool, silent: bool = False) -> dict[str, str]:
+    """Looks for pictures that `load_picture` would refuse, and for two kinds that show nothing though it loads them:
+    those with a side below 2 pixels, and files whose end is filled up with zeros.
+
+    Args:
+        thorough: decode every picture. If not, of JPEG, PNG and WebP only the header and the last bytes are read;
+            what ends otherwise than it should, and other formats, are decoded. This finds what was cut off, not
+            damage inside.
+        silent: never show a bar; otherwise there is one on a terminal.
+
+    Returns:
+        Path -> what is wrong with it, in a few words, in the order of `entries`.
+
+    Raises:
+        OSError: this machine is short of memory or open files, which is no picture's fault.
+    """
+    paths = list(dict.fromkeys(str(entry.source) for entry in entries if not isinstance(entry.source, int)))
+    Image.init()  # here, as Pillow does not guard its first use against several threads
+    pool = ThreadPoolExecutor()
+    try:
+        reasons = pool.map(partial(_find_fault, thorough=thorough), paths)
+        checked = zip(paths, reasons, strict=True)
+        bar = tqdm(checked, desc="checking pictures", total=len(paths), leave=False, disable=True if silent else None)
+        return {path: reason for path, reason in bar if reason is not None}
+    finally:
+        pool.shutdown(cancel_futures=True)  # so that an interruption does not wait for all the pictures
+
+
+def _find_fault(path: str, thorough: bool) -> str | None:
+    try:
+        with _open_picture(path) as image:
+            (width, height), kind = image.size, image.format
+        if min(width, height) < 2:
+            return f"only {width} x {height} pixels"
+        ended = _ends_as_it_should(path, kind)
+        if thorough or not ended:
+            _decode(path)
+        if not ended and kind in END_MARKS and _is_filled_up(path, END_MARKS[kind]):
+            return "its end was never written: there are only zeros"
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise
+        return _reason(error)
+    return None
+
+
+def _is_filled_up(path: str, mark: bytes) -> bool:
+    """Whether zeros stand for the end, as an interrupted copy leaves it: decoders may take them for picture data."""
+    content = Path(path).read_bytes()
+    return content.endswith(bytes(TAIL)) and not content.rstrip(b"\0").endswith(mark)
+
+
+def _ends_as_it_should(path: str, kind: str | None) -> bool:
+    mark = END_MARKS.get(kind)
+    if mark is None:
+        return False
+    with Path(path).open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
+        return mark in file.read()
 
 
 def _orientation(image: Image.Image) -> int:
@@ -470,8 +752,6 @@ def _turn_box(box: Box, size: tuple[int, int], orientation: int) -> Box:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise ValueError("pixels are floating-point numbers, of which nothing says what is white")
     if image.mode.startswith("I"):  # 16-bit gray: Pillow's own conversion clips it at 255
         gray = np.asarray(image).astype(np.float32).clip(0, 65535) / 257
         image = Image.fromarray(gray.round().astype(np.uint8))
@@ -591,12 +871,14 @@ class ShuffledSampler(Sampler[tuple[int, int]]):
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
-        self.epoch = 0
+        self.epoch, self.start = 0, 0
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch, and how many pairs of it to leave out, as they were trained on before."""
+        self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
+        """Return the number of pairs of a whole epoch."""
         return math.ceil(self.length / self.world_size)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
@@ -604,7 +886,7 @@ class ShuffledSampler(Sampler[tuple[int, int]]):
         order = generator.permutation(self.length)
         seeds = generator.integers(2**63, size=self.length)
         shard = np.resize(order, len(self) * self.world_size)[self.rank :: self.world_size]
-        return zip(shard.tolist(), seeds[shard].tolist(), strict=True)
+        return islice(zip(shard.tolist(), seeds[shard].tolist(), strict=True), self.start, None)
 
 
 class BalancedSampler(Sampler[tuple[int, int]]):
@@ -631,10 +913,10 @@ class BalancedSampler(Sampler[tuple[int, int]]):
     ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be in 0..{world_size - 1} for a world of {world_size}, got {rank}")
-        if batch_size % (images_per_class * world_size):
+        if images_per_class < 1 or batch_size < 1 or batch_size % (images_per_class * world_size):
             raise ValueError(
                 f"batch_size {batch_size} came; expected a multiple of images_per_class x processes, "
-                f"{images_per_class} x {world_size}"
+                f"{images_per_class} x {world_size}, all of at least 1"
             )
         self.images = [np.flatnonzero(np.asarray(labels) == label) for label in np.unique(labels)]
         self.images_per_class = images_per_class
@@ -642,23 +924,29 @@ class BalancedSampler(Sampler[tuple[int, int]]):
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
-        self.epoch = 0
+        self.epoch, self.start = 0, 0
+        if not self.images:
+            raise ValueError("no labels came; expected one for each image")
         self.batches = len(self._deal(np.random.default_rng(0)))  # how many does not depend on who comes first
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch, and how many pairs of it to leave out, as they were trained on before."""
+        self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
+        """Return the number of pairs of a whole epoch."""
         return self.batches * self.groups_per_batch * self.images_per_class // self.world_size
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         generator = np.random.default_rng((self.seed, self.epoch))
         deal = self._deal(generator)
         groups = [self._groups(images, np.sum(deal == label), generator) for label, images in enumerate(self.images)]
-        order = np.stack([next(groups[label]) for label in deal.ravel()])  # [batches * groups, images_per_class]
+        order = np.array([next(groups[label]) for label in deal.ravel()])  # [batches * groups, images_per_class]
         seeds = generator.integers(2**63, size=order.shape)
-        shard = slice(self.rank, None, self.world_size)
-        return zip(order[shard].ravel().tolist(), seeds[shard].ravel().tolist(), strict=True)
+        # A process gets neighbouring groups of each batch: different classes, also where there are few.
+        parts = (self.batches, self.world_size, -1)
+        order, seeds = (values.reshape(parts)[:, self.rank].ravel().tolist() for values in (order, seeds))
+        return islice(zip(order, seeds, strict=True), self.start, None)
 
     def _deal(self, generator: np.random.Generator) -> np.ndarray:
         """Return [batches, groups per batch] classes: in each batch those that have most groups left."""
