@@ -12,17 +12,35 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
+import copy
 import dataclasses
+import difflib
+import functools
 import inspect
 import math
 import re
+import stat
 import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+Windows = tuple[tuple[tuple[tuple[int, int], ...], int], ...]
+
+
+def _with_lists_as_defaults(settings: type) -> type:
+    """Let [60, 100] and {"object": 2.0} stand behind a field, which a dataclass refuses."""
+    for name in settings.__annotations__:
+        default = getattr(settings, name, None)
+        if isinstance(default, list | dict | set):
+            setattr(settings, name, dataclasses.field(default_factory=functools.partial(copy.deepcopy, default)))
+    return settings
 
 
 @dataclass(frozen=True)
+@_with_lists_as_defaults
 class Settings:
     # ---- What to train, and on what -----------------------------------------------------------------------------
     model: str = "sgkrl"  # resnet, mmal, sgkrl, flrdf or scrim
@@ -31,6 +49,7 @@ class Settings:
     classes: tuple[str, ...] | None = None  # only the classes whose names match, such as '*_Gull' '*_Wren'; None: all
     name: str | None = None  # added to the run's folder, to keep several runs of one model and data set apart
     checkpoint_dir: str = "checkpoint"  # the run writes to <checkpoint_dir>/<dataset>-<model>[-<name>]/
+    fresh: bool = False  # start anew: a run that is in the folder already is moved aside
     seed: int = 0  # fixes weights, split, shuffling, augmentation and dropout
 
     # ---- Which images choose the best epoch -----------------------------------------------------------------------
@@ -53,11 +72,11 @@ class Settings:
     dropout: float | None = None  # before every classifier; the attention of the fusion keeps its published 0.2
     # sgkrl, mmal: 'birds', 'vehicles', or groups of ((height, width), ...), quota in cells of a 14-cell grid, such as
     # ((((4, 4), (3, 5)), 2), (((8, 8),), 1)): the two best of small windows, the best one of the large.
-    windows: str | tuple | None = None  # which windows of the object are looked at
+    windows: str | Windows | None = None  # which windows of the object are looked at
     wiring: str = "trained"  # sgkrl: trained (every part learns) or published (fusion and weighting stay random)
     graph_scope: str = "image"  # sgkrl, published wiring: image, or batch (windows of other images are linked)
     # flrdf. Its paper leaves the next four open.
-    suppression: str | float = "learnable"  # what channels are capped at: learnable, or a share of their maximum (0.7)
+    suppression: str | float = "learnable"  # what channels are capped at: learnable, or a share of their maximum (0.5)
     classify_suppressed: bool = True  # raw classifies the suppressed map; without it only a fixed suppression works
     box_agreement: bool = False  # the box keeps only what the map before the last one confirms, as in mmal
     jigsaw_blocks: int = 2  # blocks along a side of the shuffled object; 1: not shuffled
@@ -84,8 +103,14 @@ class Settings:
     # --loss_weights object=2 window=0.5
     loss_weights: dict[str, float] | None = None  # weights of loss terms, such as {"object": 2.0}; 0: term not trained
     images_per_class: int | None = None  # batches hold so many of each class (scrim: 2); 0: plainly shuffled
-    warmup_epochs: int | None = None  # first epochs, in which only the raw branch is trained, as published (1)
+    warmup_epochs: int | None = None  # first epochs, that train only the raw branch; None: 1, but never all epochs
     mask_from_epoch: int | None = None  # sgkrl: from this epoch on (from 1) the background is masked, as published (46)
+
+    # ---- Faults ---------------------------------------------------------------------------------------------------
+    save_every_steps: int = 0  # a checkpoint within an epoch every so many steps, too; 0: after every epoch only
+    keep_checkpoints: int = 0  # keep the checkpoints of the last so many epochs beside last.pth and best.pth; 0: none
+    on_bad_image: str = "stop"  # unreadable pictures: stop before training, or skip (left out and listed in the folder)
+    skip_nonfinite: int = 0  # so many steps with a loss that is not finite are skipped before the run stops
 
     # ---- Machine --------------------------------------------------------------------------------------------------
     device: str = "auto"  # auto: the GPU where there is one; or cpu, cuda, cuda:1 ...
@@ -152,13 +177,19 @@ DATASETS: dict[str, dict[str, object]] = {
 }
 
 
-# Settings that take several words on the command line, and what those become.
-LISTS: dict[str, type] = {
-    "classes": tuple,
-    "answer": tuple,
-    "anchor_sizes": tuple,
-    "milestones": tuple,
-    "loss_weights": dict,
+HINTS: dict[str, object] = typing.get_type_hints(Settings)
+
+# What each annotated type is called in a sentence
+EXPECTED: dict[object, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    str: "a text in quotes",
+    types.NoneType: "None",
+    tuple[str, ...]: "texts such as ('one',) or ('one', 'two')",
+    tuple[int, ...]: "whole numbers such as (1,) or (1, 2)",
+    dict[str, float]: "numbers by name such as {'object': 2.0}",
+    Windows: "groups such as ((((4, 4), (3, 5)), 2),)",
 }
 
 
@@ -166,47 +197,79 @@ class SettingsError(ValueError):
     """A setting that cannot be, said in one sentence."""
 
 
+# ---- The command line -----------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence, without printing the usage first."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        printable = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+        raise SettingsError(f"{_shortened(printable.removeprefix('argument '))} (--help lists all settings)") from None
+
+
 def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
     """Return the settings above with the command line's overrides, complete and checked.
 
-    Raises SettingsError for impossible values; argparse ends the program for unknown names and malformed values.
+    Raises SettingsError for impossible values, malformed ones and unknown names.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         description="Train a fine-grained classifier; settings default to config.py.",
         usage="%(prog)s [--setting value ...]",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # what is not given stays out: the defaults are checked as they are
         allow_abbrev=False,
     )
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Settings), flags=re.MULTILINE))
-    hints = typing.get_type_hints(Settings)
-    for field in dataclasses.fields(Settings):
-        options = {"default": field.default, "help": comments.get(field.name, " ").replace("%", "%%")}
-        if hints[field.name] is bool:
+    for name, hint in HINTS.items():
+        default = _shown(getattr(Settings(), name))
+        options = {"help": f"{comments.get(name, '')} (default: {default})".strip().replace("%", "%%")}
+        if hint is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            options |= {"type": _converter(hints[field.name]), "metavar": "VALUE"}
-            if field.name in LISTS:
-                options["nargs"] = "+"
-        parser.add_argument(f"--{field.name}", **options)
-    values = vars(parser.parse_args(arguments))
-    for name, kind in LISTS.items():
-        values[name] = kind(values[name]) if values[name] is not None else None
-    return complete(Settings(**values))
+            options |= {"type": _converter(hint), "metavar": "VALUE"}
+            if _takes_several_words(hint):
+                options["nargs"] = "*"
+        parser.add_argument(f"--{name}", **options)
+    given, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], [f"--{name}" for name in HINTS], n=1)
+        guess = f"; did you mean {near[0]}?" if near else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{guess}")
+    values = vars(given)
+    if "loss_weights" in values:
+        values["loss_weights"] = dict(values["loss_weights"])
+    return complete(dataclasses.replace(Settings(), **values))
+
+
+def _members(hint: object) -> tuple[object, ...]:
+    """The types of a union, or the type itself."""
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def _takes_several_words(hint: object) -> bool:
+    return any(typing.get_origin(member) in (tuple, dict) and member != Windows for member in _members(hint))
 
 
 def _converter(hint: object) -> typing.Callable[[str], object]:
     """Return what turns a command-line word into a value of the annotated type."""
-    members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    member = next(m for m in members if m is not type(None))
-    if tuple in members:
+    members = _members(hint)
+    if Windows in members:
         return _windows
     if float in members and str in members:
         return _name_or_number
+    member = members[0]
     if typing.get_origin(member) is dict:
         return _weight
     if typing.get_origin(member) is tuple:  # the words of a list come one by one
         member = typing.get_args(member)[0]
-    return member
+
+    def convert(word: str) -> object:
+        try:
+            return member(word)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{_shown(word)}; expected {EXPECTED[member]}") from None
+
+    return convert
 
 
 def _windows(word: str) -> str | tuple:
@@ -215,8 +278,8 @@ def _windows(word: str) -> str | tuple:
         return word
     try:
         return ast.literal_eval(word)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        raise argparse.ArgumentTypeError(f"{word!r}; expected a name, or a tuple as in config.py") from None
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        raise argparse.ArgumentTypeError(f"{_shown(word)}; expected a name, or a tuple as in config.py") from None
 
 
 def _name_or_number(word: str) -> str | float:
@@ -232,101 +295,217 @@ def _weight(word: str) -> tuple[str, float]:
     try:
         return name, float(number)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{word!r}; expected name=number, such as object=0.5") from None
+        raise argparse.ArgumentTypeError(f"{_shown(word)}; expected name=number, such as object=0.5") from None
+
+
+# ---- What is possible -----------------------------------------------------------------------------------------------
 
 
 def complete(settings: Settings) -> Settings:
-    """Fill settings left at None from the tables above and check them all. Raises SettingsError."""
+    """Fill settings left at None from the tables above and check them all. Raises SettingsError.
+
+    Lists become tuples, and whole numbers become floats where those are meant.
+    """
+    settings = _with_checked_types(settings)
     if settings.dataset not in DATASETS:
-        raise SettingsError(f"unknown dataset {settings.dataset!r}; choose one of {', '.join(DATASETS)}")
+        raise SettingsError(f"unknown dataset {_shown(settings.dataset)}; choose one of {', '.join(DATASETS)}")
     if settings.model not in MODELS:
-        raise SettingsError(f"unknown model {settings.model!r}; choose one of {', '.join(MODELS)}")
+        raise SettingsError(f"unknown model {_shown(settings.model)}; choose one of {', '.join(MODELS)}")
     defaults = PUBLISHED | MODELS[settings.model] | DATASETS[settings.dataset]
     missing = {name: value for name, value in defaults.items() if getattr(settings, name) is None}
-    settings = dataclasses.replace(settings, **missing)
+    settings = _with_checked_types(dataclasses.replace(settings, **missing))  # the tables may have been edited, too
+    if "warmup_epochs" in missing:  # a short run tries every branch out
+        warmup_epochs = min(settings.warmup_epochs, max(settings.epochs - 1, 0))
+        settings = dataclasses.replace(settings, warmup_epochs=warmup_epochs)
     if settings.image_size is None:
         settings = dataclasses.replace(settings, image_size=settings.input_size)
-    check(settings)
+    _check_values(settings)
+    _check_together(settings)
     return settings
 
 
-def check(settings: Settings) -> None:
-    """Refuse impossible values, naming the setting, what came and what is possible. Raises SettingsError."""
+def _with_checked_types(settings: Settings) -> Settings:
+    """Return the settings with every value as its field's annotation says. Raises SettingsError."""
+    values = {}
+    for name, hint in HINTS.items():
+        value = getattr(settings, name)
+        came = f"{name} is {_shown(value)} ({type(value).__name__})"
+        try:
+            values[name] = _as_annotated(value, hint)
+        except TypeError:
+            expected = " or ".join(EXPECTED[member] for member in _members(hint))
+            raise SettingsError(f"{came}; expected {expected}") from None
+        except OverflowError:
+            raise SettingsError(f"{came}; expected a smaller number, of 64 bits") from None
+    return dataclasses.replace(settings, **values)
 
-    def require(condition: bool, name: str, expected: str) -> None:
-        if not condition:
-            raise SettingsError(f"{name} is {getattr(settings, name)!r}; expected {expected}")
 
+def _as_annotated(value: object, hint: object) -> object:
+    """Return the value as a plain value of the annotated type. Raises TypeError, OverflowError for huge numbers."""
+    kind, parts = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind is types.UnionType:
+        for member in parts:
+            with contextlib.suppress(TypeError):
+                return _as_annotated(value, member)
+        raise TypeError
+    if kind is tuple and isinstance(value, tuple | list):
+        parts = parts[:1] * len(value) if parts[-1] is ... else parts
+        if len(value) != len(parts):
+            raise TypeError
+        return tuple(_as_annotated(item, part) for item, part in zip(value, parts, strict=True))
+    if kind is dict and isinstance(value, dict):
+        return {_as_annotated(name, parts[0]): _as_annotated(item, parts[1]) for name, item in value.items()}
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:  # not isinstance: True is no number
+        raise TypeError
+    if kind is int and not -(2**63) <= value < 2**63:
+        raise OverflowError
+    return value
+
+
+def _require(settings: Settings, name: str, condition: bool, expected: str) -> None:
+    if not condition:
+        raise SettingsError(f"{name} is {_shown(getattr(settings, name))}; expected {expected}")
+
+
+def _check_values(settings: Settings) -> None:
+    """Refuse what a setting can never be, naming it, what came and what is possible. Raises SettingsError."""
+    require = functools.partial(_require, settings)
     for name in ("epochs", "batch_size", "evaluation_batch_size"):
-        value = getattr(settings, name)
-        require(isinstance(value, int) and value >= 1, name, "a whole number of at least 1")
+        require(name, getattr(settings, name) >= 1, "a whole number of at least 1")
     for name in ("jigsaw_blocks", "coarse_channels", "part_proposals", "parts_in_answer"):
-        value = getattr(settings, name)
-        require(isinstance(value, int) and value >= 1, name, "a whole number of at least 1")
-    for name in ("workers", "pictures_every", "warmup_epochs", "seed", "images_per_class"):
-        value = getattr(settings, name)
-        require(isinstance(value, int) and value >= 0, name, "a whole number of at least 0")
-    for name in ("brightness", "contrast", "dropout", "label_smoothing", "validation", "momentum"):
-        require(0 <= getattr(settings, name) < 1, name, "a number from 0 to less than 1")
-    require(0 <= settings.flip <= 1, "flip", "a probability from 0 to 1")
-    require(0 < settings.test_fraction < 1, "test_fraction", "a share between 0 and 1")
+        require(name, getattr(settings, name) >= 1, "a whole number of at least 1")
+    for name in ("pictures_every", "warmup_epochs", "seed", "images_per_class"):
+        require(name, getattr(settings, name) >= 0, "a whole number of at least 0")
+    for name in ("save_every_steps", "keep_checkpoints", "skip_nonfinite"):
+        require(name, getattr(settings, name) >= 0, "a whole number of at least 0")
+    require("workers", 0 <= settings.workers <= 1024, "a whole number from 0 to 1024, as each is a process")
+    for name in ("brightness", "contrast", "dropout", "label_smoothing", "validation", "momentum", "part_max_iou"):
+        require(name, 0 <= getattr(settings, name) < 1, "a number from 0 to less than 1")
+    require("flip", 0 <= settings.flip <= 1, "a probability from 0 to 1")
+    require("test_fraction", 0 < settings.test_fraction < 1, "a share between 0 and 1")
     for name in ("learning_rate", "head_learning_rate_factor"):
-        require(0 < getattr(settings, name) < math.inf, name, "a finite number above 0")
+        require(name, 0 < getattr(settings, name) < math.inf, "a finite number above 0")
     for name in ("weight_decay", "clip_gradient_norm"):
-        require(0 <= getattr(settings, name) < math.inf, name, "a finite number of at least 0")
+        require(name, 0 <= getattr(settings, name) < math.inf, "a finite number of at least 0")
     require(
-        settings.input_size % 32 == 0 and settings.input_size >= 96,
         "input_size",
+        settings.input_size % 32 == 0 and settings.input_size >= 96,
         "a multiple of 32 of at least 96, such as 224 or 448",
     )
-    require(settings.image_size >= settings.input_size, "image_size", f"at least input_size, {settings.input_size}")
-    require(all(m >= 1 for m in settings.milestones), "milestones", "epochs, counted from 1")
-    require(settings.mask_from_epoch is None or settings.mask_from_epoch >= 1, "mask_from_epoch", "an epoch, from 1")
+    require("milestones", all(m >= 1 for m in settings.milestones), "epochs, counted from 1")
+    require("mask_from_epoch", settings.mask_from_epoch >= 1, "an epoch, from 1")
     require(
-        re.fullmatch(r"auto|cpu|cuda(:\d+)?", settings.device) is not None,
         "device",
+        re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,2})?", settings.device) is not None,
         "'auto', 'cpu', 'cuda', 'cuda:1' ...",
     )
-    for name, choices in {"wiring": ("trained", "published"), "graph_scope": ("image", "batch")}.items():
-        require(getattr(settings, name) in choices, name, f"'{choices[0]}' or '{choices[1]}'")
+    choices = {
+        "wiring": ("trained", "published"),
+        "graph_scope": ("image", "batch"),
+        "select_on": ("validation", "test"),
+        "schedule": ("steps", "one_cycle"),
+        "precision": ("float32", "bf16"),
+        "on_bad_image": ("stop", "skip"),
+    }
+    for name, (one, other) in choices.items():
+        require(name, getattr(settings, name) in (one, other), f"'{one}' or '{other}'")
     is_share = not isinstance(settings.suppression, str) and 0 < settings.suppression <= 1
-    require(settings.suppression == "learnable" or is_share, "suppression", "'learnable' or a share above 0, at most 1")
-    blocks = settings.input_size // 32
-    require(
-        settings.jigsaw_blocks <= blocks, "jigsaw_blocks", f"at most {blocks}: a block is a cell of 32 pixels or more"
-    )
-    require(
-        settings.parts_in_answer <= settings.part_proposals,
-        "parts_in_answer",
-        f"at most part_proposals, {settings.part_proposals}",
-    )
-    require(0 <= settings.part_max_iou < 1, "part_max_iou", "a share from 0 to less than 1")
+    require("suppression", settings.suppression == "learnable" or is_share, "'learnable' or a share above 0, at most 1")
     sizes = settings.anchor_sizes
-    require(len(sizes) == 3 and all(s >= 1 for s in sizes), "anchor_sizes", "three sizes in pixels, of at least 1")
-    weights = (settings.loss_weights or {"raw": 1.0}).values()
-    require(all(0 <= w < math.inf for w in weights), "loss_weights", "finite numbers of at least 0")
+    require("anchor_sizes", len(sizes) == 3 and all(s >= 1 for s in sizes), "three sizes in pixels, of at least 1")
+    weights = (settings.loss_weights or {}).values()
+    require("loss_weights", all(0 <= w < math.inf for w in weights), "finite numbers of at least 0")
+    if settings.classes is not None:
+        patterns = settings.classes
+        require(
+            "classes", len(patterns) > 0 and all(patterns), "at least one pattern and no empty one, or None for all"
+        )
+    if settings.answer is not None:
+        once = len(set(settings.answer)) == len(settings.answer)
+        require("answer", len(settings.answer) > 0 and once, "at least one branch, and each of them once")
+    if settings.name is not None:
+        require("name", re.fullmatch(r"[\w.+-]+", settings.name) is not None, "letters, digits and any of . _ + -")
+    require("checkpoint_dir", _can_be_folder(settings.checkpoint_dir), "a folder that is there or can be made")
+    if settings.dataset != "demo":
+        folder = f"the folder that holds {settings.dataset}"
+        require("data_root", settings.data_root is not None and _can_be_folder(settings.data_root), folder)
+
+
+def _check_together(settings: Settings) -> None:
+    """Refuse settings, each of them possible, that contradict each other. Raises SettingsError."""
+    require = functools.partial(_require, settings)
+    require("image_size", settings.image_size >= settings.input_size, f"at least input_size, {settings.input_size}")
     require(
-        settings.images_per_class == 0 or settings.batch_size % settings.images_per_class == 0,
-        "images_per_class",
-        f"0, or a number that divides batch_size, {settings.batch_size}",
-    )
-    require(
-        settings.model != "scrim" or settings.images_per_class >= 2,
-        "images_per_class",
-        "at least 2 for scrim, whose contrastive loss compares images of one class",
-    )
-    require(settings.select_on in ("validation", "test"), "select_on", "'validation' or 'test'")
-    require(settings.schedule in ("steps", "one_cycle"), "schedule", "'steps' or 'one_cycle'")
-    require(settings.precision in ("float32", "bf16"), "precision", "'float32' or 'bf16'")
-    require(
-        settings.validation > 0 or settings.select_on == "test",
         "validation",
+        settings.validation > 0 or settings.select_on == "test",
         "a share above 0, unless select_on is 'test': something has to choose the best epoch",
     )
-    if settings.dataset != "demo":
-        require(settings.data_root is not None, "data_root", f"the folder that holds {settings.dataset}")
-    if settings.name is not None:
-        require(re.fullmatch(r"[\w.+-]+", settings.name) is not None, "name", "letters, digits and any of . _ + -")
+    only_raw = settings.model == "resnet" or settings.answer == ("raw",)
+    require(
+        "warmup_epochs",
+        settings.warmup_epochs < settings.epochs or only_raw,
+        f"less than epochs, {settings.epochs}: {settings.model} answers with branches that are trained after it",
+    )
+    blocks = settings.input_size // 32
+    require(
+        "jigsaw_blocks", settings.jigsaw_blocks <= blocks, f"at most {blocks}: a block is a cell of 32 pixels or more"
+    )
+    proposals = settings.part_proposals
+    require("parts_in_answer", settings.parts_in_answer <= proposals, f"at most part_proposals, {proposals}")
+    require(
+        "images_per_class",
+        settings.images_per_class == 0 or settings.batch_size % settings.images_per_class == 0,
+        f"0, or a number that divides batch_size, {settings.batch_size}",
+    )
+    # What only one system minds
+    if settings.model == "scrim" and (settings.loss_weights or {}).get("contrastive") != 0:
+        require(
+            "images_per_class",
+            2 <= settings.images_per_class <= settings.batch_size // 2,
+            f"at least 2 for scrim, whose contrastive loss compares images of one class, and at most half of "
+            f"batch_size, {settings.batch_size}, as it compares classes, too",
+        )
+    if settings.model == "sgkrl":
+        require(
+            "graph_scope",
+            settings.graph_scope == "image" or settings.wiring == "published",
+            "'image', unless wiring is 'published': the trained wiring links windows of one image only",
+        )
+    if settings.model == "flrdf":
+        require(
+            "classify_suppressed",
+            settings.classify_suppressed or settings.suppression != "learnable",
+            "True, unless suppression is a number such as 0.7: nothing else would teach the learnable one",
+        )
+    if settings.backbone in ("resnet18", "resnet34"):
+        require(
+            "stride_on_first_conv",
+            not settings.stride_on_first_conv,
+            f"False for {settings.backbone}, which has no 1x1 convolution to put it on; resnet50 and deeper have",
+        )
+
+
+def _can_be_folder(text: str) -> bool:
+    try:
+        return text != "" and stat.S_ISDIR(Path(text).expanduser().stat().st_mode)
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError, RuntimeError):  # below a file, too long, no file name, the home of an unknown user
+        return False
+
+
+def _shown(value: object) -> str:
+    """The value as Python writes it, in one line that is not too long."""
+    try:
+        return _shortened(" ".join(repr(value).splitlines()))
+    except Exception:  # more digits, or deeper nested, than Python writes
+        return "a value that cannot be written out"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 400 else f"{text[:400]}..."
 
 
 def run_name(settings: Settings) -> str:
