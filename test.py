@@ -22,6 +22,7 @@ from utils.checkpoint import CheckpointError, load_checkpoint
 from utils.distributed import choose_device
 from utils.engine import Execution, evaluate
 from utils.errors import exit_with_one_sentence
+from utils.files import write_text
 from utils.metrics import confusion_matrix, mean_per_class_accuracy, topk_correct, wilson_interval, worst_confusions
 from utils.pictures import save_png
 from utils.schedule import plan_epoch
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if value is not None and name in Settings.__dataclass_fields__
     }
     settings = complete(dataclasses.replace(settings_of(saved, options.checkpoint), **overrides))
-    catalogue = catalogue_of(settings)
+    catalogue, _ = catalogue_of(settings)
     if list(catalogue.class_names) != saved["class_names"]:
         raise CheckpointError(
             f"{options.checkpoint} knows {len(saved['class_names'])} classes and the data in {settings.data_root} "
@@ -102,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     print(as_text(report), flush=True)
     folder = options.checkpoint.parent
-    (folder / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(folder / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     panel = draw_panel(network, catalogue.test, settings, catalogue.class_names, execution, plan)
     save_png(folder / "pictures" / "test.png", panel)
     print(f"written to {folder / 'report.json'} and {folder / 'pictures' / 'test.png'}")

@@ -6,8 +6,10 @@ run. Several processes: `torchrun --nproc_per_node 4 train.py ...`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -22,19 +24,33 @@ from datasets import (
     Augmentation,
     BalancedSampler,
     Catalogue,
+    DataError,
     Entry,
     Pictures,
     ShuffledSampler,
     collate,
+    find_bad_pictures,
+    leave_out,
     read_catalogue,
     split_validation,
 )
 from networks import build_network
 from networks.losses import loss_terms
-from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from utils.checkpoint import CheckpointError, load_checkpoint, load_last, save_checkpoint, save_last
 from utils.distributed import cleanup, is_main, rank, setup_distributed, unwrap, world_size, wrap_network
-from utils.engine import Execution, check_finite, evaluate, train_one_epoch
+from utils.engine import (
+    STEPS_BETWEEN_READINGS,
+    Execution,
+    NonFiniteLossError,
+    SkipBudget,
+    check_finite,
+    evaluate,
+    train_one_epoch,
+)
 from utils.errors import exit_with_one_sentence
+from utils.files import locked, write_text
+from utils.interruption import Stopped, StopRequest, leave_run_to_the_main_process
+from utils.metrics import EpochMeter
 from utils.panels import output_panel
 from utils.pictures import save_png
 from utils.runlog import RunLog
@@ -42,138 +58,216 @@ from utils.schedule import build_optimizer, build_schedule, plan_epoch
 from utils.seeding import seed_everything
 
 # These may differ when a run is continued: they change where and how it is computed, not what.
-FREE_ON_RESUME = {"data_root", "checkpoint_dir", "device", "data_parallel", "workers", "pictures_every"}
-TRAINING_STATE = ("optimizer", "schedule")  # in last.pth only
+FREE_ON_RESUME = {
+    *("data_root", "checkpoint_dir", "device", "data_parallel", "workers", "pictures_every"),
+    *("save_every_steps", "keep_checkpoints", "on_bad_image", "skip_nonfinite", "fresh"),
+}
+TRAINING_STATE = ("optimizer", "schedule", "progress")  # in last.pth only
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     settings = parse_settings(arguments)
-    folder = Path(settings.checkpoint_dir) / run_name(settings)
+    folder = Path(settings.checkpoint_dir).expanduser() / run_name(settings)
 
     # Build: data, network, optimizer. Nothing is written before all of it stands.
-    catalogue = catalogue_of(settings)
+    catalogue, bad_pictures = catalogue_of(settings)
     train_entries, selection_entries, selected_on = choose_split(settings, catalogue)
     device = setup_distributed(settings.device)
     execution = Execution(device, settings.precision, settings.channels_last)
     train_loader = training_loader(settings, train_entries)
     selection_loader = evaluation_loader(settings, selection_entries[rank() :: world_size()])
+    steps = len(train_loader)
 
-    saved = load_resumable(folder / "last.pth", settings, catalogue, len(train_entries))
-    seed_everything(settings.seed)
-    network = network_of(settings, len(catalogue.class_names), pretrained=saved is None)
-    if settings.channels_last:
-        network = network.to(memory_format=torch.channels_last)
-    network = wrap_network(network.to(device), device, data_parallel=settings.data_parallel)
-    loss_weights = weights_of_losses(settings, unwrap(network))
-    optimizer = build_optimizer(
-        unwrap(network),
-        unwrap(network).heads(),
-        learning_rate=settings.learning_rate,
-        head_learning_rate_factor=settings.head_learning_rate_factor,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-    )
-    schedule = build_schedule(
-        optimizer,
-        settings.schedule,
-        epochs=settings.epochs,
-        steps_per_epoch=len(train_loader),
-        milestones=settings.milestones,
-    )
-    first_epoch, best = 1, {"accuracy": -1.0, "epoch": 0}
-    if saved is not None:
-        unwrap(network).load_state_dict(saved["network"])
-        optimizer.load_state_dict(saved["optimizer"])
-        schedule.load_state_dict(saved["schedule"])
-        first_epoch, best = saved["epoch"] + 1, saved["best"]
-        if is_main() and best["epoch"] == saved["epoch"] and not holds_epoch(folder / "best.pth", best["epoch"]):
-            # the run was killed between its two files
-            save_checkpoint(folder / "best.pth", {n: v for n, v in saved.items() if n not in TRAINING_STATE})
-
-    # Loop.
-    say(f"{folder}: {len(catalogue.class_names)} classes, {len(train_entries)} training images, on {device}")
-    say(f"best.pth is chosen by {selected_on}" + (f"; continuing after epoch {first_epoch - 1}" if saved else ""))
-    log = RunLog(folder, resume_epoch=saved["epoch"] if saved else None, enabled=is_main())
-    if is_main() and saved is None:
-        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(settings), indent=2) + "\n")
-        log.log_settings(dataclasses.asdict(settings) | {"selected_on": selected_on})
-    prefix = settings.select_on
-    loss_function = partial(loss_terms, label_smoothing=settings.label_smoothing)
-    for epoch in range(first_epoch, settings.epochs + 1):
-        seed_everything(settings.seed, epoch, rank())
-        train_loader.sampler.set_epoch(epoch)
-        plan = plan_epoch(
-            epoch,
-            unwrap(network).branches,
-            loss_weights,
-            warmup_epochs=settings.warmup_epochs,
-            mask_from_epoch=settings.mask_from_epoch,
-        )
-        shared = {"plan": plan, "loss_function": loss_function, "execution": execution}
-        learning_rate = optimizer.param_groups[0]["lr"]
-        trained = train_one_epoch(
-            network,
-            train_loader,
-            optimizer,
-            schedule,
-            clip_gradient_norm=settings.clip_gradient_norm,
-            description=f"epoch {epoch}/{settings.epochs}",
-            **shared,
-        )
-        evaluated = evaluate(network, selection_loader, description=prefix, **shared)
-        check_finite(evaluated)  # the epoch's last step may have broken the weights: they must not replace whole ones
-
-        # Log.
-        speed = {"train": trained.pop("images_per_second"), prefix: evaluated.pop("images_per_second")}
-        say(report_line(epoch, settings.epochs, trained, evaluated, speed["train"], prefix))
-        log.log_epoch(
-            epoch,
-            {
-                "train": trained,
-                prefix: evaluated,
-                "schedule": {"learning_rate": learning_rate},
-                "speed": {f"{split}_images_per_second": value for split, value in speed.items()},
-            },
-        )
-        last = epoch == settings.epochs
-        if is_main() and settings.pictures_every and (last or epoch % settings.pictures_every == 0 or epoch == 1):
-            panel = draw_panel(network, selection_entries, settings, catalogue.class_names, execution, plan)
-            log.log_pictures(f"{prefix}/localization", panel, epoch)
-            save_png(folder / "pictures" / f"epoch-{epoch:03d}.png", panel)
-
-        # Save: last.pth first, so that best.pth is never ahead of what a continued run knows.
-        is_best = evaluated["accuracy/answer"] > best["accuracy"]
-        if is_best:
-            best = {"accuracy": evaluated["accuracy/answer"], "epoch": epoch}
+    with contextlib.ExitStack() as stack:
         if is_main():
-            content = {
+            stack.enter_context(locked(folder))
+        saved = None if settings.fresh else load_resumable(folder, settings, catalogue, len(train_entries))
+        seed_everything(settings.seed)
+        network = network_of(settings, len(catalogue.class_names), pretrained=saved is None)
+        if settings.channels_last:
+            network = network.to(memory_format=torch.channels_last)
+        network = wrap_network(network.to(device), device, data_parallel=settings.data_parallel)
+        system = unwrap(network)
+        loss_weights = weights_of_losses(settings, system)
+        optimizer = build_optimizer(
+            system,
+            system.heads(),
+            learning_rate=settings.learning_rate,
+            head_learning_rate_factor=settings.head_learning_rate_factor,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+        )
+        schedule = build_schedule(
+            optimizer,
+            settings.schedule,
+            epochs=settings.epochs,
+            steps_per_epoch=steps,
+            milestones=settings.milestones,
+        )
+        epochs_done, best, progress = 0, {"accuracy": -1.0, "epoch": 0}, None
+        if saved is not None:
+            system.load_state_dict(saved["network"])
+            optimizer.load_state_dict(saved["optimizer"])
+            schedule.load_state_dict(saved["schedule"])
+            epochs_done, best, progress = saved["epoch"], saved["best"], saved["progress"]
+            is_best = best["epoch"] == epochs_done and progress is None
+            if is_main() and is_best and not holds_epoch(folder / "best.pth", epochs_done):
+                # the run was killed between its two files
+                save_checkpoint(folder / "best.pth", {n: v for n, v in saved.items() if n not in TRAINING_STATE})
+
+        def content(epochs_done: int) -> dict[str, object]:
+            return {
                 "settings": dataclasses.asdict(settings),
                 "class_names": list(catalogue.class_names),
                 "selected_on": selected_on,
                 "training_images": len(train_entries),
-                "epoch": epoch,
+                "epoch": epochs_done,
                 "best": best,
-                "network": unwrap(network).state_dict(),
+                "network": system.state_dict(),
             }
-            training_state = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-            save_checkpoint(folder / "last.pth", content | training_state)
+
+        def training_state(progress: dict[str, object] | None) -> dict[str, object]:
+            """`progress`: what an epoch has done so far, None between two epochs."""
+            return {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "progress": progress}
+
+        def save_within_epoch(step: int) -> None:
+            progress = current | {"step": step, "meter": current["meter"].state_dict()}
+            if is_main():
+                save_last(folder, content(current["epoch"] - 1) | training_state(progress))
+
+        def before_step(step: int) -> None:
+            seed_everything(settings.seed, current["epoch"], step, rank())
+
+        def after_step(step: int) -> None:
+            # several processes have to agree, for which they wait for each other: not at every step
+            asked = (world_size() == 1 or step % STEPS_BETWEEN_READINGS == 0) and stop.agreed(device)
+            due = settings.save_every_steps > 0 and step % settings.save_every_steps == 0 and step < steps
+            if asked or due:
+                save_within_epoch(step)
+            if asked:
+                raise Stopped
+
+        def after_evaluation_batch(*_: object) -> None:
+            if world_size() == 1 and stop.requested:
+                save_within_epoch(steps)
+                raise Stopped
+
+        # Loop.
+        stop = stack.enter_context(StopRequest())
+        if is_main() and settings.fresh and (kept := move_aside(folder)):
+            say(f"the run that was in {folder} is now in {kept}")
+        say(f"{folder}: {len(catalogue.class_names)} classes, {len(train_entries)} training images, on {device}")
+        begun = f", step {progress['step']} of epoch {progress['epoch']}" if progress else ""
+        continuing = f"; continuing after epoch {epochs_done}{begun}" if saved else ""
+        say(f"best.pth is chosen by {selected_on}{continuing}")
+        log = stack.enter_context(RunLog(folder, resume_epoch=epochs_done if saved else None, enabled=is_main()))
+        if is_main() and saved is None:
+            write_text(folder / "config.json", json.dumps(dataclasses.asdict(settings), indent=2) + "\n")
+            log.log_settings(dataclasses.asdict(settings) | {"selected_on": selected_on})
+        if is_main() and bad_pictures:
+            lines = [f"{path}\t{reason}".replace("\n", "\\n") + "\n" for path, reason in bad_pictures.items()]
+            write_text(folder / "bad_pictures.txt", "".join(lines))
+            say(f"{len(lines)} unreadable pictures are left out; they are listed in {folder / 'bad_pictures.txt'}")
+        prefix = settings.select_on
+        loss_function = partial(loss_terms, label_smoothing=settings.label_smoothing)
+        skip_nonfinite = SkipBudget(settings.skip_nonfinite) if settings.skip_nonfinite else None
+        for epoch in range(epochs_done + 1, settings.epochs + 1):
+            plan = plan_epoch(
+                epoch,
+                system.branches,
+                loss_weights,
+                warmup_epochs=settings.warmup_epochs,
+                mask_from_epoch=settings.mask_from_epoch,
+            )
+            shared = {"plan": plan, "loss_function": loss_function, "execution": execution}
+            current = {"epoch": epoch, "learning_rate": optimizer.param_groups[0]["lr"], "meter": EpochMeter(device)}
+            steps_done = 0
+            if progress is not None:
+                steps_done, current["learning_rate"] = progress["step"], progress["learning_rate"]
+                if is_main():  # it holds the sums of all processes
+                    current["meter"].load_state_dict(progress["meter"])
+            train_loader.sampler.set_epoch(epoch, start=steps_done * train_loader.batch_size)
+            try:
+                trained = train_one_epoch(
+                    network,
+                    train_loader,
+                    optimizer,
+                    schedule,
+                    meter=current["meter"],
+                    first_step=steps_done + 1,
+                    before_step=before_step,
+                    after_step=after_step,
+                    clip_gradient_norm=settings.clip_gradient_norm,
+                    skip_nonfinite=skip_nonfinite,
+                    description=f"epoch {epoch}/{settings.epochs}",
+                    **shared,
+                )
+                evaluated = evaluate(
+                    network, selection_loader, on_batch=after_evaluation_batch, description=prefix, **shared
+                )
+                check_finite(evaluated)  # the last step may have broken the weights: they must not replace whole ones
+            except NonFiniteLossError as error:
+                raise with_record(error, folder, epoch) from None
+            progress = None
+
+            # Log.
+            speed = {"train": trained.pop("images_per_second"), prefix: evaluated.pop("images_per_second")}
+            say(report_line(epoch, settings.epochs, trained, evaluated, speed["train"], prefix))
+            log.log_epoch(
+                epoch,
+                {
+                    "train": trained,
+                    prefix: evaluated,
+                    "schedule": {"learning_rate": current["learning_rate"]},
+                    "speed": {f"{split}_images_per_second": value for split, value in speed.items()},
+                },
+            )
+            last = epoch == settings.epochs
+            if is_main() and settings.pictures_every and (last or epoch % settings.pictures_every == 0 or epoch == 1):
+                panel = draw_panel(network, selection_entries, settings, catalogue.class_names, execution, plan)
+                log.log_pictures(f"{prefix}/localization", panel, epoch)
+                save_png(folder / "pictures" / f"epoch-{epoch:03d}.png", panel)
+
+            # Save: last.pth first, so that best.pth is never ahead of what a continued run knows.
+            is_best = evaluated["accuracy/answer"] > best["accuracy"]
             if is_best:
-                save_checkpoint(folder / "best.pth", content)
-    log.close()
+                best = {"accuracy": evaluated["accuracy/answer"], "epoch": epoch}
+            if is_main():
+                save_last(folder, content(epoch) | training_state(None))
+                if is_best:
+                    save_checkpoint(folder / "best.pth", content(epoch))
+                if settings.keep_checkpoints:
+                    save_checkpoint(folder / f"epoch-{epoch:03d}.pth", content(epoch))
+                    for old in sorted(folder.glob("epoch-*.pth"))[: -settings.keep_checkpoints]:
+                        old.unlink()
+            if not last and stop.agreed(device):
+                raise Stopped
     say(
         f"done: {best['accuracy']:.1%} on {prefix} at epoch {best['epoch']}; next: python test.py {folder / 'best.pth'}"
     )
     cleanup()
 
 
-def catalogue_of(settings: Settings) -> Catalogue:
-    return read_catalogue(
+def catalogue_of(settings: Settings) -> tuple[Catalogue, dict[str, str]]:
+    """Return the data set without the unreadable pictures, and those with the reason; without leave to skip, refuse."""
+    catalogue = read_catalogue(
         settings.dataset,
         settings.data_root,
         classes=settings.classes,
         seed=settings.seed,
         test_fraction=settings.test_fraction,
     )
+    skip = settings.on_bad_image == "skip"
+    bad = find_bad_pictures(catalogue.train + catalogue.test, thorough=skip)
+    if not bad:
+        return catalogue, bad
+    if not skip:
+        path, reason = next(iter(bad.items()))
+        raise DataError(
+            f"{len(bad)} of {len(catalogue.train + catalogue.test)} pictures cannot be read, the first is {path} "
+            f"({reason}): repair them, or set on_bad_image to skip"
+        )
+    return leave_out(catalogue, bad), bad
 
 
 def choose_split(settings: Settings, catalogue: Catalogue) -> tuple[list[Entry], list[Entry], str]:
@@ -209,6 +303,7 @@ def training_loader(settings: Settings, entries: list[Entry]) -> DataLoader:
         drop_last=len(sampler) > batch_size,  # a last batch of a few images has poor batch-norm statistics
         num_workers=settings.workers,
         collate_fn=collate,
+        worker_init_fn=leave_run_to_the_main_process,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=settings.workers > 0,
         generator=torch.Generator(),  # the loader's own, so that it draws nothing from the network's
@@ -221,6 +316,7 @@ def evaluation_loader(settings: Settings, entries: list[Entry]) -> DataLoader:
         batch_size=settings.evaluation_batch_size,
         num_workers=settings.workers,
         collate_fn=collate,
+        worker_init_fn=leave_run_to_the_main_process,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),
     )
@@ -264,29 +360,60 @@ def weights_of_losses(settings: Settings, network: torch.nn.Module) -> dict[str,
     return weights
 
 
-def load_resumable(path: Path, settings: Settings, catalogue: Catalogue, images: int) -> dict | None:
+def load_resumable(folder: Path, settings: Settings, catalogue: Catalogue, images: int) -> dict | None:
     """Return the run's last checkpoint, or None for a new run; refuse one of other settings or classes."""
-    if not path.exists():
+    found = load_last(folder)
+    if found is None:
         return None
-    saved = load_checkpoint(path)
+    path, saved = found
+    if not {"settings", "class_names", "network", "epoch", "best", *TRAINING_STATE} <= saved.keys():
+        raise CheckpointError(f"{path} is no checkpoint to go on from: move it away, or start anew with --fresh")
     ours, theirs = dataclasses.asdict(settings), saved["settings"]
     differing = [n for n in ours if n not in FREE_ON_RESUME and ours[n] != theirs.get(n)]
+    remedy = "give this one a --name of its own, or start anew with --fresh"
     if differing:
         values = ", ".join(f"{name} {theirs.get(name)!r} there and {ours[name]!r} here" for name in differing)
-        raise CheckpointError(f"{path} is of a run with other settings ({values}): give this one a --name of its own")
+        raise CheckpointError(f"{path} is of a run with other settings ({values}): {remedy}")
     if saved["class_names"] != list(catalogue.class_names):
-        raise CheckpointError(f"{path} was trained on other classes: give this run a --name of its own")
-    known = saved.get("training_images", images)
-    if known != images:
         raise CheckpointError(
-            f"{path} was trained on {known} images and the data now has {images} for training: "
-            "give this run a --name of its own"
+            f"{path} was trained on {len(saved['class_names'])} classes and the data has "
+            f"{len(catalogue.class_names)}, or others: {remedy}"
+        )
+    if saved["training_images"] != images:
+        raise CheckpointError(
+            f"{path} was trained on {saved['training_images']} images and the data now has {images} for training: "
+            f"{remedy}"
         )
     return saved
 
 
 def holds_epoch(path: Path, epoch: int) -> bool:
-    return path.exists() and load_checkpoint(path)["epoch"] == epoch
+    try:
+        return load_checkpoint(path)["epoch"] == epoch
+    except (CheckpointError, KeyError):
+        return False
+
+
+def move_aside(folder: Path) -> Path | None:
+    """Move what is in a run's folder to a new one beside it, and return that; None where there was nothing."""
+    files = list(folder.iterdir())
+    if not files:
+        return None
+    number = 1
+    while (kept := folder.with_name(f"{folder.name}.old{number}")).exists():
+        number += 1
+    kept.mkdir()
+    for file in files:
+        file.rename(kept / file.name)
+    return kept
+
+
+def with_record(error: NonFiniteLossError, folder: Path, epoch: int) -> NonFiniteLossError:
+    """Write what went wrong, with the images of the batch, next to the run, and say so in the error."""
+    path = folder / "nonfinite.json"
+    record = {"epoch": epoch, "step": error.step, "terms": error.terms, "images": error.paths}
+    write_text(path, json.dumps(record, indent=2) + "\n")
+    return NonFiniteLossError(f"epoch {epoch}: {error}; the images of the batch are listed in {path}")
 
 
 def draw_panel(network, entries, settings, class_names, execution, plan) -> torch.Tensor:
@@ -312,7 +439,12 @@ def draw_panel(network, entries, settings, class_names, execution, plan) -> torc
 
 
 def report_line(epoch: int, epochs: int, trained: dict, evaluated: dict, speed: float, prefix: str) -> str:
-    parts = [f"epoch {epoch}/{epochs}", f"loss {trained['loss/total']:.3f}", f"{speed:.1f} images/s", f"{prefix}:"]
+    parts = [
+        f"epoch {epoch}/{epochs}",
+        f"loss {trained.get('loss/total', math.nan):.3f}",
+        f"{speed:.1f} images/s",
+        f"{prefix}:",
+    ]
     parts += [
         f"{name.removeprefix('accuracy/')} {value:.1%}"
         for name, value in evaluated.items()

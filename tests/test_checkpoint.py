@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils import checkpoint
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 
 
@@ -86,7 +85,7 @@ def test_a_failed_write_does_not_fill_the_disk(tmp_path, monkeypatch):
 def test_the_file_is_on_the_disk_before_it_replaces_the_old_one(tmp_path, monkeypatch):
     order = []
     fsync, replace = os.fsync, Path.replace
-    monkeypatch.setattr(checkpoint.os, "fsync", lambda number: (order.append("fsync"), fsync(number))[1])
+    monkeypatch.setattr(os, "fsync", lambda number: (order.append("fsync"), fsync(number))[1])
     monkeypatch.setattr(Path, "replace", lambda path, to: (order.append("replace"), replace(path, to))[1])
     save_checkpoint(tmp_path / "last.pth", _content(1.0))
     assert order[:2] == ["fsync", "replace"]

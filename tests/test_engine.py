@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from functools import partial
 
@@ -16,6 +17,7 @@ from datasets import Sample, collate
 from networks.losses import classification_losses
 from networks.outputs import NetworkOutput, combine_branches
 from utils.engine import Execution, NonFiniteLossError, evaluate, train_one_epoch
+from utils.metrics import EpochMeter
 from utils.schedule import EpochPlan
 
 SIZE = 8  # pixels that the toy network sees
@@ -191,6 +193,7 @@ def test_a_loss_that_is_not_finite_stops_the_epoch_by_name(value, broken_step):
         return terms | {"object": terms["object"] * value} if steps == broken_step else terms
 
     network = make_network()
+    torch.manual_seed(5)
     with pytest.raises(NonFiniteLossError) as stop:
         train_one_epoch(
             network,
@@ -202,10 +205,51 @@ def test_a_loss_that_is_not_finite_stops_the_epoch_by_name(value, broken_step):
         )
     assert steps == broken_step
     message = str(stop.value)
-    assert "loss/object" in message
-    assert "loss/total" in message
-    assert "loss/raw" not in message
+    assert "object, total" in message
+    assert "raw" not in message
     assert len(message.splitlines()) == 1
+    error = stop.value
+    assert (error.step, error.terms) == (broken_step, ["object", "total"])
+    assert error.paths == [str(index) for index in range(4 * broken_step - 4, 4 * broken_step)]
+
+    whole = make_network()
+    samples = make_samples(12)[: 4 * (broken_step - 1)]
+    if samples:
+        options = {"plan": EVERYTHING, "loss_function": classification_losses, "execution": CPU}
+        torch.manual_seed(5)
+        train_one_epoch(whole, make_loader(samples, batch_size=4), *sgd(whole), **options)
+    parameters = dict(whole.named_parameters())
+    assert all(torch.equal(value, parameters[name]) for name, value in network.named_parameters())
+
+
+def test_an_epoch_begun_before_goes_on_where_it_stopped():
+    loader = make_loader(make_samples(12), batch_size=4)
+    options = {"plan": EVERYTHING, "loss_function": classification_losses, "execution": CPU}
+    seeds = {"before_step": lambda step: torch.manual_seed(step)}
+    whole = make_network()
+    expected = train_one_epoch(whole, loader, *sgd(whole), **options, **seeds)
+
+    network, meter, steps = make_network(), EpochMeter(CPU.device), []
+
+    def stop_after_the_first(step):
+        steps.append(step)
+        if len(steps) == 1:
+            raise InterruptedError
+
+    training = sgd(network)
+    with pytest.raises(InterruptedError):
+        train_one_epoch(network, loader, *training, meter=meter, after_step=stop_after_the_first, **options, **seeds)
+    again = EpochMeter(CPU.device)
+    again.load_state_dict(json.loads(json.dumps(meter.state_dict())))
+    rest = make_loader(make_samples(12)[4:], batch_size=4)
+    averages = train_one_epoch(
+        network, rest, *training, meter=again, first_step=2, after_step=stop_after_the_first, **options, **seeds
+    )
+    assert steps == [1, 2, 3]
+    assert_same_state(network, whole)
+    for figures in (averages, expected):
+        assert figures.pop("images_per_second") > 0
+    assert averages == expected
 
 
 def test_bf16_computes_in_bf16_and_keeps_weights_and_loss_in_float32():

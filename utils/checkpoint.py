@@ -2,30 +2,68 @@
 
 from __future__ import annotations
 
-import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from utils.files import sync_folder, written_whole
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used, said in one sentence that names the file."""
 
 
+class SavingError(OSError):
+    """A checkpoint could not be written; what was there before is unharmed."""
+
+
 def save_checkpoint(path: str | Path, content: Mapping[str, object]) -> None:
-    """Write `content` to `path`, through a temporary file beside it that replaces it once it is on the disk."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".part")
+    """Write `content` to `path`, through a temporary file beside it that replaces it once it is on the disk.
+
+    Raises SavingError where that is impossible.
+    """
     try:
-        with temporary.open("wb") as file:
+        with written_whole(path) as file:
             torch.save(dict(content), file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)  # half a file would only fill the disk
+    except (OSError, RuntimeError) as error:  # torch's own writer turns a full disk into a RuntimeError
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        raise SavingError(
+            f"{path} could not be written ({reason}): make room or give another --checkpoint_dir; what was saved "
+            "before is unharmed"
+        ) from error
+
+
+def save_last(folder: Path, content: Mapping[str, object]) -> None:
+    """Write `last.pth` of a run's folder and keep the one before it as `previous.pth`. Raises SavingError."""
+    last = folder / "last.pth"
+    waiting = folder / "next.pth"
+    save_checkpoint(waiting, content)
+    if last.exists():
+        last.replace(folder / "previous.pth")
+    waiting.replace(last)
+    sync_folder(folder)
+
+
+def load_last(folder: Path) -> tuple[Path, dict] | None:
+    """Read the newest whole checkpoint of a run's folder: its path and content, or None where there is none yet.
+
+    A damaged one is passed over with a warning on standard error. Raises CheckpointError where none can be read.
+    """
+    # next.pth is there, and whole, only where a run was killed between the renamings of `save_last`.
+    paths = [folder / name for name in ("last.pth", "next.pth", "previous.pth")]
+    paths = [path for path in paths if path.exists()]
+    while paths:
+        path, *paths = paths
+        try:
+            return path, load_checkpoint(path)
+        except CheckpointError as error:
+            if not paths:
+                raise
+            print(f"warning: {error}; going on from {paths[0]} instead", file=sys.stderr, flush=True)
+    return None
 
 
 def load_checkpoint(path: str | Path) -> dict:

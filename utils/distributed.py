@@ -81,6 +81,13 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def any_process(flag: bool, device: torch.device) -> bool:
+    """True where the flag is set in any process; all of them have to ask. Waits for the device if there are several."""
+    if not is_distributed():
+        return flag
+    return all_reduce_sum(torch.tensor(int(flag), device=device)).item() > 0
+
+
 def wrap_network(network: nn.Module, device: torch.device, *, data_parallel: bool) -> nn.Module:
     """Spread a network, already on `device`, over processes or GPUs.
 

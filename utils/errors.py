@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from utils.engine import NonFiniteLossError
+from utils.interruption import Stopped
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -33,14 +34,29 @@ def exit_with_one_sentence() -> Iterator[None]:
     except NonFiniteLossError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted; a training run continues from its last whole epoch with the same command", file=sys.stderr)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        print(
+            "error: a process that loads pictures died, most likely for lack of memory: lower workers, image_size or "
+            "batch_size; a training run continues from its last checkpoint with the same command",
+            file=sys.stderr,
+        )
+        sys.exit(1)
+    except (KeyboardInterrupt, Stopped) as stop:
+        saved = "where it stopped" if isinstance(stop, Stopped) else "its last checkpoint"
+        print(f"interrupted; a training run continues from {saved} with the same command", file=sys.stderr)
         sys.exit(130)
 
 
 def _is_meant_for_users(error: Exception) -> bool:
     """Tell our own sentences, and the operating system's, from a ValueError out of the depths of a library."""
-    if isinstance(error, OSError) or type(error).__module__ in ("config", "datasets", "utils.checkpoint"):
+    if isinstance(error, OSError) or type(error).__module__ in (
+        "config",
+        "datasets",
+        "utils.checkpoint",
+        "utils.files",
+    ):
         return True
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
     return raised_in.is_relative_to(PROJECT) and "site-packages" not in raised_in.parts

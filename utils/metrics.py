@@ -137,6 +137,25 @@ class EpochMeter:
         self.counts = dict(zip(names, counts[:-1], strict=True))
         self.images = counts[-1]
 
+    def state_dict(self) -> dict[str, object]:
+        """What has been summed so far, over all processes (each has to ask), as numbers."""
+        whole = EpochMeter(self.device)
+        whole.sums, whole.counts, whole.images = dict(self.sums), dict(self.counts), self.images
+        whole.reduce()
+        return {
+            "sums": {name: value.item() for name, value in whole.sums.items()},
+            "counts": whole.counts,
+            "images": whole.images,
+        }
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Go on from what `state_dict` returned; in one process only, or it would count several times."""
+        self.sums = {
+            name: torch.tensor(value, device=self.device, dtype=self.precision) for name, value in state["sums"].items()
+        }
+        self.counts = dict(state["counts"])
+        self.images = state["images"]
+
     def compute(self) -> dict[str, float]:
         """The averages by name, and `images`; the only call that waits for the device."""
         sums = torch.stack(list(self.sums.values())).tolist() if self.sums else []

@@ -11,6 +11,8 @@ from torch import Tensor
 from networks.outputs import NetworkOutput
 from utils.pictures import Caption, denormalise, localization_panel
 
+PARTS_SHOWN = 3  # of each module that proposes parts, the best ones: more would hide each other
+
 
 def output_panel(
     images: Tensor,
@@ -43,14 +45,20 @@ def output_panel(
             zip(predictions.tolist(), probabilities.tolist(), strict=True)
         )
     ]
-    crops = None if output.object_boxes is None else _object_crops(pictures, output.object_boxes)
+    true_boxes = None if true_boxes is None else true_boxes * scale
+    if output.part_boxes is not None:
+        modules = output.part_scores.shape[1]
+        best = output.part_boxes.unflatten(1, (modules, -1))[:, :, :PARTS_SHOWN].flatten(1, 2)
+        return localization_panel(
+            pictures, true_boxes=true_boxes, crops=pictures, window_boxes=best, windows="part", captions=captions
+        )
     return localization_panel(
         pictures,
         object_boxes=output.object_boxes,
         masks=output.object_masks,
-        true_boxes=None if true_boxes is None else true_boxes * scale,
-        crops=crops if output.part_boxes is None else pictures,  # parts lie in the whole picture
-        window_boxes=output.window_boxes if output.part_boxes is None else output.part_boxes,
+        true_boxes=true_boxes,
+        crops=None if output.object_boxes is None else _object_crops(pictures, output.object_boxes),
+        window_boxes=output.window_boxes,
         captions=captions,
     )
 

@@ -60,6 +60,7 @@ def localization_panel(
     true_boxes: Tensor | None = None,
     crops: Tensor | None = None,
     window_boxes: Tensor | None = None,
+    windows: str = "window",
     captions: Sequence[Caption] | None = None,
     columns: int = 2,
     tile_height: int = 288,
@@ -75,7 +76,7 @@ def localization_panel(
         masks: [B, g, g] bool, True where kept; the cells of a grid over the picture.
         true_boxes: [B, 4] continuous edges in pixels of `images`.
         crops: uint8 [B, 3, S, T], the object's crop enlarged.
-        window_boxes: [B, N, 4] inclusive pixels of `crops`.
+        window_boxes: [B, N, 4] inclusive pixels of `crops`; the legend calls them `windows`.
         captions: one per picture.
         columns: pictures in a row.
         tile_height: height in pixels that pictures and crops are drawn at.
@@ -106,7 +107,7 @@ def localization_panel(
         predicted=object_boxes is not None,
         true=true_boxes is not None,
         mask=masks is not None,
-        windows=window_boxes is not None,
+        windows=None if window_boxes is None else windows,
         names=captions is not None and any(caption.true is not None for caption in captions),
     )
     figure = _grid(cells, columns, legend)
@@ -250,13 +251,13 @@ def _captioned(tiles: Sequence[Image.Image], caption: Caption | None) -> Image.I
     return cell
 
 
-def _legend(*, predicted: bool, true: bool, mask: bool, windows: bool, names: bool) -> Image.Image | None:
+def _legend(*, predicted: bool, true: bool, mask: bool, windows: str | None, names: bool) -> Image.Image | None:
     """A strip of samples with their meaning, for what the figure shows."""
     entries = [
         (predicted, "predicted object", lambda draw, box: _draw_box(draw, box, PREDICTED_BOX)),
         (true, "true box", lambda draw, box: _draw_dashed_box(draw, box, TRUE_BOX)),
         (mask, "left out by the mask", lambda draw, box: draw.rectangle(box, fill=(75, 75, 75), outline=MASK_OUTLINE)),
-        (windows, "window", _draw_numbered_sample),
+        (windows is not None, windows, _draw_numbered_sample),
         (names, "right", lambda draw, box: draw.rectangle(box, fill=RIGHT)),
         (names, "wrong", lambda draw, box: draw.rectangle(box, fill=WRONG)),
     ]

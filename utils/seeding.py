@@ -1,7 +1,7 @@
 """All randomness of a run, derived from a few integers.
 
-Nothing random is stored in a checkpoint: at the start of every epoch the generators are seeded again from
-(seed, epoch, rank), so a run that was interrupted draws what the uninterrupted one would have drawn.
+Nothing random is stored in a checkpoint: before every step the generators are seeded again from
+(seed, epoch, step, rank), so a run that was interrupted draws what the uninterrupted one would have drawn.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ def mix(*numbers: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def seed_everything(seed: int, epoch: int = 0, rank: int = 0) -> int:
-    """Seed PyTorch (every device), NumPy and Python's `random` from (seed, epoch, rank), and return the mixed seed.
+def seed_everything(seed: int, epoch: int = 0, step: int = 0, rank: int = 0) -> int:
+    """Seed PyTorch (every device), NumPy and Python's `random` from four numbers, and return the mixed seed.
 
-    Called at the start of every epoch, it makes an epoch's dropout and augmentation a function of these three numbers
-    alone, so resuming needs no stored generator state. Ranks differ, so that each process drops other units.
+    Called before every step, it makes the step's dropout a function of these numbers alone, so resuming needs no stored
+    generator state. Ranks differ, so that each process drops other units.
     """
-    mixed = mix(seed, epoch, rank)
+    mixed = mix(seed, epoch, step, rank)
     torch.manual_seed(mixed)
     numpy.random.seed(mixed % 2**32)  # NumPy's global generator takes 32 bits
     random.seed(mixed)

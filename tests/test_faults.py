@@ -1,0 +1,542 @@
+"""Runs that survive: kills, signals, damaged files, full disks, broken numbers, dying workers, two runs in a folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import FOUR_EPOCHS, PROJECT, assert_same_run, read_log, run_script
+
+import train
+from utils import checkpoint
+from utils.checkpoint import CheckpointError, SavingError, load_checkpoint, load_last, save_last
+from utils.engine import NonFiniteLossError
+from utils.errors import exit_with_one_sentence
+from utils.files import FolderInUseError, locked
+from utils.interruption import Stopped, StopRequest
+
+TESTS = Path(__file__).resolve().parent
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+WITHIN_EPOCHS = [
+    *("--epochs", "4", "--save_every_steps", "1", "--schedule", "one_cycle", "--clip_gradient_norm", "1"),
+    *("--dropout", "0.5", "--warmup_epochs", "1", "--mask_from_epoch", "3"),
+]
+
+
+def without_checkpoint_dir(arguments: list[str]) -> list[str]:
+    at = arguments.index("--checkpoint_dir")
+    return arguments[:at] + arguments[at + 2 :]
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came to that"
+        time.sleep(0.02)
+
+
+# ---- Kills ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_killed_again_and_again_equals_an_uninterrupted_one(tiny_run, tmp_path):
+    arguments = without_checkpoint_dir(tiny_run(tmp_path, *WITHIN_EPOCHS, "--workers", "2", model="sgkrl"))
+    folders = [tmp_path / name for name in ("whole", "killed")]
+    result = subprocess.run(
+        [sys.executable, str(TESTS / "killed_runs.py"), "14", "3", *map(str, folders), *arguments],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    moments = [line.removeprefix("killed: ") for line in result.stdout.splitlines() if line.startswith("killed: ")]
+    assert len(moments) >= 10
+    assert {"half a checkpoint written", "renaming", "step"} <= set(moments)
+    assert_same_run(*(folder / "folder-sgkrl" for folder in folders))
+    assert not list((folders[1] / "folder-sgkrl").glob("*.part"))
+
+
+# ---- Ctrl-C and SIGTERM ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_a_signal_finishes_the_step_saves_and_the_run_goes_on_from_there(number, tiny_run, tmp_path):
+    """The signal goes to the whole process group, the processes that load pictures included, as a terminal's does."""
+    arguments = without_checkpoint_dir(tiny_run(tmp_path, *FOUR_EPOCHS, "--epochs", "60", "--workers", "2"))
+    command = [sys.executable, "train.py", *arguments, "--checkpoint_dir", str(tmp_path)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    folder = tmp_path / "folder-resnet"
+    with subprocess.Popen(command, cwd=PROJECT, env=ENVIRONMENT, start_new_session=True, **pipes) as process:
+        wait_for(lambda: (folder / "log.jsonl").exists() and len(read_log(folder)) >= 2 or process.poll() is not None)
+        os.killpg(process.pid, number)
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert errors.strip().splitlines()[-1].startswith("interrupted; a training run continues from where it stopped")
+    saved = load_checkpoint(folder / "last.pth")
+    done = saved["epoch"], (saved["progress"] or {"step": 0})["step"]
+    assert done >= (2, 0)
+    again = run_script(*command[1:-2], "--checkpoint_dir", str(tmp_path), "--epochs", "61")
+    assert again.returncode == 2  # another schedule would be another run
+    assert "epochs" in again.stderr
+
+
+@pytest.mark.parametrize("when", ["step", "evaluation"])
+def test_a_run_stopped_by_request_equals_an_uninterrupted_one(when, tiny_run, tmp_path, monkeypatch):
+    """Within the second epoch, and after it, in its evaluation."""
+    arguments = tiny_run(tmp_path / "whole", *FOUR_EPOCHS, "--epochs", "3")
+    train.main(arguments)
+    calls = []
+
+    def request(function, at):
+        def wrapped(*positional, **options):
+            calls.append(1)
+            if len(calls) == at:
+                os.kill(os.getpid(), signal.SIGINT)
+            return function(*positional, **options)
+
+        return wrapped
+
+    arguments = tiny_run(tmp_path / "stopped", *FOUR_EPOCHS, "--epochs", "3")
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        if when == "step":
+            patch.setattr(train, "seed_everything", request(train.seed_everything, at=6))  # 1 + 3 steps, the second one
+        else:
+            patch.setattr(train, "evaluate", request(train.evaluate, at=2))
+        train.main(arguments)
+    saved = load_checkpoint(tmp_path / "stopped" / "folder-resnet" / "last.pth")
+    assert saved["epoch"] == 1
+    assert (saved["progress"]["epoch"], saved["progress"]["step"]) == (2, 2 if when == "step" else 3)
+    train.main(arguments)
+    assert_same_run(*(tmp_path / name / "folder-resnet" for name in ("whole", "stopped")))
+
+
+def test_a_second_signal_stops_at_once():
+    with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+        pytest.fail("it went on")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_signal_while_saving_harms_no_file(tiny_run, tmp_path, monkeypatch):
+    save = torch.save
+
+    def interrupted(content, file, *arguments):
+        if content.get("epoch") == 2:
+            file.write(b"half of it")
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        save(content, file, *arguments)
+
+    arguments = tiny_run(tmp_path, "--epochs", "2")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch, "save", interrupted)
+        train.main(arguments)
+    folder = tmp_path / "folder-resnet"
+    assert load_checkpoint(folder / "last.pth")["epoch"] == 1
+    assert not list(folder.glob("*.part"))
+    train.main(arguments)
+    assert load_checkpoint(folder / "last.pth")["epoch"] == 2
+
+
+# ---- Damaged and hostile checkpoints --------------------------------------------------------------------------------
+
+
+def damage(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    damaged = {
+        "truncated": content[: len(content) // 2],
+        "empty": b"",
+        "zeros": bytes(len(content)),
+        "html": b"<html>502 Bad Gateway</html>",
+    }[how]
+    path.write_bytes(damaged)
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "zeros", "html"])
+def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(how, tmp_path, capsys):
+    for epoch in (1, 2):
+        save_last(tmp_path, {"epoch": epoch, "weights": torch.full((100,), float(epoch))})
+    damage(tmp_path / "last.pth", how)
+    path, content = load_last(tmp_path)
+    assert (path.name, content["epoch"]) == ("previous.pth", 1)
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith("warning: ")
+    assert str(tmp_path / "last.pth") in warning
+    assert str(tmp_path / "previous.pth") in warning
+    damage(tmp_path / "previous.pth", how)
+    with pytest.raises(CheckpointError, match=r"previous\.pth"):
+        load_last(tmp_path)
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tiny_run, tmp_path, capsys):
+    for name in ("whole", "damaged"):
+        train.main(tiny_run(tmp_path / name, "--epochs", "2", "--learning_rate", "0.05"))
+    folder = tmp_path / "damaged" / "folder-resnet"
+    damage(folder / "last.pth", "truncated")
+    train.main(tiny_run(tmp_path / "damaged", "--epochs", "2", "--learning_rate", "0.05"))
+    assert "warning" in capsys.readouterr().err
+    assert_same_run(tmp_path / "whole" / "folder-resnet", folder)
+
+
+@pytest.mark.parametrize("killed_at", [1, 2, 3])
+def test_killed_between_the_renamings_there_is_always_a_checkpoint(killed_at, tmp_path, monkeypatch):
+    save_last(tmp_path, {"epoch": 1})
+    replace, calls = Path.replace, []
+
+    def killed(path, target):
+        calls.append(target)
+        if len(calls) == killed_at:
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", killed)
+        save_last(tmp_path, {"epoch": 2})
+    epoch = load_last(tmp_path)[1]["epoch"]
+    assert epoch == (2 if killed_at == 3 else 1)
+    save_last(tmp_path, {"epoch": 3})
+    assert load_last(tmp_path)[1]["epoch"] == 3
+
+
+class Plant:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.target),)
+
+
+@pytest.mark.parametrize("reader", ["train", "test", "pretrained"])
+def test_code_in_a_checkpoint_is_never_run(reader, tiny_run, tmp_path, evaluation_script):
+    target = tmp_path / "planted"
+    folder = tmp_path / "runs" / "folder-resnet"
+    folder.mkdir(parents=True)
+    path = folder / "last.pth"
+    path.write_bytes(pickle.dumps({"epoch": Plant(target)}, protocol=2))
+    arguments = tiny_run(tmp_path / "runs")
+    with pytest.raises(ValueError, match=r"last\.pth"):
+        if reader == "train":
+            train.main(arguments)
+        elif reader == "test":
+            evaluation_script.main([str(path)])
+        else:
+            train.main([*arguments, "--fresh", "--pretrained", str(path)])
+    assert not target.exists()
+    assert path.exists()
+
+
+# ---- A full disk ----------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(tiny_run, tmp_path):
+    """No file may grow beyond a megabyte, as if the disk were full; a checkpoint has many."""
+    arguments = tiny_run(tmp_path, "--epochs", "1")
+    assert run_script("train.py", *arguments).returncode == 0
+    folder = tmp_path / "folder-resnet"
+    before = {path.name: path.read_bytes() for path in folder.glob("*.pth")}
+    limit = (1_000_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    command = [sys.executable, "train.py", *arguments, "--fresh"]
+    result = subprocess.run(
+        command,
+        cwd=PROJECT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
+    )
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    assert re.fullmatch(r"error: \S+next\.pth could not be written .*unharmed\n", result.stderr.splitlines(True)[-1])
+    kept = tmp_path / "folder-resnet.old1"
+    assert {path.name: path.read_bytes() for path in kept.glob("*.pth")} == before
+    assert not list(folder.glob("*.pth"))
+    assert not list(folder.glob("*.part"))
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("write failed\nat line 3")])
+def test_a_failed_save_leaves_both_checkpoints(error, tmp_path, monkeypatch):
+    for epoch in (1, 2):
+        save_last(tmp_path, {"epoch": epoch})
+
+    def fail(content, file):
+        file.write(b"half")
+        raise error
+
+    monkeypatch.setattr(checkpoint.torch, "save", fail)
+    with pytest.raises(SavingError) as refusal:
+        save_last(tmp_path, {"epoch": 3})
+    assert len(str(refusal.value).splitlines()) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"last.pth", "previous.pth"}
+    assert load_last(tmp_path)[1]["epoch"] == 2
+
+
+# ---- Numbers that break ---------------------------------------------------------------------------------------------
+
+
+def break_the_loss(monkeypatch, *steps: int) -> None:
+    """NaN in the loss of the raw branch in these steps, counted over the whole run."""
+    calls, terms = [], train.loss_terms
+
+    def broken(output, labels, **options):
+        losses = terms(output, labels, **options)
+        if torch.is_grad_enabled():
+            calls.append(1)
+            if len(calls) in steps:
+                losses["raw"] = losses["raw"] * math.nan
+        return losses
+
+    monkeypatch.setattr(train, "loss_terms", broken)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_images(tiny_run, tmp_path, monkeypatch):
+    break_the_loss(monkeypatch, 5)
+    with pytest.raises(NonFiniteLossError) as stop:
+        train.main(tiny_run(tmp_path, "--epochs", "3"))
+    folder = tmp_path / "folder-resnet"
+    record = json.loads((folder / "nonfinite.json").read_text(encoding="utf-8"))
+    assert (record["epoch"], record["step"], record["terms"]) == (2, 2, ["raw", "total"])
+    assert len(record["images"]) == 4
+    assert all(Path(path).is_file() for path in record["images"])
+    for word in ("epoch 2", "step 2", "raw", "total", str(folder / "nonfinite.json")):
+        assert word in str(stop.value)
+    saved = load_checkpoint(folder / "last.pth")
+    assert saved["epoch"] == 1
+    assert all(value.isfinite().all() for value in saved["network"].values())
+
+
+def test_a_bounded_number_of_such_steps_may_be_skipped(tiny_run, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        break_the_loss(patch, 2, 5)
+        train.main(tiny_run(tmp_path / "enough", "--epochs", "2", "--skip_nonfinite", "2"))
+    lines = read_log(tmp_path / "enough" / "folder-resnet")
+    assert [line["train/images"] for line in lines] == [8, 8]
+    assert all(math.isfinite(line["train/loss/total"]) for line in lines)
+    assert capsys.readouterr().out.count("left out") == 2
+    with monkeypatch.context() as patch, pytest.raises(NonFiniteLossError):
+        break_the_loss(patch, 2, 5)
+        train.main(tiny_run(tmp_path / "short", "--epochs", "2", "--skip_nonfinite", "1"))
+
+
+def test_a_skipped_step_changes_nothing_but_the_schedule(tiny_run, tmp_path, monkeypatch):
+    """NaN pixels: the batch-norm statistics are met by them before the loss is."""
+    arguments = tiny_run(tmp_path, "--skip_nonfinite", "1")
+    execution = train.Execution.images
+    calls = []
+
+    def poisoned(self, images):
+        calls.append(1)
+        images = execution(self, images)
+        return images * math.nan if len(calls) == 3 else images  # the last step of the epoch
+
+    monkeypatch.setattr(train.Execution, "images", poisoned)
+    train.main(arguments)
+    network = load_checkpoint(tmp_path / "folder-resnet" / "last.pth")["network"]
+    assert all(value.isfinite().all() for value in network.values())
+    assert network["backbone.trunk.bn1.num_batches_tracked"] == 2
+
+
+# ---- Processes ------------------------------------------------------------------------------------------------------
+
+
+def test_a_worker_that_dies_ends_the_run_with_a_sentence(tiny_run, tmp_path, monkeypatch, capsys):
+    class Dying(train.Pictures):
+        def __getitem__(self, key):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(train, "Pictures", Dying)
+    with pytest.raises(SystemExit) as ending, exit_with_one_sentence():
+        train.main(tiny_run(tmp_path, "--workers", "1"))
+    assert ending.value.code == 1
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert "memory" in sentence
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tiny_run, tmp_path):
+    arguments = tiny_run(tmp_path)
+    with locked(tmp_path / "folder-resnet"):
+        (tmp_path / "folder-resnet" / "log.jsonl").write_text("")
+        with pytest.raises(FolderInUseError) as refusal:
+            train.main(arguments)
+        assert "--name" in str(refusal.value)
+        assert [path.name for path in (tmp_path / "folder-resnet").iterdir()] == ["log.jsonl"]
+    train.main(arguments)
+
+
+def test_a_lock_ends_with_its_process(tmp_path):
+    code = "import sys, time; from pathlib import Path; from utils.files import locked\n"
+    code += f"with locked(Path({str(tmp_path / 'run')!r})):\n print('locked', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline().strip() == "locked"
+        with pytest.raises(FolderInUseError), locked(tmp_path / "run"):
+            pass
+        process.kill()
+    with locked(tmp_path / "run"):
+        pass
+
+
+def test_a_refused_run_leaves_no_folder(tmp_path):
+    with pytest.raises(ValueError, match="no"), locked(tmp_path / "runs" / "here" / "run"):
+        raise ValueError("no")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- The table of bad input -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished_run(tiny_run, tmp_path_factory) -> Path:
+    """A finished run, whose folder no refused command may touch."""
+    runs = tmp_path_factory.mktemp("finished")
+    train.main(tiny_run(runs))
+    return runs / "folder-resnet"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+# flags added to the finished run's own -> words of the one sentence
+BAD_INPUT = {
+    "unknown setting": (["--epoch", "3"], ["--epoch"]),
+    "not a number": (["--epochs", "many"], ["epochs", "many"]),
+    "impossible number": (["--epochs", "0"], ["epochs", "0"]),
+    "broken windows": (["--windows", "(((("], ["windows", "(((("]),
+    "unknown windows": (["--windows", "fish", "--model", "mmal"], ["fish", "birds"]),
+    "unknown model": (["--model", "vgg"], ["vgg", "sgkrl"]),
+    "unknown data set": (["--dataset", "fish"], ["fish", "cub"]),
+    "unknown backbone": (["--backbone", "vgg16", "--name", "other"], ["vgg16", "resnet50"]),
+    "unknown weights": (["--pretrained", "IMAGENET9", "--name", "other"], ["IMAGENET9"]),
+    "absent weights": (["--pretrained", "gone.pth", "--name", "other"], ["gone.pth"]),
+    "weights that are no weights": (["--pretrained", __file__, "--name", "other"], ["test_faults.py"]),
+    "absent data": (["--data_root", "gone"], ["gone"]),
+    "data_root is a file": (["--data_root", __file__], ["test_faults.py"]),
+    "no such class": (["--classes", "pur*"], ["pur*"]),
+    "no such GPU": (["--device", "cuda:17"], ["cuda:17"]),
+    "no such branch": (["--answer", "tail", "--name", "other"], ["tail", "raw"]),
+    "no such loss": (["--loss_weights", "tail=1", "--name", "other"], ["tail", "raw"]),
+    "contradiction": (["--model", "sgkrl", "--graph_scope", "batch"], ["graph_scope", "trained"]),
+    "other settings in the folder": (["--epochs", "9"], ["epochs 1 there and 9 here", "--name", "--fresh"]),
+    "other classes in the folder": (["--classes", "red", "blue"], ["classes", "--name", "--fresh"]),
+    "a name that is a path": (["--name", "../up"], ["name", "../up"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_ends_with_one_sentence_and_harms_nothing(case, finished_run, tiny_run, capsys, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    flags, words = BAD_INPUT[case]
+    before = contents(finished_run.parent)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ending, exit_with_one_sentence():
+        train.main([*tiny_run(finished_run.parent), *flags])
+    assert ending.value.code == 2
+    errors = capsys.readouterr().err
+    (sentence,) = errors.splitlines()
+    assert sentence.startswith("error: ")
+    assert all(word in sentence for word in words), sentence
+    assert contents(finished_run.parent) == before
+    assert [path.name for path in finished_run.parent.iterdir()] == [finished_run.name]
+
+
+BAD_CHECKPOINTS = {
+    "absent": None,
+    "empty": b"",
+    "truncated": "truncated",
+    "text": b"<html>",
+    "a state dict": {"fc.weight": torch.zeros(2, 2)},
+    "a list": [1, 2],
+    "of another version": {
+        "settings": {"colour": "blue"},
+        "class_names": [],
+        "network": {},
+        "epoch": 1,
+        "selected_on": "",
+    },
+}
+
+
+@pytest.mark.parametrize("case", BAD_CHECKPOINTS)
+def test_evaluating_a_bad_checkpoint_ends_with_one_sentence(case, finished_run, tmp_path, capsys, evaluation_script):
+    content, path = BAD_CHECKPOINTS[case], tmp_path / "best.pth"
+    if content == "truncated":
+        path.write_bytes((finished_run / "best.pth").read_bytes()[:5000])
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(SystemExit) as ending, exit_with_one_sentence():
+        evaluation_script.main([str(path)])
+    assert ending.value.code == 2
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert sentence.startswith("error: ")
+    assert str(path) in sentence
+    assert not (tmp_path / "report.json").exists()
+
+
+def test_a_checkpoint_of_other_classes_is_refused_naming_both(finished_run, picture_tree, tmp_path, evaluation_script):
+    tree = Path(shutil.copytree(picture_tree, tmp_path / "tree"))
+    shutil.copytree(tree / "red", tree / "yellow")
+    shutil.copy(finished_run / "best.pth", tmp_path / "best.pth")
+    with pytest.raises(CheckpointError, match=r"knows 3 classes.*has 4"):
+        evaluation_script.main([str(tmp_path / "best.pth"), "--data_root", str(tree)])
+
+
+# ---- Choices --------------------------------------------------------------------------------------------------------
+
+
+def test_a_fresh_start_keeps_the_old_run_beside_it(tiny_run, tmp_path):
+    for number in range(3):
+        train.main(tiny_run(tmp_path, "--seed", str(number), "--fresh"))
+    folders = {path.name for path in tmp_path.iterdir()}
+    assert folders == {"folder-resnet", "folder-resnet.old1", "folder-resnet.old2"}
+    for number, name in enumerate(("folder-resnet.old1", "folder-resnet.old2", "folder-resnet")):
+        assert load_checkpoint(tmp_path / name / "last.pth")["settings"]["seed"] == number
+        assert len(read_log(tmp_path / name)) == 1
+
+
+def test_checkpoints_of_the_last_epochs_are_kept(tiny_run, tmp_path):
+    train.main(tiny_run(tmp_path, "--epochs", "3", "--keep_checkpoints", "2"))
+    folder = tmp_path / "folder-resnet"
+    assert sorted(path.name for path in folder.glob("epoch-*.pth")) == ["epoch-002.pth", "epoch-003.pth"]
+    assert [load_checkpoint(folder / f"epoch-00{epoch}.pth")["epoch"] for epoch in (2, 3)] == [2, 3]
+
+
+def test_unreadable_pictures_stop_a_run_before_it_begins_or_are_left_out(tiny_run, picture_tree, tmp_path, capsys):
+    tree = Path(shutil.copytree(picture_tree, tmp_path / "tree"))
+    whole = (tree / "red" / "0.png").read_bytes()
+    (tree / "red" / "0.png").write_bytes(whole[: len(whole) // 2])
+    (tree / "blue" / "1.png").write_bytes(b"")
+    arguments = tiny_run(tmp_path / "runs", "--data_root", str(tree))
+    with pytest.raises(SystemExit) as ending, exit_with_one_sentence():
+        train.main(arguments)
+    assert ending.value.code == 2
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert re.match(
+        r"error: 2 of 24 pictures cannot be read, the first is \S+tree/\S+\.png \(.+\): .*on_bad_image", sentence
+    )
+    assert not (tmp_path / "runs").exists()
+
+    train.main([*arguments, "--on_bad_image", "skip"])
+    folder = tmp_path / "runs" / "folder-resnet"
+    listed = (folder / "bad_pictures.txt").read_text(encoding="utf-8").splitlines()
+    assert sorted(line.split("\t")[0] for line in listed) == [str(tree / "blue" / "1.png"), str(tree / "red" / "0.png")]
+    assert "2 unreadable pictures are left out" in capsys.readouterr().out

@@ -1,0 +1,88 @@
+"""Files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs in one folder are not noticed there
+    fcntl = None
+
+
+@contextlib.contextmanager
+def written_whole(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a file for writing that replaces `path` once the block has ended without an error and it is on the disk."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".part")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)  # half a file would only fill the disk
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file, UTF-8, whole or not at all."""
+    with written_whole(path) as file:
+        file.write(text.encode())
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring new names in a folder to the disk, where the system can."""
+    with contextlib.suppress(OSError):
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+
+
+class FolderInUseError(ValueError):
+    """Another process works in the folder."""
+
+
+_locks: set[int] = set()  # open file numbers
+
+
+def drop_inherited_locks() -> None:
+    """Let go, in a forked process, of the locks that its parent keeps: it may outlive the parent for a while."""
+    while _locks:
+        os.close(_locks.pop())
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a folder, made if missing, to this process. The lock ends with the process, whatever ends it.
+
+    A folder made here and still empty at the end is removed. Raises FolderInUseError where another process has it.
+    """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    number = None
+    try:
+        if fcntl is not None:
+            number = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise FolderInUseError(
+                    f"another process is training in {folder}: wait for it, or give this run a --name of its own"
+                ) from None
+            _locks.add(number)
+        yield
+    finally:
+        if number is not None:
+            _locks.discard(number)
+            os.close(number)
+        with contextlib.suppress(OSError):
+            for path in missing:
+                path.rmdir()
