@@ -397,7 +397,7 @@ def test_evaluation_shuffles_nothing(control: str | float) -> None:
         (("jigsaw", "object"), {"raw", "object", "jigsaw"}),
         (None, {"raw", "object", "jigsaw"}),
     ),
-    ids=str,
+    ids=("raw", "object", "jigsaw", "both", "all"),
 )
 def test_training_computes_what_it_is_asked_for(branches: tuple[str, ...] | None, expected: set[str]) -> None:
     network, images = build("learnable", input_size=128).train(), make_images(3, 128)
