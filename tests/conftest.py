@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import numpy
 import pytest
+import torch
 from PIL import Image
 
 PROJECT = Path(__file__).resolve().parent.parent
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # there is a process for every core already
 
 
 @pytest.fixture(scope="session")
