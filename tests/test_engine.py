@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader
 from datasets import Sample, collate
 from networks.losses import classification_losses
 from networks.outputs import NetworkOutput, combine_branches
-from utils.engine import Execution, NonFiniteLossError, evaluate, train_one_epoch
+from utils import engine
+from utils.engine import Execution, NonFiniteLossError, StepLosses, evaluate, train_one_epoch
 from utils.metrics import EpochMeter
 from utils.schedule import EpochPlan
 
@@ -220,6 +221,18 @@ def test_a_loss_that_is_not_finite_stops_the_epoch_by_name(value, broken_step):
         train_one_epoch(whole, make_loader(samples, batch_size=4), *sgd(whole), **options)
     parameters = dict(whole.named_parameters())
     assert all(torch.equal(value, parameters[name]) for name, value in network.named_parameters())
+
+
+def test_of_several_steps_read_at_once_the_first_broken_one_is_named():
+    """As on a GPU, where the losses of some steps are read together."""
+    unread = [
+        StepLosses(step, ["raw", "total"], torch.tensor(values), [f"{step}.jpg"])
+        for step, values in ((7, (1.0, 2.0)), (8, (1.0, math.inf)), (9, (math.nan, math.nan)))
+    ]
+    assert engine._check_losses(unread[:1], None) is False
+    with pytest.raises(NonFiniteLossError) as stop:
+        engine._check_losses(unread, None)
+    assert (stop.value.step, stop.value.terms, stop.value.paths) == (8, ["total"], ["8.jpg"])
 
 
 def test_an_epoch_begun_before_goes_on_where_it_stopped():

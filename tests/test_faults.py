@@ -69,6 +69,21 @@ def test_a_run_killed_again_and_again_equals_an_uninterrupted_one(tiny_run, tmp_
     assert not list((folders[1] / "folder-sgkrl").glob("*.part"))
 
 
+def test_two_processes_stopped_within_an_epoch_go_on_exactly(tiny_run, tmp_path):
+    """Both get SIGTERM, as from a batch system; they agree on the step and sum what each has seen."""
+    options = [*WITHIN_EPOCHS, "--epochs", "2", "--batch_size", "2", "--workers", "1"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(TESTS / "stopped_rank.py")]
+    for name, at in (("whole", "0"), ("stopped", "4")):
+        arguments = tiny_run(tmp_path / name, *options, "--images_per_class", "1")
+        result = run_script(*torchrun, at, *arguments)
+        assert (result.returncode == 0) == (at == "0"), result.stderr[-2000:]
+    saved = load_checkpoint(tmp_path / "stopped" / "folder-resnet" / "last.pth")
+    assert (saved["epoch"], saved["progress"]["step"], saved["progress"]["meter"]["images"]) == (0, 4, 8)
+    result = run_script(*torchrun, "0", *arguments)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert_same_run(*(tmp_path / name / "folder-resnet" for name in ("whole", "stopped")))
+
+
 # ---- Ctrl-C and SIGTERM ---------------------------------------------------------------------------------------------
 
 
@@ -437,6 +452,7 @@ BAD_INPUT = {
     "other settings in the folder": (["--epochs", "9"], ["epochs 1 there and 9 here", "--name", "--fresh"]),
     "other classes in the folder": (["--classes", "red", "blue"], ["classes", "--name", "--fresh"]),
     "a name that is a path": (["--name", "../up"], ["name", "../up"]),
+    "a folder that cannot be made": (["--checkpoint_dir", "/proc/runs"], ["/proc/runs"]),
 }
 
 
