@@ -37,13 +37,14 @@ from datasets import (
 from networks import build_network
 from networks.losses import loss_terms
 from utils.checkpoint import CheckpointError, load_checkpoint, load_last, save_checkpoint, save_last
-from utils.distributed import cleanup, is_main, rank, setup_distributed, unwrap, world_size, wrap_network
+from utils.distributed import any_process, cleanup, is_main, rank, setup_distributed, unwrap, world_size, wrap_network
 from utils.engine import (
     STEPS_BETWEEN_READINGS,
     Execution,
     NonFiniteLossError,
     SkipBudget,
     check_finite,
+    check_weights,
     evaluate,
     train_one_epoch,
 )
@@ -131,6 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "progress": progress}
 
         def save_within_epoch(step: int) -> None:
+            check_weights(system, step)  # a finite loss can still have broken them, and no loss has shown it yet
             progress = current | {"step": step, "meter": current["meter"].state_dict()}
             if is_main():
                 save_last(folder, content(current["epoch"] - 1) | training_state(progress))
@@ -145,6 +147,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if asked or due:
                 save_within_epoch(step)
             if asked:
+                any_process(
+                    False, device
+                )  # torchrun ends all processes when one has ended: wait for the one that saves
                 raise Stopped
 
         def after_evaluation_batch(*_: object) -> None:

@@ -141,9 +141,10 @@ def test_a_run_stopped_by_request_equals_an_uninterrupted_one(when, tiny_run, tm
 
 def test_a_second_signal_stops_at_once():
     with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
+            os.kill(os.getpid(), number)  # batch systems send SIGTERM more than once
         assert stop.requested
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1)
         pytest.fail("it went on")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -168,6 +169,35 @@ def test_a_second_signal_while_saving_harms_no_file(tiny_run, tmp_path, monkeypa
     assert not list(folder.glob("*.part"))
     train.main(arguments)
     assert load_checkpoint(folder / "last.pth")["epoch"] == 2
+
+
+def test_a_ctrl_c_inside_the_writer_is_not_taken_for_a_full_disk(tmp_path):
+    class Interrupting:
+        def __reduce__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+            return int, ()
+
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save_checkpoint(tmp_path / "last.pth", {"weights": torch.zeros(9), "late": Interrupting()})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_broken_weights_are_not_saved_within_an_epoch(tiny_run, tmp_path, monkeypatch):
+    """The loss of the step was finite; what it did to the weights is not seen before the next one."""
+    check = train.check_weights
+
+    def broken(network, step):
+        with torch.no_grad():
+            if step == 2:
+                network.classifier.weight[0, 0] = math.nan
+        check(network, step)
+
+    monkeypatch.setattr(train, "check_weights", broken)
+    with pytest.raises(NonFiniteLossError, match="weights"):
+        train.main(tiny_run(tmp_path, "--save_every_steps", "1"))
+    saved = load_checkpoint(tmp_path / "folder-resnet" / "last.pth")
+    assert saved["progress"]["step"] == 1
+    assert all(value.isfinite().all() for value in saved["network"].values())
 
 
 # ---- Damaged and hostile checkpoints --------------------------------------------------------------------------------

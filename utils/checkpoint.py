@@ -29,6 +29,11 @@ def save_checkpoint(path: str | Path, content: Mapping[str, object]) -> None:
         with written_whole(path) as file:
             torch.save(dict(content), file)
     except (OSError, RuntimeError) as error:  # torch's own writer turns a full disk into a RuntimeError
+        cause = error.__context__
+        while cause is not None:  # ... and a Ctrl-C as well
+            if isinstance(cause, KeyboardInterrupt):
+                raise cause from None
+            cause = cause.__context__
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
         raise SavingError(
             f"{path} could not be written ({reason}): make room or give another --checkpoint_dir; what was saved "

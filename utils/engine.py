@@ -192,6 +192,19 @@ def check_finite(averages: dict[str, float]) -> None:
 
 
 @torch.no_grad()
+def check_weights(network: nn.Module, step: int) -> None:
+    """Raise NonFiniteLossError where a weight or a batch-norm statistic is not finite; waits for the device."""
+    values = [v for v in (*network.parameters(), *network.buffers()) if v.is_floating_point()]
+    if not torch.stack([v.isfinite().all() for v in values]).all():
+        raise NonFiniteLossError(
+            f"weights are no longer finite after step {step}: the last checkpoint is unharmed; "
+            "try a lower learning_rate or set clip_gradient_norm",
+            step=step,
+            terms=["weights"],
+        )
+
+
+@torch.no_grad()
 def evaluate(
     network: nn.Module,
     batches: DataLoader,

@@ -35,7 +35,7 @@ def exit_with_one_sentence() -> Iterator[None]:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if not str(error).startswith("DataLoader worker (pid"):  # others are faults inside a worker
             raise
         print(
             "error: a process that loads pictures died, most likely for lack of memory: lower workers, image_size or "

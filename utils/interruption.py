@@ -19,7 +19,7 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """While active, the first Ctrl-C or SIGTERM only sets a flag; the second one stops at once.
+    """While active, the first Ctrl-C or SIGTERM only sets a flag; a Ctrl-C after it stops at once.
 
     with StopRequest() as stop:
         for step in ...:
@@ -44,10 +44,12 @@ class StopRequest:
         if os.getpid() != self.process:  # a process that loads pictures, just forked
             return
         if self.requested:
-            raise KeyboardInterrupt
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return  # batch systems send SIGTERM twice, to the process and through its parent
         self.requested = True
         if is_main():
-            print("\nfinishing this step and saving; once more stops at once", file=sys.stderr, flush=True)
+            print("\nfinishing this step and saving; Ctrl-C now stops at once", file=sys.stderr, flush=True)
 
     def agreed(self, device: torch.device) -> bool:
         """Tell whether any process was asked to stop; all processes have to ask at the same time."""
