@@ -8,6 +8,8 @@ A window size is `(height, width)` in cells; a window set is a tuple of `(sizes,
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -538,3 +540,14 @@ class ForbidHostReads(TorchDispatchMode):
         ):
             raise AssertionError(f"{name} with a tensor of repeats makes the host wait for the device")
         return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def recorded_passes(network: nn.Module) -> Iterator[list[Tensor]]:
+    """What the backbone is given, pass by pass."""
+    given: list[Tensor] = []
+    handle = network.backbone.register_forward_pre_hook(lambda module, inputs: given.append(inputs[0]))
+    try:
+        yield given
+    finally:
+        handle.remove()

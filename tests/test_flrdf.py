@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -86,17 +84,6 @@ def make_images(batch: int, size: int = SIZE, *, seed: int = 1) -> Tensor:
     return 1.5 * blobs + 0.3 * torch.randn(batch, 3, size, size, generator=generator)
 
 
-@contextmanager
-def recorded_passes(network: FLRDF) -> Iterator[list[Tensor]]:
-    """What the backbone is given, pass by pass."""
-    given: list[Tensor] = []
-    handle = network.backbone.register_forward_pre_hook(lambda module, inputs: given.append(inputs[0]))
-    try:
-        yield given
-    finally:
-        handle.remove()
-
-
 # ---- the description, one image at a time -------------------------------------------------------------------------
 
 
@@ -146,7 +133,7 @@ def classify(network: FLRDF, embedding: Tensor) -> Tensor:
 def test_evaluation_step_by_step(control: str | float, box_agreement: bool, factor: int) -> None:
     network = build(control, box_agreement=box_agreement).eval()
     images = make_images(8, factor * SIZE)
-    with recorded_passes(network) as given:
+    with reference.recorded_passes(network) as given:
         output = network(images)
     assert len(given) == 2
     assert tuple(output.logits) == ("raw", "object")
@@ -328,7 +315,7 @@ def test_jigsaw_sees_the_object_with_its_blocks_shuffled(input_size: int, blocks
     network = build("learnable", input_size=input_size, jigsaw_blocks=blocks, dropout=0.0).train()
     images = make_images(6, factor * input_size, seed=input_size)
     torch.manual_seed(0)
-    with recorded_passes(network) as given:
+    with reference.recorded_passes(network) as given:
         output = network(images)
     assert tuple(output.logits) == ("raw", "object", "jigsaw")
     assert len(given) == 3
@@ -360,7 +347,7 @@ def test_each_image_and_each_step_has_its_own_order() -> None:
     shuffled = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        with recorded_passes(network) as given:
+        with reference.recorded_passes(network) as given:
             network(images)
             network(images)
         shuffled.append((given[2], given[5]))
@@ -378,7 +365,7 @@ def test_evaluation_shuffles_nothing(control: str | float) -> None:
     """No third pass, no random number taken, and the branch refused."""
     network, images = build(control, input_size=128).eval(), make_images(3, 128)
     state = torch.get_rng_state()
-    with recorded_passes(network) as given, torch.no_grad():
+    with reference.recorded_passes(network) as given, torch.no_grad():
         output = network(images)
     assert len(given) == 2
     assert torch.equal(torch.get_rng_state(), state)
@@ -401,7 +388,7 @@ def test_evaluation_shuffles_nothing(control: str | float) -> None:
 )
 def test_training_computes_what_it_is_asked_for(branches: tuple[str, ...] | None, expected: set[str]) -> None:
     network, images = build("learnable", input_size=128).train(), make_images(3, 128)
-    with recorded_passes(network) as given:
+    with reference.recorded_passes(network) as given:
         output = network(images, branches=branches)
     assert set(output.logits) == expected
     assert len(given) == len(expected)

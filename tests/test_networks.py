@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 import reference
@@ -73,17 +72,6 @@ def make_images(size: int, batch: int = 2, seed: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     blobs = F.interpolate(torch.randn(batch, 3, 5, 5, generator=generator), size=(size, size), mode="bicubic")
     return 1.5 * blobs + 0.3 * torch.randn(batch, 3, size, size, generator=generator)
-
-
-@contextmanager
-def recorded_passes(network: nn.Module) -> Iterator[list[Tensor]]:
-    """What the backbone is given, pass by pass."""
-    given: list[Tensor] = []
-    handle = network.backbone.register_forward_pre_hook(lambda module, inputs: given.append(inputs[0]))
-    try:
-        yield given
-    finally:
-        handle.remove()
 
 
 # ---- a trunk that sees what it is told to -------------------------------------------------------------------------
@@ -278,7 +266,7 @@ PASSES = {"raw": 1, "fused": 1, "object": 2, "window": 3, "graph": 3, "part": 2,
 @torch.no_grad()
 def test_only_the_passes_that_are_needed(system: str) -> None:
     network, images = evaluated(system), make_images(SIZE)
-    with recorded_passes(network) as given:
+    with reference.recorded_passes(network) as given:
         everything = network(images)
     assert len(given) == max(PASSES[branch] for branch in BRANCHES[system])
     shapes = [(2, 3, SIZE, SIZE)]
@@ -289,7 +277,7 @@ def test_only_the_passes_that_are_needed(system: str) -> None:
         shapes.append((2 * regions.shape[1], 3, SIZE // 2, SIZE // 2))
     assert [tuple(x.shape) for x in given] == shapes
     for branch in BRANCHES[system]:
-        with recorded_passes(network) as given:
+        with reference.recorded_passes(network) as given:
             output = network(images, branches=(branch,))
         assert len(given) == PASSES[branch], branch
         assert branch in output.logits
@@ -309,7 +297,7 @@ def test_what_evaluation_computes(system: str) -> None:
     """All that is reported and the answer's own, and no pass that only serves training."""
     network = evaluated(system)
     assert set(network.answer) <= set(network.evaluated) <= set(network.branches)
-    with recorded_passes(network) as given:
+    with reference.recorded_passes(network) as given:
         output = network(make_images(SIZE), branches=network.evaluated)
     expected = tuple(branch for branch in BRANCHES[system] if (system, branch) != ("mmal", "window"))
     assert network.evaluated == tuple(output.logits) == expected
@@ -430,7 +418,7 @@ def test_each_part_learns_from_its_own_branch(system: str) -> None:
 def test_no_gradient_flows_through_the_crops(system: str) -> None:
     """The images of the object and window passes are given, not made: they carry no graph."""
     network = build_scripted(system).train()
-    with recorded_passes(network) as given:
+    with reference.recorded_passes(network) as given:
         output = network(make_images(SIZE))
     assert not any(images.requires_grad for images in given)
     assert not any(boxes.requires_grad for boxes in output[1:5] if boxes is not None)
@@ -502,7 +490,7 @@ def test_first_pass_sees_larger_images_scaled_down(system: str, image_size: int)
     network, images = evaluated(system), make_images(image_size)
     small = F.interpolate(images, size=(SIZE, SIZE), mode="bilinear", antialias=True)
     branches = ("part",) if system == "scrim" else ("raw",) if system == "resnet" else ("object",)
-    with recorded_passes(network) as given:
+    with reference.recorded_passes(network) as given:
         output = network(images, branches=branches)
     assert torch.equal(given[0], small)
     expected = network(small, branches=branches)
@@ -522,7 +510,7 @@ def test_first_pass_sees_larger_images_scaled_down(system: str, image_size: int)
 @torch.no_grad()
 def test_contract_with_larger_images(system: str) -> None:
     network = evaluated(system)
-    with recorded_passes(network) as given:
+    with reference.recorded_passes(network) as given:
         output = network(make_images(2 * SIZE), mask_background=True)
     assert_contract(output, system, batch=2, input_size=SIZE)
     if system != "scrim":
@@ -560,7 +548,7 @@ def test_crops_of_larger_images_have_more_detail(system: str) -> None:
         for images in (plain, detailed):
             if shrink:
                 images = F.interpolate(images, size=(SIZE, SIZE), mode="bilinear", antialias=True)
-            with recorded_passes(network) as passes:
+            with reference.recorded_passes(network) as passes:
                 output = network(images)
             assert output.object_boxes.tolist() == [[31, 31, 95, 95]]
             given.append(passes)
@@ -592,9 +580,9 @@ def test_mask_background_blanks_what_is_outside_the_mask(system: str, factor: in
     row, column = torch.meshgrid(torch.arange(7), torch.arange(7), indexing="ij")
     cells = (row - 3).abs() + (column - 2).abs() <= 2  # a diamond: the corners of its box are background
     images = object_picture(cells, factor * size) + 0.1 * make_images(factor * size, batch=1).clamp(-9, 9)
-    with recorded_passes(network) as plain:
+    with reference.recorded_passes(network) as plain:
         output = network(images)
-    with recorded_passes(network) as masked:
+    with reference.recorded_passes(network) as masked:
         network(images, mask_background=True)
     assert output.object_boxes.tolist() == [[0, 31, 159, 191]]
     assert torch.equal(plain[0], masked[0])

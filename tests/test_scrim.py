@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import numpy as np
 import pytest
+import reference
 import torch
 import torch.nn.functional as F
 from test_parts import COUNTS, gate_by_hand, list_anchors, list_boxes, propose
@@ -46,16 +44,6 @@ def make_images(size: int, batch: int = 2, seed: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     blobs = F.interpolate(torch.randn(batch, 3, 6, 6, generator=generator), size=(size, size), mode="bicubic")
     return 1.5 * blobs + 0.3 * torch.randn(batch, 3, size, size, generator=generator) + 0.5
-
-
-@contextmanager
-def recorded_passes(network: SCRIM) -> Iterator[list[Tensor]]:
-    given: list[Tensor] = []
-    handle = network.backbone.register_forward_pre_hook(lambda module, inputs: given.append(inputs[0]))
-    try:
-        yield given
-    finally:
-        handle.remove()
 
 
 # ---- step by step -------------------------------------------------------------------------------------------------
@@ -125,7 +113,7 @@ def classify_step_by_step(
 
 def assert_step_by_step(network: SCRIM, images: Tensor, **rule: object) -> None:
     network.eval()
-    with torch.no_grad(), recorded_passes(network) as given:
+    with torch.no_grad(), reference.recorded_passes(network) as given:
         output = network(images)
     assert len(given) == 2
     count = output.part_boxes.shape[1]
@@ -211,9 +199,9 @@ def test_an_image_is_classified_by_itself() -> None:
 @torch.no_grad()
 def test_the_answer_alone_looks_at_fewer_parts(every_level: bool) -> None:
     network, images = build(parts_of_every_level=every_level).eval(), make_images(2 * SIZE, batch=3)
-    with recorded_passes(network) as given:
+    with reference.recorded_passes(network) as given:
         everything = network(images)
-    with recorded_passes(network) as given_for_answer:
+    with reference.recorded_passes(network) as given_for_answer:
         answer = network(images, branches=("concat",))
     assert [len(batch) for batch in given] == [3, 3 * 12]
     assert [len(batch) for batch in given_for_answer] == [3, 3 * 8]
@@ -230,7 +218,7 @@ def test_the_answer_alone_looks_at_fewer_parts(every_level: bool) -> None:
 def test_warm_up_needs_one_pass(training: bool) -> None:
     network, images = build(dropout=0.0).train(training), make_images(SIZE)
     everything = network(images)
-    with recorded_passes(network) as given:
+    with reference.recorded_passes(network) as given:
         output = network(images, branches=("raw",))
     assert len(given) == 1
     assert torch.equal(output.logits.pop("raw"), everything.logits["raw"])
@@ -330,7 +318,7 @@ def test_ranking_teaches_every_level_where_each_is_proposed() -> None:
 
 def test_no_gradient_flows_through_boxes_and_crops() -> None:
     network = build().train()
-    with recorded_passes(network) as given:
+    with reference.recorded_passes(network) as given:
         output = network(make_images(SIZE))
     assert not output.part_boxes.requires_grad and not any(batch.requires_grad for batch in given)
     assert output.part_scores.requires_grad and output.coarse_features.requires_grad
