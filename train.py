@@ -23,6 +23,7 @@ from datasets import (
     STD,
     Augmentation,
     BalancedSampler,
+    Batch,
     Catalogue,
     DataError,
     Entry,
@@ -36,7 +37,8 @@ from datasets import (
 )
 from networks import build_network
 from networks.losses import loss_terms
-from utils.checkpoint import CheckpointError, load_checkpoint, load_last, save_checkpoint, save_last
+from networks.outputs import NetworkOutput
+from utils.checkpoint import save_checkpoint, save_last
 from utils.distributed import any_process, cleanup, is_main, rank, setup_distributed, unwrap, world_size, wrap_network
 from utils.engine import (
     STEPS_BETWEEN_READINGS,
@@ -44,7 +46,6 @@ from utils.engine import (
     NonFiniteLossError,
     SkipBudget,
     check_finite,
-    check_weights,
     evaluate,
     train_one_epoch,
 )
@@ -54,6 +55,14 @@ from utils.interruption import Stopped, StopRequest, leave_run_to_the_main_proce
 from utils.metrics import EpochMeter
 from utils.panels import output_panel
 from utils.pictures import save_png
+from utils.resume import (
+    TRAINING_STATE,
+    drop_half_files,
+    drop_old_epochs,
+    holds_epoch,
+    load_resumable,
+    move_aside,
+)
 from utils.runlog import RunLog
 from utils.schedule import build_optimizer, build_schedule, plan_epoch
 from utils.seeding import seed_everything
@@ -63,7 +72,6 @@ FREE_ON_RESUME = {
     *("data_root", "checkpoint_dir", "device", "data_parallel", "workers", "pictures_every"),
     *("save_every_steps", "keep_checkpoints", "on_bad_image", "skip_nonfinite", "fresh"),
 }
-TRAINING_STATE = ("optimizer", "schedule", "progress")  # in last.pth only
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -82,7 +90,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with contextlib.ExitStack() as stack:
         if is_main():
             stack.enter_context(locked(folder))
-        saved = None if settings.fresh else load_resumable(folder, settings, catalogue, len(train_entries))
+        description = {
+            "class_names": list(catalogue.class_names),
+            "training_images": len(train_entries),
+            "steps_per_epoch": steps,
+        }
+        saved = None
+        if not settings.fresh:
+            saved = load_resumable(folder, dataclasses.asdict(settings), free=FREE_ON_RESUME, **description)
         seed_everything(settings.seed)
         network = network_of(settings, len(catalogue.class_names), pretrained=saved is None)
         if settings.channels_last:
@@ -106,6 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             milestones=settings.milestones,
         )
         epochs_done, best, progress = 0, {"accuracy": -1.0, "epoch": 0}, None
+        skip_nonfinite = SkipBudget(settings.skip_nonfinite, used=saved["skipped_steps"] if saved else 0)
         if saved is not None:
             system.load_state_dict(saved["network"])
             optimizer.load_state_dict(saved["optimizer"])
@@ -119,9 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         def content(epochs_done: int) -> dict[str, object]:
             return {
                 "settings": dataclasses.asdict(settings),
-                "class_names": list(catalogue.class_names),
+                **description,
                 "selected_on": selected_on,
-                "training_images": len(train_entries),
                 "epoch": epochs_done,
                 "best": best,
                 "network": system.state_dict(),
@@ -129,38 +144,41 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         def training_state(progress: dict[str, object] | None) -> dict[str, object]:
             """`progress`: what an epoch has done so far, None between two epochs."""
-            return {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "progress": progress}
+            return {
+                "optimizer": optimizer.state_dict(),
+                "schedule": schedule.state_dict(),
+                "progress": progress,
+                "skipped_steps": skip_nonfinite.used,
+            }
 
         def save_within_epoch(step: int) -> None:
-            check_weights(system, step)  # a finite loss can still have broken them, and no loss has shown it yet
             progress = current | {"step": step, "meter": current["meter"].state_dict()}
             if is_main():
                 save_last(folder, content(current["epoch"] - 1) | training_state(progress))
+            if stop.agreed:
+                any_process(False, device)  # torchrun ends all when one has ended: wait for the one that saves
+                raise Stopped
 
         def before_step(step: int) -> None:
             seed_everything(settings.seed, current["epoch"], step, rank())
 
-        def after_step(step: int) -> None:
+        def save_after(step: int) -> bool:
             # several processes have to agree, for which they wait for each other: not at every step
-            asked = (world_size() == 1 or step % STEPS_BETWEEN_READINGS == 0) and stop.agreed(device)
-            due = settings.save_every_steps > 0 and step % settings.save_every_steps == 0 and step < steps
-            if asked or due:
-                save_within_epoch(step)
-            if asked:
-                any_process(
-                    False, device
-                )  # torchrun ends all processes when one has ended: wait for the one that saves
-                raise Stopped
+            asked = (world_size() == 1 or step % STEPS_BETWEEN_READINGS == 0) and stop.agree(device)
+            return asked or (settings.save_every_steps > 0 and step % settings.save_every_steps == 0 and step < steps)
 
-        def after_evaluation_batch(*_: object) -> None:
-            if world_size() == 1 and stop.requested:
+        def after_evaluation_batch(batch: Batch, output: NetworkOutput, answer: torch.Tensor) -> None:
+            # an answer that is not finite: the last step has broken the weights, which the evaluation's end will tell
+            if world_size() == 1 and stop.requested and answer.isfinite().all():
+                stop.agree(device)
                 save_within_epoch(steps)
-                raise Stopped
 
         # Loop.
         stop = stack.enter_context(StopRequest())
         if is_main() and settings.fresh and (kept := move_aside(folder)):
             say(f"the run that was in {folder} is now in {kept}")
+        if is_main():
+            drop_half_files(folder)
         say(f"{folder}: {len(catalogue.class_names)} classes, {len(train_entries)} training images, on {device}")
         begun = f", step {progress['step']} of epoch {progress['epoch']}" if progress else ""
         continuing = f"; continuing after epoch {epochs_done}{begun}" if saved else ""
@@ -175,7 +193,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             say(f"{len(lines)} unreadable pictures are left out; they are listed in {folder / 'bad_pictures.txt'}")
         prefix = settings.select_on
         loss_function = partial(loss_terms, label_smoothing=settings.label_smoothing)
-        skip_nonfinite = SkipBudget(settings.skip_nonfinite) if settings.skip_nonfinite else None
         for epoch in range(epochs_done + 1, settings.epochs + 1):
             plan = plan_epoch(
                 epoch,
@@ -201,9 +218,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     meter=current["meter"],
                     first_step=steps_done + 1,
                     before_step=before_step,
-                    after_step=after_step,
+                    save_after=save_after,
+                    save=save_within_epoch,
                     clip_gradient_norm=settings.clip_gradient_norm,
-                    skip_nonfinite=skip_nonfinite,
+                    skip_nonfinite=skip_nonfinite if settings.skip_nonfinite else None,
                     description=f"epoch {epoch}/{settings.epochs}",
                     **shared,
                 )
@@ -238,14 +256,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if is_best:
                 best = {"accuracy": evaluated["accuracy/answer"], "epoch": epoch}
             if is_main():
+                if settings.keep_checkpoints:
+                    save_checkpoint(folder / f"epoch-{epoch:03d}.pth", content(epoch))
                 save_last(folder, content(epoch) | training_state(None))
                 if is_best:
                     save_checkpoint(folder / "best.pth", content(epoch))
                 if settings.keep_checkpoints:
-                    save_checkpoint(folder / f"epoch-{epoch:03d}.pth", content(epoch))
-                    for old in sorted(folder.glob("epoch-*.pth"))[: -settings.keep_checkpoints]:
-                        old.unlink()
-            if not last and stop.agreed(device):
+                    drop_old_epochs(folder, settings.keep_checkpoints)
+            if not last and stop.agree(device):
                 raise Stopped
     say(
         f"done: {best['accuracy']:.1%} on {prefix} at epoch {best['epoch']}; next: python test.py {folder / 'best.pth'}"
@@ -365,60 +383,14 @@ def weights_of_losses(settings: Settings, network: torch.nn.Module) -> dict[str,
     return weights
 
 
-def load_resumable(folder: Path, settings: Settings, catalogue: Catalogue, images: int) -> dict | None:
-    """Return the run's last checkpoint, or None for a new run; refuse one of other settings or classes."""
-    found = load_last(folder)
-    if found is None:
-        return None
-    path, saved = found
-    if not {"settings", "class_names", "network", "epoch", "best", *TRAINING_STATE} <= saved.keys():
-        raise CheckpointError(f"{path} is no checkpoint to go on from: move it away, or start anew with --fresh")
-    ours, theirs = dataclasses.asdict(settings), saved["settings"]
-    differing = [n for n in ours if n not in FREE_ON_RESUME and ours[n] != theirs.get(n)]
-    remedy = "give this one a --name of its own, or start anew with --fresh"
-    if differing:
-        values = ", ".join(f"{name} {theirs.get(name)!r} there and {ours[name]!r} here" for name in differing)
-        raise CheckpointError(f"{path} is of a run with other settings ({values}): {remedy}")
-    if saved["class_names"] != list(catalogue.class_names):
-        raise CheckpointError(
-            f"{path} was trained on {len(saved['class_names'])} classes and the data has "
-            f"{len(catalogue.class_names)}, or others: {remedy}"
-        )
-    if saved["training_images"] != images:
-        raise CheckpointError(
-            f"{path} was trained on {saved['training_images']} images and the data now has {images} for training: "
-            f"{remedy}"
-        )
-    return saved
-
-
-def holds_epoch(path: Path, epoch: int) -> bool:
-    try:
-        return load_checkpoint(path)["epoch"] == epoch
-    except (CheckpointError, KeyError):
-        return False
-
-
-def move_aside(folder: Path) -> Path | None:
-    """Move what is in a run's folder to a new one beside it, and return that; None where there was nothing."""
-    files = list(folder.iterdir())
-    if not files:
-        return None
-    number = 1
-    while (kept := folder.with_name(f"{folder.name}.old{number}")).exists():
-        number += 1
-    kept.mkdir()
-    for file in files:
-        file.rename(kept / file.name)
-    return kept
-
-
 def with_record(error: NonFiniteLossError, folder: Path, epoch: int) -> NonFiniteLossError:
     """Write what went wrong, with the images of the batch, next to the run, and say so in the error."""
     path = folder / "nonfinite.json"
     record = {"epoch": epoch, "step": error.step, "terms": error.terms, "images": error.paths}
-    write_text(path, json.dumps(record, indent=2) + "\n")
-    return NonFiniteLossError(f"epoch {epoch}: {error}; the images of the batch are listed in {path}")
+    if is_main():
+        write_text(path, json.dumps(record, indent=2) + "\n")
+    where = f"; the images of the batch are listed in {path}" if error.paths else " (seen after its last step)"
+    return NonFiniteLossError(f"epoch {epoch}: {error}{where}", step=error.step, terms=error.terms, paths=error.paths)
 
 
 def draw_panel(network, entries, settings, class_names, execution, plan) -> torch.Tensor:

@@ -250,14 +250,13 @@ def test_an_epoch_begun_before_goes_on_where_it_stopped():
             raise InterruptedError
 
     training = sgd(network)
+    saving = {"save_after": lambda step: True, "save": stop_after_the_first}
     with pytest.raises(InterruptedError):
-        train_one_epoch(network, loader, *training, meter=meter, after_step=stop_after_the_first, **options, **seeds)
+        train_one_epoch(network, loader, *training, meter=meter, **saving, **options, **seeds)
     again = EpochMeter(CPU.device)
     again.load_state_dict(json.loads(json.dumps(meter.state_dict())))
     rest = make_loader(make_samples(12)[4:], batch_size=4)
-    averages = train_one_epoch(
-        network, rest, *training, meter=again, first_step=2, after_step=stop_after_the_first, **options, **seeds
-    )
+    averages = train_one_epoch(network, rest, *training, meter=again, first_step=2, **saving, **options, **seeds)
     assert steps == [1, 2, 3]
     assert_same_state(network, whole)
     for figures in (averages, expected):

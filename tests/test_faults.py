@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -20,15 +21,19 @@ import torch
 from test_train import FOUR_EPOCHS, PROJECT, assert_same_run, read_log, run_script
 
 import train
-from utils import checkpoint
+from utils import checkpoint, engine, files, resume
 from utils.checkpoint import CheckpointError, SavingError, load_checkpoint, load_last, save_last
 from utils.engine import NonFiniteLossError
 from utils.errors import exit_with_one_sentence
 from utils.files import FolderInUseError, locked
-from utils.interruption import Stopped, StopRequest
+from utils.interruption import Stopped, StopRequest, leave_run_to_the_main_process
 
 TESTS = Path(__file__).resolve().parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+TWO_PROCESSES = [
+    *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
+    str(TESTS / "troubled_rank.py"),
+]
 WITHIN_EPOCHS = [
     *("--epochs", "4", "--save_every_steps", "1", "--schedule", "one_cycle", "--clip_gradient_norm", "1"),
     *("--dropout", "0.5", "--warmup_epochs", "1", "--mask_from_epoch", "3"),
@@ -72,14 +77,13 @@ def test_a_run_killed_again_and_again_equals_an_uninterrupted_one(tiny_run, tmp_
 def test_two_processes_stopped_within_an_epoch_go_on_exactly(tiny_run, tmp_path):
     """Both get SIGTERM, as from a batch system; they agree on the step and sum what each has seen."""
     options = [*WITHIN_EPOCHS, "--epochs", "2", "--batch_size", "2", "--workers", "1"]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(TESTS / "stopped_rank.py")]
     for name, at in (("whole", "0"), ("stopped", "4")):
         arguments = tiny_run(tmp_path / name, *options, "--images_per_class", "1")
-        result = run_script(*torchrun, at, *arguments)
+        result = run_script(*TWO_PROCESSES, "stop", at, *arguments)
         assert (result.returncode == 0) == (at == "0"), result.stderr[-2000:]
     saved = load_checkpoint(tmp_path / "stopped" / "folder-resnet" / "last.pth")
     assert (saved["epoch"], saved["progress"]["step"], saved["progress"]["meter"]["images"]) == (0, 4, 8)
-    result = run_script(*torchrun, "0", *arguments)
+    result = run_script(*TWO_PROCESSES, "stop", "0", *arguments)
     assert result.returncode == 0, result.stderr[-2000:]
     assert_same_run(*(tmp_path / name / "folder-resnet" for name in ("whole", "stopped")))
 
@@ -107,6 +111,53 @@ def test_a_signal_finishes_the_step_saves_and_the_run_goes_on_from_there(number,
     again = run_script(*command[1:-2], "--checkpoint_dir", str(tmp_path), "--epochs", "61")
     assert again.returncode == 2  # another schedule would be another run
     assert "epochs" in again.stderr
+
+
+def test_sigterm_to_every_process_of_a_job_finishes_the_step_and_saves(tiny_run, tmp_path):
+    """As Slurm sends it, to the processes that load pictures as well."""
+    arguments = without_checkpoint_dir(tiny_run(tmp_path, *FOUR_EPOCHS, "--epochs", "60", "--workers", "2"))
+    command = [sys.executable, "train.py", *arguments, "--checkpoint_dir", str(tmp_path)]
+    folder = tmp_path / "folder-resnet"
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=PROJECT, env=ENVIRONMENT, **pipes) as process:
+        wait_for(lambda: (folder / "log.jsonl").exists() and len(read_log(folder)) >= 1 or process.poll() is not None)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert len(children) >= 2
+        for number in (*map(int, children), process.pid):
+            with contextlib.suppress(ProcessLookupError):  # those of an evaluation come and go
+                os.kill(number, signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert errors.strip().splitlines()[-1].startswith("interrupted; a training run continues from where it stopped")
+    assert load_checkpoint(folder / "last.pth")["epoch"] >= 1
+
+
+def test_a_loader_ends_with_its_parents_signal_only():
+    receive, ready = os.pipe()
+    child = os.fork()
+    if not child:
+        leave_run_to_the_main_process(0)
+        os.write(ready, b"!")
+        time.sleep(60)
+        os._exit(1)
+    os.read(receive, 1)
+    subprocess.run(["sh", "-c", f"kill -TERM {child}"], check=True)
+    time.sleep(0.3)
+    assert os.waitpid(child, os.WNOHANG) == (0, 0)
+    os.kill(child, signal.SIGTERM)
+    wait_for(lambda: os.waitpid(child, os.WNOHANG) == (child, 0), seconds=10)
+
+
+def test_a_signal_that_the_starter_ignores_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not stop.requested
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("when", ["step", "evaluation"])
@@ -184,7 +235,7 @@ def test_a_ctrl_c_inside_the_writer_is_not_taken_for_a_full_disk(tmp_path):
 
 def test_broken_weights_are_not_saved_within_an_epoch(tiny_run, tmp_path, monkeypatch):
     """The loss of the step was finite; what it did to the weights is not seen before the next one."""
-    check = train.check_weights
+    check = engine.check_weights
 
     def broken(network, step):
         with torch.no_grad():
@@ -192,12 +243,49 @@ def test_broken_weights_are_not_saved_within_an_epoch(tiny_run, tmp_path, monkey
                 network.classifier.weight[0, 0] = math.nan
         check(network, step)
 
-    monkeypatch.setattr(train, "check_weights", broken)
+    monkeypatch.setattr(engine, "check_weights", broken)
     with pytest.raises(NonFiniteLossError, match="weights"):
         train.main(tiny_run(tmp_path, "--save_every_steps", "1"))
     saved = load_checkpoint(tmp_path / "folder-resnet" / "last.pth")
     assert saved["progress"]["step"] == 1
     assert all(value.isfinite().all() for value in saved["network"].values())
+
+
+def test_huge_weights_are_not_saved_within_an_epoch(tiny_run, tmp_path):
+    """They are finite themselves, and so was the loss of the step that made them."""
+    options = ["--learning_rate", "1e30", "--save_every_steps", "1", "--clip_gradient_norm", "1"]
+    with pytest.raises(NonFiniteLossError, match="step 1") as stop:
+        train.main(tiny_run(tmp_path, *options))
+    assert len(stop.value.paths) == 4
+    assert not (tmp_path / "folder-resnet" / "last.pth").exists()
+
+
+def test_losses_not_read_yet_are_read_before_a_save(tiny_run, tmp_path, monkeypatch):
+    """As on a GPU, where the losses of some steps are read together: the weights are whole, a loss was not."""
+    monkeypatch.setattr(engine, "steps_between_readings", lambda device: 10)
+    break_the_loss(monkeypatch, 2)
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: None)
+    with pytest.raises(NonFiniteLossError, match="step 2"):
+        train.main(tiny_run(tmp_path, "--save_every_steps", "2"))
+    assert not (tmp_path / "folder-resnet" / "last.pth").exists()
+
+
+def test_the_skipped_steps_of_a_run_are_counted_over_its_stops(tiny_run, tmp_path, monkeypatch):
+    arguments = tiny_run(tmp_path, "--epochs", "2", "--skip_nonfinite", "1")
+    evaluate = train.evaluate
+
+    def interrupted(*positional, **options):
+        os.kill(os.getpid(), signal.SIGINT)
+        return evaluate(*positional, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        break_the_loss(patch, 2)
+        patch.setattr(train, "evaluate", interrupted)
+        train.main(arguments)
+    assert load_checkpoint(tmp_path / "folder-resnet" / "last.pth")["skipped_steps"] == 1
+    break_the_loss(monkeypatch, 1)
+    with pytest.raises(NonFiniteLossError):
+        train.main(arguments)
 
 
 # ---- Damaged and hostile checkpoints --------------------------------------------------------------------------------
@@ -237,6 +325,8 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tiny_run, tmp_pa
     damage(folder / "last.pth", "truncated")
     train.main(tiny_run(tmp_path / "damaged", "--epochs", "2", "--learning_rate", "0.05"))
     assert "warning" in capsys.readouterr().err
+    assert (folder / "last.pth.damaged").exists()
+    assert [load_checkpoint(folder / name)["epoch"] for name in ("previous.pth", "last.pth")] == [1, 2]
     assert_same_run(tmp_path / "whole" / "folder-resnet", folder)
 
 
@@ -368,6 +458,33 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_images(tiny_run, 
     assert all(value.isfinite().all() for value in saved["network"].values())
 
 
+def test_a_loss_that_is_not_finite_in_one_process_is_told_by_all(tiny_run, tmp_path):
+    result = run_script(*TWO_PROCESSES, "nan", "2", *tiny_run(tmp_path))
+    assert result.returncode != 0
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, result.stderr[-2000:]
+    assert "in step 2 (raw, total)" in errors[0]
+    assert "Traceback" not in result.stderr.split("ChildFailedError")[0].partition("torch/distributed")[0]
+    record = json.loads((tmp_path / "folder-resnet" / "nonfinite.json").read_text(encoding="utf-8"))
+    assert (record["step"], len(record["images"])) == (2, 2)  # half a batch of 4: the other half was in order
+    assert not (tmp_path / "folder-resnet" / "last.pth").exists()
+
+
+def test_another_number_of_steps_in_an_epoch_is_refused(tiny_run, tmp_path):
+    arguments = tiny_run(tmp_path, "--epochs", "2")
+    train.main(arguments)
+    path = tmp_path / "folder-resnet" / "last.pth"
+    torch.save(load_checkpoint(path) | {"steps_per_epoch": 4}, path)
+    with pytest.raises(CheckpointError, match="4 steps in an epoch, and 1 processes make it 3"):
+        train.main(arguments)
+
+
+def test_processes_that_find_different_checkpoints_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(resume, "gather", lambda position: [position, (3, 0)])
+    with pytest.raises(CheckpointError, match="disk that all machines share"):
+        resume.load_resumable(tmp_path, {}, free=(), class_names=(), training_images=1, steps_per_epoch=1)
+
+
 def test_a_bounded_number_of_such_steps_may_be_skipped(tiny_run, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         break_the_loss(patch, 2, 5)
@@ -424,6 +541,16 @@ def test_a_second_run_in_the_same_folder_is_refused(tiny_run, tmp_path):
         assert "--name" in str(refusal.value)
         assert [path.name for path in (tmp_path / "folder-resnet").iterdir()] == ["log.jsonl"]
     train.main(arguments)
+
+
+def test_a_disk_without_locks_is_warned_of(tmp_path, monkeypatch, capsys):
+    def refuse(*arguments):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    with locked(tmp_path / "run"):
+        pass
+    assert "cannot be locked (Operation not supported)" in capsys.readouterr().err
 
 
 def test_a_lock_ends_with_its_process(tmp_path):
@@ -564,6 +691,13 @@ def test_checkpoints_of_the_last_epochs_are_kept(tiny_run, tmp_path):
     folder = tmp_path / "folder-resnet"
     assert sorted(path.name for path in folder.glob("epoch-*.pth")) == ["epoch-002.pth", "epoch-003.pth"]
     assert [load_checkpoint(folder / f"epoch-00{epoch}.pth")["epoch"] for epoch in (2, 3)] == [2, 3]
+
+
+def test_of_a_thousand_epochs_the_oldest_are_dropped(tmp_path):
+    for epoch in (998, 999, 1000, 1001):
+        (tmp_path / f"epoch-{epoch:03d}.pth").touch()
+    resume.drop_old_epochs(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch-1000.pth", "epoch-1001.pth"]
 
 
 def test_unreadable_pictures_stop_a_run_before_it_begins_or_are_left_out(tiny_run, picture_tree, tmp_path, capsys):

@@ -24,6 +24,7 @@ from networks import build_network
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from utils.engine import NonFiniteLossError
 from utils.errors import exit_with_one_sentence
+from utils.interruption import Stopped
 
 PROJECT = Path(train.__file__).resolve().parent
 BRANCHES = ("raw", "fused", "object", "window", "graph")
@@ -787,8 +788,25 @@ def test_errors_that_a_user_can_mend_end_with_one_line(error, code, word, capsys
     assert word in line
 
 
+def test_of_several_processes_each_tells_its_own_error_and_one_what_all_agreed_on(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--fresh"])
+    for error in (SettingsError("no GPU of its own"), Stopped(), NonFiniteLossError("no longer finite")):
+        with pytest.raises(SystemExit), exit_with_one_sentence():
+            raise error
+    assert capsys.readouterr().err == "[process 2] error: no GPU of its own\n"
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(SystemExit), exit_with_one_sentence():
+        raise Stopped
+    assert capsys.readouterr().err.endswith("with the same command, without --fresh\n")
+
+
 def test_faults_keep_their_traceback():
     with pytest.raises(KeyError), exit_with_one_sentence():
         {}["a"]
     with pytest.raises(json.JSONDecodeError), exit_with_one_sentence():
         json.loads("{")  # raised inside a library, by nothing that the user gave
+    with pytest.raises(ValueError, match="invalid literal"), exit_with_one_sentence():
+        int("a slip on a line of ours")
+    with pytest.raises(OSError, match="descriptor"), exit_with_one_sentence():
+        os.close(10**6)

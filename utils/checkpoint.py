@@ -9,15 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from utils.files import sync_folder, written_whole
+from utils.files import SavingError, sync_folder, written_whole
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used, said in one sentence that names the file."""
-
-
-class SavingError(OSError):
-    """A checkpoint could not be written; what was there before is unharmed."""
 
 
 def save_checkpoint(path: str | Path, content: Mapping[str, object]) -> None:
@@ -28,17 +24,13 @@ def save_checkpoint(path: str | Path, content: Mapping[str, object]) -> None:
     try:
         with written_whole(path) as file:
             torch.save(dict(content), file)
-    except (OSError, RuntimeError) as error:  # torch's own writer turns a full disk into a RuntimeError
+    except RuntimeError as error:  # torch's own writer turns a full disk into one
         cause = error.__context__
         while cause is not None:  # ... and a Ctrl-C as well
             if isinstance(cause, KeyboardInterrupt):
                 raise cause from None
             cause = cause.__context__
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
-        raise SavingError(
-            f"{path} could not be written ({reason}): make room or give another --checkpoint_dir; what was saved "
-            "before is unharmed"
-        ) from error
+        raise SavingError(path, str(error).splitlines()[0]) from error
 
 
 def save_last(folder: Path, content: Mapping[str, object]) -> None:
@@ -52,10 +44,11 @@ def save_last(folder: Path, content: Mapping[str, object]) -> None:
     sync_folder(folder)
 
 
-def load_last(folder: Path) -> tuple[Path, dict] | None:
+def load_last(folder: Path, *, set_aside: bool = False) -> tuple[Path, dict] | None:
     """Read the newest whole checkpoint of a run's folder: its path and content, or None where there is none yet.
 
-    A damaged one is passed over with a warning on standard error. Raises CheckpointError where none can be read.
+    A damaged one is passed over with a warning on standard error, and with `set_aside` renamed to `*.damaged`, so that
+    the next `save_last` does not keep it in place of a whole one. Raises CheckpointError where none can be read.
     """
     # next.pth is there, and whole, only where a run was killed between the renamings of `save_last`.
     paths = [folder / name for name in ("last.pth", "next.pth", "previous.pth")]
@@ -68,6 +61,8 @@ def load_last(folder: Path) -> tuple[Path, dict] | None:
             if not paths:
                 raise
             print(f"warning: {error}; going on from {paths[0]} instead", file=sys.stderr, flush=True)
+            if set_aside:
+                path.replace(path.with_name(path.name + ".damaged"))
     return None
 
 

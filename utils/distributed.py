@@ -88,6 +88,15 @@ def any_process(flag: bool, device: torch.device) -> bool:
     return all_reduce_sum(torch.tensor(int(flag), device=device)).item() > 0
 
 
+def gather(value: object) -> list[object]:
+    """The values of all processes, by rank; all of them have to give one, of plain types."""
+    if not is_distributed():
+        return [value]
+    values: list[object] = [None] * world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
 def wrap_network(network: nn.Module, device: torch.device, *, data_parallel: bool) -> nn.Module:
     """Spread a network, already on `device`, over processes or GPUs.
 
@@ -109,14 +118,19 @@ def unwrap(network: nn.Module) -> nn.Module:
     return network.module if isinstance(network, wrappers) else network
 
 
+def without_synchronisation(network: nn.Module) -> nn.Module:
+    """The network itself where several processes share it, for a forward pass that may differ among them."""
+    return network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
+
+
 def evaluation_network(network: nn.Module) -> nn.Module:
     """What to evaluate with: processes may have different numbers of batches, so none may wait for the others.
 
     DistributedDataParallel's forward would, to share rank 0's batch-norm statistics: they are shared here, once, and
     its inner network is returned. Anything else is returned as it is.
     """
-    if not isinstance(network, nn.parallel.DistributedDataParallel):
-        return network
-    for buffer in network.module.buffers():
-        torch.distributed.broadcast(buffer, src=0)
-    return network.module
+    inner = without_synchronisation(network)
+    if inner is not network:
+        for buffer in inner.buffers():
+            torch.distributed.broadcast(buffer, src=0)
+    return inner

@@ -14,17 +14,21 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from networks.outputs import NetworkOutput
-from utils.distributed import any_process, evaluation_network, is_main, unwrap
+from utils.distributed import any_process, evaluation_network, gather, is_main, unwrap, without_synchronisation
 from utils.metrics import EpochMeter, inclusive_to_edges
 from utils.schedule import EpochPlan
 
 STEPS_BETWEEN_READINGS = 10  # on a GPU, reading the running loss makes the host wait for the device
+WHAT_TO_DO = "the last checkpoint is unharmed; try a lower learning_rate or set clip_gradient_norm"
 
 LossFunction = Callable[[NetworkOutput, Tensor], dict[str, Tensor]]
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or infinite: `terms` names which, `paths` are the images of the step's batch."""
+    """The loss became NaN or infinite: `terms` names which, `paths` are the images of the step's batch.
+
+    `step` is 0 where it showed in the evaluation that follows the last step.
+    """
 
     def __init__(self, message: str, *, step: int = 0, terms: Sequence[str] = (), paths: Sequence[str] = ()):
         super().__init__(message)
@@ -60,7 +64,8 @@ def train_one_epoch(
     meter: EpochMeter | None = None,
     first_step: int = 1,
     before_step: Callable[[int], None] = lambda step: None,
-    after_step: Callable[[int], None] = lambda step: None,
+    save_after: Callable[[int], bool] = lambda step: False,
+    save: Callable[[int], None] = lambda step: None,
     clip_gradient_norm: float = 0.0,
     skip_nonfinite: SkipBudget | None = None,
     description: str = "train",
@@ -68,7 +73,8 @@ def train_one_epoch(
     """Train on all `batches` once and return the epoch's averages (see `utils.metrics.EpochMeter`) and images/s.
 
     An epoch begun before goes on with `meter`, which holds its sums, and `batches` that leave out what came before
-    `first_step`. Steps count from 1; `before_step` and `after_step` are told each one.
+    `first_step`. Steps count from 1 and are told to `before_step`; where `save_after` asks for it, `save` is called
+    once it is sure that the step has not broken the weights.
 
     Raises NonFiniteLossError, with the terms, the step and its images, where the loss shows NaN or infinity: before
     the weights are touched on a CPU, at one of the readings every few steps on a GPU.
@@ -78,6 +84,15 @@ def train_one_epoch(
     meter = EpochMeter(execution.device) if meter is None else meter
     seen_before, start = meter.images, time.perf_counter()
     unread: list[StepLosses] = []
+
+    def compute(module: nn.Module, images: Tensor, labels: Tensor) -> tuple[NetworkOutput, dict[str, Tensor]]:
+        """Return the output and the losses, the total among them."""
+        with execution.autocast():
+            output = module(execution.images(images), mask_background=plan.mask_background, branches=plan.branches)
+        terms = loss_function(output, labels)
+        total = sum(weight * terms[name] for name, weight in plan.loss_weights.items())
+        return output, {**terms, "total": total}
+
     with tqdm(
         total=len(batches) * batches.batch_size,
         initial=(first_step - 1) * batches.batch_size,
@@ -90,19 +105,10 @@ def train_one_epoch(
             before_step(step)
             buffers = [buffer.clone() for buffer in network.buffers()] if skip_nonfinite is not None else []
             labels = batch.labels.to(execution.device, non_blocking=True)
-            with execution.autocast():
-                output = network(
-                    execution.images(batch.images),
-                    mask_background=plan.mask_background,
-                    branches=plan.branches,
-                )
-            terms = loss_function(output, labels)
-            loss = sum(weight * terms[name] for name, weight in plan.loss_weights.items())
-            unread.append(
-                StepLosses(step, [*terms, "total"], torch.stack([*terms.values(), loss]).detach(), batch.paths)
-            )
+            output, losses = compute(network, batch.images, labels)
+            unread.append(StepLosses.of(step, losses, batch.paths))
             skipped = False
-            if execution.device.type == "cpu" or skip_nonfinite is not None or step % STEPS_BETWEEN_READINGS == 0:
+            if skip_nonfinite is not None or step % steps_between_readings(execution.device) == 0:
                 skipped = _check_losses(unread, skip_nonfinite)
                 unread.clear()
             optimizer.zero_grad(set_to_none=True)
@@ -110,21 +116,34 @@ def train_one_epoch(
                 for buffer, before in zip(network.buffers(), buffers, strict=True):
                     buffer.copy_(before)
             else:
-                loss.backward()
+                losses["total"].backward()
                 if clip_gradient_norm > 0:
                     nn.utils.clip_grad_norm_(parameters, clip_gradient_norm)
                 optimizer.step()
-                meter.update(labels, losses={"total": loss, **terms}, logits=output.logits)
+                meter.update(labels, losses=losses, logits=output.logits)
             schedule.step()
             bar.update(len(labels))
             if not unread:
                 _show(bar, meter)
-            after_step(step)
+            if save_after(step):
+                _check_losses(unread, None)
+                unread.clear()
+                with torch.no_grad():  # the same images again: the step's own loss was of the weights before it
+                    module = without_synchronisation(network).eval()
+                    _, losses = compute(module, batch.images, labels)
+                    network.train()
+                _check_losses([StepLosses.of(step, losses, batch.paths)], None)
+                check_weights(network, step)
+                save(step)
     _check_losses(unread, None)
     meter.reduce()
     averages = meter.compute()
     seconds = time.perf_counter() - start
     return averages | {"images_per_second": (averages["images"] - seen_before) / seconds}
+
+
+def steps_between_readings(device: torch.device) -> int:
+    return 1 if device.type == "cpu" else STEPS_BETWEEN_READINGS
 
 
 class StepLosses(NamedTuple):
@@ -135,37 +154,48 @@ class StepLosses(NamedTuple):
     values: Tensor  # [terms]
     paths: list[str]
 
+    @classmethod
+    def of(cls, step: int, losses: dict[str, Tensor], paths: list[str]) -> StepLosses:
+        return cls(step, list(losses), torch.stack(list(losses.values())).detach(), paths)
+
 
 class SkipBudget:
-    """How many more steps without a finite loss may be left out."""
+    """How many steps without a finite loss may be left out in a run, and how many have been."""
 
-    def __init__(self, steps: int) -> None:
-        self.left = steps
+    def __init__(self, allowed: int, used: int = 0) -> None:
+        self.allowed, self.used = allowed, used
 
 
 def _check_losses(unread: Sequence[StepLosses], budget: SkipBudget | None) -> bool:
-    """Wait for the losses. True where the last step is not finite and may be skipped; else such a step is an error."""
+    """Wait for the losses. True where the last step is not finite and may be skipped; else such a step is an error.
+
+    Several processes agree: where one has such a step all skip it, or raise the same error.
+    """
     if not unread:
         return False
     read = torch.stack([losses.values for losses in unread]).tolist()
     broken = [
-        (losses, [name for name, value in zip(losses.names, values, strict=True) if not math.isfinite(value)])
+        (losses.step, [name for name, value in zip(losses.names, values, strict=True) if not math.isfinite(value)])
         for losses, values in zip(unread, read, strict=True)
     ]
-    losses, terms = next(((losses, terms) for losses, terms in broken if terms), (unread[-1], []))
-    if budget is not None and any_process(bool(terms), losses.values.device) and budget.left > 0:
-        budget.left -= 1
-        tqdm.write(f"step {losses.step} is left out: its loss is not finite ({', '.join(terms) or 'elsewhere'})")
+    step, terms = next(((step, terms) for step, terms in broken if terms), (unread[-1].step, []))
+    if not any_process(bool(terms), unread[-1].values.device):
+        return False
+    paths = next(losses.paths for losses in unread if losses.step == step)
+    found = [(s, t, p) for s, t, p in gather((step, terms, paths)) if t]
+    first = min(step for step, _, _ in found)
+    terms = list(dict.fromkeys(term for step, names, _ in found if step == first for term in names))
+    if budget is not None and budget.used < budget.allowed:
+        budget.used += 1
+        if is_main():
+            tqdm.write(f"step {first} is left out: its loss is not finite ({', '.join(terms)})")
         return True
-    if terms:
-        raise NonFiniteLossError(
-            f"the loss is no longer finite in step {losses.step} ({', '.join(terms)}): the last checkpoint is "
-            "unharmed; try a lower learning_rate or set clip_gradient_norm",
-            step=losses.step,
-            terms=terms,
-            paths=losses.paths,
-        )
-    return False
+    raise NonFiniteLossError(
+        f"the loss is no longer finite in step {first} ({', '.join(terms)}): {WHAT_TO_DO}",
+        step=first,
+        terms=terms,
+        paths=[path for step, _, paths in found if step == first for path in paths],
+    )
 
 
 def _bar_disabled() -> bool | None:
@@ -185,22 +215,22 @@ def check_finite(averages: dict[str, float]) -> None:
     broken = [name for name, value in averages.items() if name.startswith("loss/") and not math.isfinite(value)]
     if broken:
         raise NonFiniteLossError(
-            f"the loss is no longer finite ({', '.join(broken)}): the last checkpoint is unharmed; "
-            "try a lower learning_rate or set clip_gradient_norm",
+            f"the loss is no longer finite ({', '.join(broken)}): {WHAT_TO_DO}",
             terms=broken,
         )
 
 
 @torch.no_grad()
 def check_weights(network: nn.Module, step: int) -> None:
-    """Raise NonFiniteLossError where a weight or a batch-norm statistic is not finite; waits for the device."""
+    """Raise NonFiniteLossError where a weight or a batch-norm statistic is not finite, in any process.
+
+    Waits for the device.
+    """
     values = [v for v in (*network.parameters(), *network.buffers()) if v.is_floating_point()]
-    if not torch.stack([v.isfinite().all() for v in values]).all():
+    finite = torch.stack([v.isfinite().all() for v in values]).all()
+    if any_process(not finite, values[0].device):
         raise NonFiniteLossError(
-            f"weights are no longer finite after step {step}: the last checkpoint is unharmed; "
-            "try a lower learning_rate or set clip_gradient_norm",
-            step=step,
-            terms=["weights"],
+            f"weights are no longer finite after step {step}: {WHAT_TO_DO}", step=step, terms=["weights"]
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -14,9 +15,22 @@ except ImportError:  # Windows: two runs in one folder are not noticed there
     fcntl = None
 
 
+class SavingError(OSError):
+    """A file could not be written; what was there before is unharmed."""
+
+    def __init__(self, path: str | Path, reason: str) -> None:
+        super().__init__(
+            f"{path} could not be written ({reason}): make room or give another --checkpoint_dir; what was saved "
+            "before is unharmed"
+        )
+
+
 @contextlib.contextmanager
 def written_whole(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a file for writing that replaces `path` once the block has ended without an error and it is on the disk."""
+    """Open a file for writing that replaces `path` once the block has ended without an error and it is on the disk.
+
+    Raises SavingError where the system does not let it.
+    """
     path = Path(path)
     temporary = path.with_name(path.name + ".part")
     try:
@@ -26,6 +40,8 @@ def written_whole(path: str | Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         temporary.replace(path)
         sync_folder(path.parent)
+    except OSError as error:
+        raise SavingError(path, error.strerror or str(error)) from error
     finally:
         temporary.unlink(missing_ok=True)  # half a file would only fill the disk
 
@@ -77,12 +93,16 @@ def locked(folder: Path) -> Iterator[None]:
                 raise FolderInUseError(
                     f"another process is training in {folder}: wait for it, or give this run a --name of its own"
                 ) from None
+            except OSError as error:  # some network disks know no locks
+                print(
+                    f"warning: {folder} cannot be locked ({error.strerror}): start no second run in it", file=sys.stderr
+                )
             _locks.add(number)
         yield
     finally:
+        with contextlib.suppress(OSError):  # before the lock ends, or another run may just have begun in it
+            for path in missing:
+                path.rmdir()
         if number is not None:
             _locks.discard(number)
             os.close(number)
-        with contextlib.suppress(OSError):
-            for path in missing:
-                path.rmdir()

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+from contextlib import suppress
 from types import FrameType
 
 import torch
@@ -23,22 +24,25 @@ class StopRequest:
 
     with StopRequest() as stop:
         for step in ...:
-            if stop.agreed(): save, and raise Stopped
+            if stop.agree(device): save, and raise Stopped
     """
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested = False  # in this process
+        self.agreed = False  # in all
 
     def __enter__(self) -> StopRequest:
         self.process = os.getpid()
         self.previous = {}
         if threading.current_thread() is threading.main_thread():  # Python gives signals to no other
-            self.previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) is not signal.SIG_IGN:  # whoever started the run wants it left alone
+                    self.previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self.previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set by Python
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self.process:  # a process that loads pictures, just forked
@@ -51,13 +55,28 @@ class StopRequest:
         if is_main():
             print("\nfinishing this step and saving; Ctrl-C now stops at once", file=sys.stderr, flush=True)
 
-    def agreed(self, device: torch.device) -> bool:
+    def agree(self, device: torch.device) -> bool:
         """Tell whether any process was asked to stop; all processes have to ask at the same time."""
-        return any_process(self.requested, device)
+        self.agreed = any_process(self.requested, device)
+        return self.agreed
 
 
 def leave_run_to_the_main_process(worker: int) -> None:
-    """Set a loader's process apart: it keeps no lock, and the terminal's Ctrl-C does not end it."""
+    """Set a loader's process apart: it keeps no lock, and only its parent can end it.
+
+    The terminal's Ctrl-C goes to a process group, and batch systems send SIGTERM to every process of a job: a loader
+    that obeyed would take the run with it before that has saved.
+    """
     drop_inherited_locks()
     if hasattr(os, "setpgrp"):  # not on Windows
         os.setpgrp()
+    if hasattr(signal, "sigwaitinfo"):  # not on Windows and macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_end_with_the_parents_signal, daemon=True).start()
+
+
+def _end_with_the_parents_signal() -> None:
+    while True:
+        with suppress(InterruptedError):
+            if signal.sigwaitinfo([signal.SIGTERM]).si_pid == os.getppid():
+                os._exit(0)

@@ -9,10 +9,9 @@ from collections.abc import Mapping, Sequence
 from statistics import NormalDist
 
 import torch
-import torch.distributed
 from torch import Tensor
 
-from utils.distributed import all_reduce_sum, is_distributed, world_size
+from utils.distributed import all_reduce_sum, gather, is_distributed
 
 
 def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -125,9 +124,7 @@ class EpochMeter:
         if not is_distributed():
             return
         # a process may have met fewer names than another, or no batch at all: all agree on the names first
-        names_of_ranks: list = [None] * world_size()
-        torch.distributed.all_gather_object(names_of_ranks, list(self.sums))
-        names = list(dict.fromkeys(name for names_of_rank in names_of_ranks for name in names_of_rank))
+        names = list(dict.fromkeys(name for names_of_rank in gather(list(self.sums)) for name in names_of_rank))
         zero = torch.zeros((), device=self.device, dtype=self.precision)
         sums = torch.stack([self.sums.get(name, zero) for name in names] + [zero])  # + zero: stack refuses none
         counts = [self.counts.get(name, 0) for name in names] + [self.images]

@@ -12,6 +12,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from utils.files import written_whole
+
 Colour = tuple[int, int, int]
 
 PAPER: Colour = (255, 255, 255)
@@ -118,9 +120,8 @@ def save_png(path: str | Path, image: Tensor) -> None:
     """Write an image, uint8 [3, H, W], as a PNG file: complete or not at all, in a folder that is made if missing."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    _to_pillow(image).save(temporary, format="PNG")
-    temporary.replace(path)
+    with written_whole(path) as file:
+        _to_pillow(image).save(file, format="PNG")
 
 
 def _item(values: Tensor | None, index: int) -> Tensor | None:

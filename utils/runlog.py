@@ -5,15 +5,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+
+from utils.files import SavingError, write_text
 
 
 class RunLog:
@@ -36,7 +39,8 @@ class RunLog:
         if self.path.exists():
             _drop_later_epochs(self.path, resume_epoch)
         self.first_epoch = 0 if resume_epoch is None else resume_epoch + 1
-        self.writer = SummaryWriter(str(folder), purge_step=self.first_epoch)
+        with self._saying_where():
+            self.writer = SummaryWriter(str(folder), purge_step=self.first_epoch)
 
     def log_epoch(self, epoch: int, groups: Mapping[str, Mapping[str, float]]) -> None:
         """Write an epoch's numbers: one point per curve and one JSON line.
@@ -47,12 +51,13 @@ class RunLog:
         if not self.enabled:
             return
         numbers = {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
-        for name, value in numbers.items():
-            self.writer.add_scalar(name, value, epoch)
-        self.writer.flush()
         line = json.dumps({"epoch": epoch} | {name: _strict(value) for name, value in numbers.items()}, allow_nan=False)
+        with self._saying_where():
+            for name, value in numbers.items():
+                self.writer.add_scalar(name, value, epoch)
+            self.writer.flush()
         # one write of the whole line, on disk before the checkpoint that follows
-        with self.path.open("a", encoding="utf-8") as file:
+        with self._saying_where(), self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -60,26 +65,38 @@ class RunLog:
     def log_pictures(self, tag: str, image: Tensor, epoch: int) -> None:
         """Show a picture, uint8 [3, H, W], under TensorBoard's Images."""
         if self.enabled:
-            self.writer.add_image(tag, image, epoch)
-            self.writer.flush()
+            with self._saying_where():
+                self.writer.add_image(tag, image, epoch)
+                self.writer.flush()
 
     def log_settings(self, settings: str | Mapping[str, object]) -> None:
         """Show the run's settings under TensorBoard's Text: a mapping as a table, a text as Markdown."""
         if self.enabled:
             text = settings if isinstance(settings, str) else _markdown_table(settings)
-            self.writer.add_text("settings", text, self.first_epoch)
-            self.writer.flush()
+            with self._saying_where():
+                self.writer.add_text("settings", text, self.first_epoch)
+                self.writer.flush()
 
     def close(self) -> None:
         """Write what is still waiting and close the events file."""
         if self.enabled:
-            self.writer.close()
+            with self._saying_where():
+                self.writer.close()
+
+    @contextlib.contextmanager
+    def _saying_where(self) -> Iterator[None]:
+        """A full disk's own words name no file."""
+        try:
+            yield
+        except OSError as error:
+            raise SavingError(self.path.parent, error.strerror or str(error)) from error
 
     def __enter__(self) -> RunLog:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+        with contextlib.suppress(OSError) if error else contextlib.nullcontext():  # that error is the one to tell
+            self.close()
 
 
 def _drop_later_epochs(path: Path, last_epoch: int | None) -> None:
@@ -92,9 +109,7 @@ def _drop_later_epochs(path: Path, last_epoch: int | None) -> None:
             continue
         if last_epoch is not None and epoch <= last_epoch:
             kept.append(line + "\n")
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, "".join(kept))
 
 
 def _strict(value: float) -> float | int | None:

@@ -1,0 +1,41 @@
+"""Train with a second process in trouble: `torchrun troubled_rank.py TROUBLE STEP ARGUMENT ...`.
+
+TROUBLE: `stop` asks it to stop, `nan` breaks its loss; in that step, counted over the run; step 0: never. Run as a
+script by tests/test_faults.py.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+import train
+from utils.errors import exit_with_one_sentence
+
+trouble, at, *arguments = sys.argv[1:]
+loss_terms, steps = train.loss_terms, []
+
+
+def troubled(*positional: object, **options: object) -> dict[str, torch.Tensor]:
+    losses = loss_terms(*positional, **options)
+    if torch.is_grad_enabled():
+        steps.append(1)
+        if os.environ["RANK"] == "1" and len(steps) == int(at):
+            if trouble == "stop":
+                os.kill(os.getpid(), signal.SIGTERM)
+            else:
+                losses["raw"] = losses["raw"] * math.nan
+    return losses
+
+
+train.loss_terms = troubled
+train.STEPS_BETWEEN_READINGS = 2
+with exit_with_one_sentence():
+    train.main(arguments)
