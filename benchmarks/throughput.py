@@ -1,0 +1,308 @@
+"""How fast a system trains and answers, against its backbone alone: `python benchmarks/throughput.py --model sgkrl`.
+
+Interleaved in one process, pictures from memory: a training step (`utils.engine.train_one_epoch`: loss, gradients,
+optimizer, figures) and inference (`evaluated` branches and the answer), each
+
+    off       float32, NCHW memory layout, batch norm as it is: what published code does
+    on        the chosen precision, channels_last; inference with batch norm folded into the convolutions
+    compiled  with --compile: `on`, its backbone through torch.compile
+    floor     the backbone passes of `on` alone, on random pictures of the same shapes; in training with the backward
+              pass and the optimizer's step for the backbone's weights. No head, loss, box, crop or window.
+
+What `on` takes longer than `floor` is glue: everything that is not backbone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from measuring import interleaved, machine, ratio, write_json
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from datasets import Batch
+from networks import MODELS, build_network
+from networks.folding import fold_batch_norm
+from networks.losses import loss_terms
+from utils.distributed import choose_device
+from utils.engine import Execution, train_one_epoch
+from utils.precision import resolve_precision
+from utils.schedule import build_optimizer, build_schedule, plan_epoch
+
+CLIP = 10.0
+
+
+class InMemory(list):
+    """One batch as train_one_epoch wants its loader."""
+
+    @property
+    def batch_size(self) -> int:
+        return len(self[0].labels)
+
+
+def main(arguments: Sequence[str] | None = None) -> dict:
+    options = parse_arguments(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    device = choose_device(options.device)
+    on = Execution(device, resolve_precision(options.precision, device), channels_last=True)
+    off = Execution(device, "float32", channels_last=False)
+    network = build_network(
+        options.model, num_classes=options.classes, backbone=options.backbone, input_size=options.input_size
+    ).to(device)
+    report = {"options": {n: str(v) if isinstance(v, Path) else v for n, v in vars(options).items()}}
+    report |= {"machine": machine(device), "precision": on.precision, "measurements": []}
+    print(as_heading(report), flush=True)
+    for batch_size in options.inference_batches:
+        variants = inference_variants(network, images_for(options, batch_size), off, on, options.compile)
+        shapes = pass_shapes(variants["on"])
+        report["measurements"].append(measure("inference", batch_size, variants, shapes, options.rounds, device))
+    for batch_size in options.train_batches:
+        images = images_for(options, batch_size)
+        labels = torch.arange(batch_size) // 2 % options.classes  # pairs, which SCRIM's contrast needs
+        variants = training_variants(network, images, labels, off, on, options.compile)
+        shapes = pass_shapes(variants["on"])
+        report["measurements"].append(measure("train", batch_size, variants, shapes, options.rounds, device))
+    if options.json is not None:
+        write_json(options.json, report)
+    return report
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Throughput of a system against its own backbone alone.")
+    parser.add_argument("--model", choices=MODELS, default="sgkrl")
+    parser.add_argument("--backbone", default="resnet50")
+    parser.add_argument("--input_size", type=int, default=448)
+    parser.add_argument("--classes", type=int, default=200)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
+    parser.add_argument("--precision", choices=("auto", "float32", "bf16"), default="auto", help="of `on`")
+    parser.add_argument("--compile", action="store_true", help="measure the compiled backbone, too")
+    parser.add_argument("--inference_batches", type=int, nargs="*", default=(1, 4, 16), metavar="IMAGES")
+    parser.add_argument("--train_batches", type=int, nargs="*", default=(16,), metavar="IMAGES")
+    parser.add_argument("--rounds", type=int, default=5, help="times that every variant is measured (default: 5)")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 1 on a machine shared with others")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there, too")
+    return parser.parse_args(arguments)
+
+
+def images_for(options: argparse.Namespace, batch_size: int) -> Tensor:
+    return torch.randn(batch_size, 3, options.input_size, options.input_size)
+
+
+# ---- what is measured ---------------------------------------------------------------------------------------------
+
+
+class Inference:
+    """The network's answer to a batch that is on the device already; `floor()` is its backbone's share."""
+
+    def __init__(self, network: nn.Module, images: Tensor, execution: Execution) -> None:
+        self.network = network.eval()
+        self.execution = execution
+        self.images = execution.images(images)
+
+    @torch.no_grad()
+    def __call__(self) -> Tensor:
+        with self.execution.autocast():
+            output = self.network(self.images, branches=self.network.evaluated)
+        return self.network.predict_logits(output)
+
+    def floor(self, shapes: Sequence[torch.Size]) -> Callable[[], None]:
+        inputs = [self.execution.images(torch.randn(shape)) for shape in shapes]
+        backbone = self.network.backbone
+
+        @torch.no_grad()
+        def passes() -> None:
+            with self.execution.autocast():
+                for images in inputs:
+                    backbone(images)
+
+        return passes
+
+
+class TrainingStep:
+    """One step as train_one_epoch takes it, its input from memory; `floor()` is its backbone's share."""
+
+    def __init__(self, network: nn.Module, images: Tensor, labels: Tensor, execution: Execution) -> None:
+        self.network = network
+        self.execution = execution
+        self.plan = plan_epoch(2, network.branches, network.loss_weights, warmup_epochs=1)
+        self.batches = InMemory([Batch(images, labels, None, [""] * len(labels))])
+        self.optimizer = optimizer_of(network, network.heads())
+        self.schedule = build_schedule(self.optimizer, "steps", epochs=1, steps_per_epoch=1, milestones=(10**6,))
+
+    def __call__(self) -> None:
+        train_one_epoch(
+            self.network,
+            self.batches,
+            self.optimizer,
+            self.schedule,
+            plan=self.plan,
+            loss_function=loss_terms,
+            execution=self.execution,
+            clip_gradient_norm=CLIP,
+        )
+
+    def floor(self, shapes: Sequence[torch.Size]) -> Callable[[], None]:
+        inputs = [self.execution.images(torch.randn(shape)) for shape in shapes]
+        backbone = copy.deepcopy(self.network.backbone).train()
+        optimizer = optimizer_of(backbone, [])
+
+        def passes() -> None:
+            with self.execution.autocast():
+                embeddings = [backbone(images).embedding for images in inputs]
+            optimizer.zero_grad(set_to_none=True)
+            sum(embedding.float().mean() for embedding in embeddings).backward()
+            optimizer.step()
+
+        return passes
+
+
+def optimizer_of(network: nn.Module, heads: Sequence[nn.Module]) -> torch.optim.Optimizer:
+    settings = {"learning_rate": 1e-6, "head_learning_rate_factor": 1.0, "momentum": 0.9, "weight_decay": 1e-4}
+    return build_optimizer(network, heads, **settings)
+
+
+def in_layout(network: nn.Module, execution: Execution) -> nn.Module:
+    layout = torch.channels_last if execution.channels_last else torch.contiguous_format
+    return copy.deepcopy(network).to(memory_format=layout)
+
+
+def inference_variants(
+    network: nn.Module, images: Tensor, off: Execution, on: Execution, with_compiled: bool
+) -> dict[str, Inference]:
+    variants = {"off": Inference(in_layout(network, off), images, off)}
+    folded = fold_batch_norm(in_layout(network, on))
+    variants["on"] = Inference(folded, images, on)
+    if with_compiled:
+        variants["compiled"] = Inference(with_compiled_backbone(copy.deepcopy(folded)), images, on)
+    return variants
+
+
+def training_variants(
+    network: nn.Module, images: Tensor, labels: Tensor, off: Execution, on: Execution, with_compiled: bool
+) -> dict[str, TrainingStep]:
+    variants = {"off": TrainingStep(in_layout(network, off), images, labels, off)}
+    variants["on"] = TrainingStep(in_layout(network, on), images, labels, on)
+    if with_compiled:
+        variants["compiled"] = TrainingStep(with_compiled_backbone(in_layout(network, on)), images, labels, on)
+    return variants
+
+
+def with_compiled_backbone(network: nn.Module) -> nn.Module:
+    network.backbone.compile()
+    return network
+
+
+def pass_shapes(variant: Inference | TrainingStep) -> list[torch.Size]:
+    """The shapes of the backbone passes of one call."""
+    shapes: list[torch.Size] = []
+    backbone = variant.network.backbone
+    handle = backbone.register_forward_pre_hook(lambda module, inputs: shapes.append(inputs[0].shape))
+    variant()
+    handle.remove()
+    return shapes
+
+
+def backbone_flops(backbone: nn.Module, shapes: Sequence[torch.Size], training: bool) -> int:
+    """Floating-point operations (a multiplication and an addition are two) of backbone passes of these shapes."""
+    backbone = copy.deepcopy(backbone).to("meta")
+    backbone.train(training).requires_grad_(training)
+    with FlopCounterMode(display=False) as counter:
+        for shape in shapes:
+            embedding = backbone(torch.empty(shape, device="meta")).embedding
+            if training:
+                embedding.sum().backward()
+    return counter.get_total_flops()
+
+
+def host_synchronisations(call: Callable[[], object]) -> int:
+    """How often the host waits for the GPU in one call."""
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in caught)
+
+
+def forward_only(variant: Inference | TrainingStep) -> Callable[[], object]:
+    """One forward pass, in the mode of the variant, of a batch that is on the device already."""
+    if isinstance(variant, Inference):
+        return variant
+    images = variant.execution.images(variant.batches[0].images)
+    variant.network.train()
+
+    def forward() -> None:
+        with variant.execution.autocast():
+            variant.network(images, branches=variant.plan.branches)
+
+    return forward
+
+
+# ---- measuring and showing ----------------------------------------------------------------------------------------
+
+
+def measure(
+    mode: str,
+    batch_size: int,
+    variants: dict[str, Inference | TrainingStep],
+    shapes: Sequence[torch.Size],
+    rounds: int,
+    device: torch.device,
+) -> dict:
+    floor = variants["on"].floor(shapes)
+    timings = interleaved({**variants, "floor": floor}, rounds, device)
+    flops = backbone_flops(variants["off"].network.backbone, shapes, training=mode == "train")
+    result = {
+        "mode": mode,
+        "batch_size": batch_size,
+        "passes": [list(shape) for shape in shapes],
+        "backbone_gflop_per_image": flops / batch_size / 1e9,
+        "variants": timings,
+    }
+    for name, timing in timings.items():
+        timing["images_per_second"] = batch_size / timing["median"]
+        timing["backbone_tflop_per_second"] = flops / timing["median"] / 1e12
+        timing["times_off"] = ratio(timings["off"], timing)
+        timing["glue_percent"] = 100 * (ratio(timing, timings["floor"]) - 1) if name in ("on", "floor") else None
+    if device.type == "cuda":
+        result["host_synchronisations_per_forward"] = host_synchronisations(forward_only(variants["on"]))
+    print(as_table(result), flush=True)
+    return result
+
+
+def as_heading(report: dict) -> str:
+    options, where = report["options"], report["machine"]
+    return (
+        f"{options['model']}, {options['backbone']}, {options['input_size']} px; on: {report['precision']}, "
+        f"channels_last, inference folded\n{where['processor']}, {where['device']}, {where['threads']} threads, "
+        f"load {where['load_average']}, torch {where['torch']}, {where['date']}\n\n"
+        f"{'':<22}{'images/s':>10}{'median s':>10}{'min s':>9}{'x off':>8}{'glue %':>8}{'TFLOP/s':>9}{'MiB':>8}"
+    )
+
+
+def as_table(result: dict) -> str:
+    lines = []
+    for name, timing in result["variants"].items():
+        title = f"{result['mode']} {result['batch_size']} {name}"
+        glue = "" if timing["glue_percent"] is None else f"{timing['glue_percent']:.1f}"
+        memory = "" if timing["peak_memory_mib"] is None else f"{timing['peak_memory_mib']:.0f}"
+        lines.append(
+            f"{title:<22}{timing['images_per_second']:>10.2f}{timing['median']:>10.3f}{timing['minimum']:>9.3f}"
+            f"{timing['times_off']:>8.2f}{glue:>8}{timing['backbone_tflop_per_second']:>9.3f}{memory:>8}"
+        )
+    if "host_synchronisations_per_forward" in result:
+        lines.append(f"host synchronisations per forward: {result['host_synchronisations_per_forward']}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
