@@ -115,8 +115,15 @@ class Settings:
     # ---- Machine --------------------------------------------------------------------------------------------------
     device: str = "auto"  # auto: the GPU where there is one; or cpu, cuda, cuda:1 ...
     data_parallel: bool = True  # several visible GPUs: share each batch among them (nn.DataParallel)
-    precision: str = "float32"  # float32, or bf16: mixed precision, about twice as fast where the hardware has it
+    # auto is settled when a run starts and then belongs to it: on other hardware, continue with --precision bf16 or
+    # float32, as the refusal says. bf16 without the hardware is right but slower than float32.
+    precision: str = "auto"  # float32; bf16: mixed precision, about twice as fast; auto: bf16 where the hardware has it
     channels_last: bool = True  # memory layout that convolutions prefer on CPUs and recent GPUs
+    # compile needs a C++ compiler (on a GPU: Triton) and minutes at the start, so it only pays in long runs; not with
+    # nn.DataParallel. It rounds differently, so a run cannot be continued with it switched.
+    compile: bool = False  # run the backbone through torch.compile
+    # Trained classifiers differ in how sure they are: `python test.py FILE --exit_curve` finds the threshold.
+    exit_threshold: float = 1.0  # sgkrl, test.py: images whose object branch is surer skip the windows; 1: none does
     workers: int = 2  # processes that load pictures; 0 loads in the main process
     evaluation_batch_size: int = 16
     pictures_every: int = 5  # epochs between panels of boxes, masks and windows in TensorBoard; 0: never
@@ -406,11 +413,12 @@ def _check_values(settings: Settings) -> None:
         "graph_scope": ("image", "batch"),
         "select_on": ("validation", "test"),
         "schedule": ("steps", "one_cycle"),
-        "precision": ("float32", "bf16"),
         "on_bad_image": ("stop", "skip"),
     }
     for name, (one, other) in choices.items():
         require(name, getattr(settings, name) in (one, other), f"'{one}' or '{other}'")
+    require("precision", settings.precision in ("auto", "float32", "bf16"), "'auto', 'float32' or 'bf16'")
+    require("exit_threshold", 0 <= settings.exit_threshold <= 1, "a probability from 0 to 1")
     is_share = not isinstance(settings.suppression, str) and 0 < settings.suppression <= 1
     require("suppression", settings.suppression == "learnable" or is_share, "'learnable' or a share above 0, at most 1")
     sizes = settings.anchor_sizes
@@ -473,6 +481,12 @@ def _check_together(settings: Settings) -> None:
             settings.graph_scope == "image" or settings.wiring == "published",
             "'image', unless wiring is 'published': the trained wiring links windows of one image only",
         )
+    can_exit = settings.model == "sgkrl" and settings.graph_scope == "image"
+    require(
+        "exit_threshold",
+        settings.exit_threshold == 1 or can_exit,
+        "1, unless model is sgkrl with graph_scope 'image': other systems have no pass to skip",
+    )
     if settings.model == "flrdf":
         require(
             "classify_suppressed",

@@ -15,16 +15,21 @@ from pathlib import Path
 
 import torch
 
-from config import Settings, complete
+from config import Settings, SettingsError, complete
+from datasets import Catalogue
+from networks.folding import fold_batch_norm
 from networks.losses import loss_terms
-from train import catalogue_of, draw_panel, evaluation_loader, network_of, weights_of_losses
+from train import catalogue_of, choose_split, draw_panel, evaluation_loader, network_of, weights_of_losses
 from utils.checkpoint import CheckpointError, load_checkpoint
+from utils.compilation import compile_backbone
 from utils.distributed import choose_device
+from utils.early_exit import ExitCollector, choose_threshold, curve_text
 from utils.engine import Execution, evaluate
 from utils.errors import exit_with_one_sentence
 from utils.files import write_text
 from utils.metrics import confusion_matrix, mean_per_class_accuracy, topk_correct, wilson_interval, worst_confusions
 from utils.pictures import save_png
+from utils.precision import resolve_precision
 from utils.schedule import plan_epoch
 
 
@@ -33,9 +38,15 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("checkpoint", type=Path, help="best.pth or last.pth of a run")
     parser.add_argument("--data_root", help="where the data set lies on this machine (default: as in training)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: as in training)")
-    parser.add_argument("--precision", choices=("float32", "bf16"), help="(default: as in training)")
+    parser.add_argument("--precision", choices=("auto", "float32", "bf16"), help="(default: as in training)")
     parser.add_argument("--evaluation_batch_size", type=int, help="images at a time (default: as in training)")
     parser.add_argument("--workers", type=int, help="processes that load pictures (default: as in training)")
+    parser.add_argument("--exit_threshold", type=float, help="sgkrl: surer images skip the windows (default: 1, none)")
+    parser.add_argument(
+        "--exit_curve",
+        action="store_true",
+        help="sgkrl: accuracy against compute on the validation images, and the threshold that loses nothing there",
+    )
     parser.add_argument(
         "--branches", nargs="+", help="what to report beside the answer (default: all that matter to it)"
     )
@@ -62,12 +73,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"has {len(catalogue.class_names)} or others: give the --data_root it was trained on"
         )
     device = choose_device(settings.device)
-    execution = Execution(device, settings.precision, settings.channels_last)
+    execution = Execution(device, resolve_precision(settings.precision, device), settings.channels_last)
     network = network_of(settings, len(saved["class_names"]), pretrained=False)
     network.load_state_dict(saved["network"])
     if settings.channels_last:
         network = network.to(memory_format=torch.channels_last)
-    network = network.to(device)
+    network = fold_batch_norm(network.to(device))
+    if settings.compile:
+        compile_backbone(network)
     plan = plan_epoch(
         saved["epoch"],
         network.branches,
@@ -77,16 +90,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
 
     # Evaluate.
+    shared = {
+        "plan": plan,
+        "loss_function": partial(loss_terms, label_smoothing=settings.label_smoothing),
+        "execution": execution,
+    }
+    if options.exit_curve:
+        settings = dataclasses.replace(settings, exit_threshold=calibrated_exit(network, settings, catalogue, shared))
+    if settings.exit_threshold < 1:
+        network.exit_threshold = settings.exit_threshold
     ranks = RankCollector()
     figures = evaluate(
         network,
         evaluation_loader(settings, catalogue.test),
-        plan=plan,
-        loss_function=partial(loss_terms, label_smoothing=settings.label_smoothing),
-        execution=execution,
         branches=options.branches,
         on_batch=ranks,
         description="test",
+        **shared,
     )
 
     # Report.
@@ -116,6 +136,22 @@ def settings_of(saved: dict, path: Path) -> Settings:
     if unknown:
         raise CheckpointError(f"{path} has settings that this version does not know: {', '.join(sorted(unknown))}")
     return Settings(**saved["settings"])
+
+
+def calibrated_exit(network: torch.nn.Module, settings: Settings, catalogue: Catalogue, shared: dict) -> float:
+    """Print accuracy against compute on the run's validation images; return the threshold that loses nothing there."""
+    complete(dataclasses.replace(settings, exit_threshold=0.0))  # refuses systems that cannot exit
+    if settings.select_on == "test":
+        raise SettingsError(
+            "--exit_curve needs validation images, and this run trained on all training images (select_on is test)"
+        )
+    _, entries, name = choose_split(settings, catalogue)
+    collector = ExitCollector(network)
+    evaluate(network, evaluation_loader(settings, entries), on_batch=collector, description="validation", **shared)
+    curve = collector.curve()
+    chosen = choose_threshold(curve)
+    print(f"early exit, measured on {name}:\n{curve_text(curve, chosen)}\n", flush=True)
+    return chosen.threshold
 
 
 class RankCollector:

@@ -39,6 +39,7 @@ from networks import build_network
 from networks.losses import loss_terms
 from networks.outputs import NetworkOutput
 from utils.checkpoint import save_checkpoint, save_last
+from utils.compilation import compile_backbone
 from utils.distributed import any_process, cleanup, is_main, rank, setup_distributed, unwrap, world_size, wrap_network
 from utils.engine import (
     STEPS_BETWEEN_READINGS,
@@ -55,6 +56,7 @@ from utils.interruption import Stopped, StopRequest, leave_run_to_the_main_proce
 from utils.metrics import EpochMeter
 from utils.panels import output_panel
 from utils.pictures import save_png
+from utils.precision import resolve_precision
 from utils.resume import (
     TRAINING_STATE,
     drop_half_files,
@@ -70,7 +72,7 @@ from utils.seeding import seed_everything
 # These may differ when a run is continued: they change where and how it is computed, not what.
 FREE_ON_RESUME = {
     *("data_root", "checkpoint_dir", "device", "data_parallel", "workers", "pictures_every"),
-    *("save_every_steps", "keep_checkpoints", "on_bad_image", "skip_nonfinite", "fresh"),
+    *("save_every_steps", "keep_checkpoints", "on_bad_image", "skip_nonfinite", "fresh", "exit_threshold"),
 }
 
 
@@ -82,6 +84,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     catalogue, bad_pictures = catalogue_of(settings)
     train_entries, selection_entries, selected_on = choose_split(settings, catalogue)
     device = setup_distributed(settings.device)
+    precision = resolve_precision(settings.precision, device)
+    if any_process(precision == "float32", device):  # all of them alike
+        precision = "float32"
+    settings = dataclasses.replace(settings, precision=precision)
     execution = Execution(device, settings.precision, settings.channels_last)
     train_loader = training_loader(settings, train_entries)
     selection_loader = evaluation_loader(settings, selection_entries[rank() :: world_size()])
@@ -104,6 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             network = network.to(memory_format=torch.channels_last)
         network = wrap_network(network.to(device), device, data_parallel=settings.data_parallel)
         system = unwrap(network)
+        if settings.compile:
+            compile_backbone(network)
         loss_weights = weights_of_losses(settings, system)
         optimizer = build_optimizer(
             system,

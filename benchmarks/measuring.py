@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import gc
 import json
+import os
 import platform
 import resource
 import statistics
@@ -21,13 +22,19 @@ sys.path.insert(0, str(PROJECT))  # `python benchmarks/NAME.py` looks for module
 
 from utils.files import write_text  # noqa: E402
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
-def interleaved(variants: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, dict]:
+
+def interleaved(
+    variants: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, clock: str = "wall"
+) -> dict[str, dict]:
     """Time each variant once per round, in turn, so that a change of the machine's load meets all of them alike.
 
-    A first round warms up and is not counted. Returns, by name, `seconds` (one per round), their `median` and
-    `minimum`, and `peak_memory_mib`: on a GPU what the variant allocated at most, on Linux the process's largest
-    resident size while it ran (all that was there before included), else None.
+    A first round warms up and is not counted. `clock` "cpu" counts this process's processor time, which on a machine
+    shared with others leaves out the waiting for a core: for one thread and no GPU, where it is what the wall clock
+    would show on a machine of one's own. Returns, by name, `seconds` (one per round), their `median` and `minimum`, and
+    `peak_memory_mib`: on a GPU what the variant allocated at most, on Linux the process's largest resident size while
+    it ran (all that was there before included), else None.
     """
     results = {name: {"seconds": []} for name in variants}
     for round_number in range(rounds + 1):
@@ -36,10 +43,10 @@ def interleaved(variants: Mapping[str, Callable[[], object]], rounds: int, devic
                 reset_peak_memory(device)
             gc.collect()
             synchronize(device)
-            start = time.perf_counter()
+            start = CLOCKS[clock]()
             variant()
             synchronize(device)
-            seconds = time.perf_counter() - start
+            seconds = CLOCKS[clock]() - start
             if round_number == 0:
                 results[name]["peak_memory_mib"] = peak_memory(device)
             else:
@@ -112,12 +119,7 @@ def processor() -> str:
 
 def load_average() -> float | None:
     """Processes that wanted a core in the last minute: above the count of cores, the figures are disturbed."""
-    try:
-        import os
-
-        return os.getloadavg()[0]
-    except (OSError, AttributeError):
-        return None
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def write_json(path: Path, content: object) -> None:

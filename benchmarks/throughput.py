@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from measuring import interleaved, machine, ratio, write_json
+from measuring import CLOCKS, interleaved, machine, ratio, write_json
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -62,13 +62,13 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     for batch_size in options.inference_batches:
         variants = inference_variants(network, images_for(options, batch_size), off, on, options.compile)
         shapes = pass_shapes(variants["on"])
-        report["measurements"].append(measure("inference", batch_size, variants, shapes, options.rounds, device))
+        report["measurements"].append(measure("inference", batch_size, variants, shapes, options, device))
     for batch_size in options.train_batches:
         images = images_for(options, batch_size)
         labels = torch.arange(batch_size) // 2 % options.classes  # pairs, which SCRIM's contrast needs
         variants = training_variants(network, images, labels, off, on, options.compile)
         shapes = pass_shapes(variants["on"])
-        report["measurements"].append(measure("train", batch_size, variants, shapes, options.rounds, device))
+        report["measurements"].append(measure("train", batch_size, variants, shapes, options, device))
     if options.json is not None:
         write_json(options.json, report)
     return report
@@ -87,6 +87,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--train_batches", type=int, nargs="*", default=(16,), metavar="IMAGES")
     parser.add_argument("--rounds", type=int, default=5, help="times that every variant is measured (default: 5)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 1 on a machine shared with others")
+    parser.add_argument(
+        "--clock", choices=tuple(CLOCKS), default="wall", help="cpu: for --threads 1 on a shared machine"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there, too")
     return parser.parse_args(arguments)
 
@@ -255,11 +258,11 @@ def measure(
     batch_size: int,
     variants: dict[str, Inference | TrainingStep],
     shapes: Sequence[torch.Size],
-    rounds: int,
+    options: argparse.Namespace,
     device: torch.device,
 ) -> dict:
     floor = variants["on"].floor(shapes)
-    timings = interleaved({**variants, "floor": floor}, rounds, device)
+    timings = interleaved({**variants, "floor": floor}, options.rounds, device, options.clock)
     flops = backbone_flops(variants["off"].network.backbone, shapes, training=mode == "train")
     result = {
         "mode": mode,
@@ -284,7 +287,7 @@ def as_heading(report: dict) -> str:
     return (
         f"{options['model']}, {options['backbone']}, {options['input_size']} px; on: {report['precision']}, "
         f"channels_last, inference folded\n{where['processor']}, {where['device']}, {where['threads']} threads, "
-        f"load {where['load_average']}, torch {where['torch']}, {where['date']}\n\n"
+        f"{options['clock']} clock, load {where['load_average']}, torch {where['torch']}, {where['date']}\n\n"
         f"{'':<22}{'images/s':>10}{'median s':>10}{'min s':>9}{'x off':>8}{'glue %':>8}{'TFLOP/s':>9}{'MiB':>8}"
     )
 

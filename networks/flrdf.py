@@ -12,6 +12,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from networks.backbone import STRIDE, Backbone
+from networks.classifier import Classifier
 from networks.crops import crop_objects, resize_images
 from networks.jigsaw import permute_blocks, random_permutations
 from networks.localization import activation_map, cell_boxes_to_pixels, localize
@@ -59,7 +60,7 @@ class FLRDF(nn.Module):
         self.backbone = backbone
         self.dropout = nn.Dropout(dropout)
         self.suppression = RegionSuppression(backbone.embedding_channels, suppression)
-        self.classifier = nn.Linear(backbone.embedding_channels, num_classes)
+        self.classifier = Classifier(backbone.embedding_channels, num_classes)
 
     def forward(
         self, images: Tensor, *, mask_background: bool = False, branches: tuple[str, ...] | None = None

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from networks.classifier import Classifier
+
 
 def nearest_neighbours(corners: Tensor, k: int, *, keep_self: bool = False) -> Tensor:
     """Link every node to its k nearest by the distance of corners [G, N, 2], in pixels.
@@ -81,7 +83,7 @@ class GraphHead(nn.Module):
         self.scope = scope
         self.convolutions = nn.ModuleList(GraphConvolution(i, o) for i, o in pairwise((in_channels, *hidden_channels)))
         self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(hidden_channels[-1], num_classes)
+        self.classifier = Classifier(hidden_channels[-1], num_classes)
 
     def forward(self, nodes: Tensor, window_boxes: Tensor) -> Tensor:
         """Map window embeddings [B, N, C] and boxes [B, N, 4] to logits [B, classes]."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from networks.backbone import STRIDE, Backbone
+from networks.classifier import Classifier
 from networks.crops import crop_objects, crop_windows, resize_images
 from networks.localization import activation_map, cell_boxes_to_pixels, localize
 from networks.outputs import NetworkOutput, combine_branches, requested_branches
@@ -39,7 +40,7 @@ class MMALNet(nn.Module):
         self.loss_weights = dict.fromkeys(self.branches, 1.0)
         self.backbone = backbone
         self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(backbone.embedding_channels, num_classes)
+        self.classifier = Classifier(backbone.embedding_channels, num_classes)
         self.window_selector = WindowSelector(windows, grid_size=input_size // STRIDE, stride=STRIDE)
 
     def forward(

@@ -59,3 +59,8 @@ def combine_branches(output: NetworkOutput, branches: tuple[str, ...]) -> Tensor
         return output.logits[branches[0]]
     log_probabilities = torch.stack([output.logits[name].float().log_softmax(-1) for name in branches])
     return torch.logsumexp(log_probabilities, dim=0) - math.log(len(branches))
+
+
+def object_confidence(logits: dict[str, Tensor]) -> Tensor:
+    """Return [B] float32: the probability that the `object` branch gives to its first choice."""
+    return logits["object"].float().softmax(dim=-1).amax(dim=-1)

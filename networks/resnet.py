@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from networks.backbone import Backbone
+from networks.classifier import Classifier
 from networks.crops import resize_images
 from networks.outputs import NetworkOutput, combine_branches
 
@@ -26,7 +27,7 @@ class ResNetClassifier(nn.Module):
         self.loss_weights = {"raw": 1.0}
         self.backbone = backbone
         self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(backbone.embedding_channels, num_classes)
+        self.classifier = Classifier(backbone.embedding_channels, num_classes)
 
     def forward(
         self, images: Tensor, *, mask_background: bool = False, branches: tuple[str, ...] | None = None

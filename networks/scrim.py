@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from networks.backbone import STRIDE, Backbone
+from networks.classifier import Classifier
 from networks.crops import crop_windows, resize_images
 from networks.outputs import NetworkOutput, combine_branches, requested_branches
 from networks.parts import ANCHOR_SIZES, CoarsePart, Navigator, PartProposals
@@ -57,7 +58,7 @@ class SCRIM(nn.Module):
         channels = backbone.embedding_channels
         self.backbone = backbone
         self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(channels, num_classes)
+        self.classifier = Classifier(channels, num_classes)
         self.coarse_parts = nn.ModuleList(CoarsePart(channels, coarse_channels) for _ in range(MODULES))
         self.navigators = nn.ModuleList(Navigator(channels) for _ in range(MODULES))
         self.proposals = PartProposals(
@@ -68,8 +69,8 @@ class SCRIM(nn.Module):
             max_iou=part_max_iou,
             every_level=parts_of_every_level,
         )
-        self.part_classifier = nn.Linear(channels, num_classes)
-        self.concat_classifier = nn.Linear(channels * (1 + MODULES * parts_in_answer), num_classes)
+        self.part_classifier = Classifier(channels, num_classes)
+        self.concat_classifier = Classifier(channels * (1 + MODULES * parts_in_answer), num_classes)
 
     def forward(
         self, images: Tensor, *, mask_background: bool = False, branches: tuple[str, ...] | None = None

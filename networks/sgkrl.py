@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from networks.attention import SemanticFusion, SemanticWeighting
 from networks.backbone import STRIDE, Backbone
+from networks.classifier import Classifier
 from networks.crops import crop_objects, crop_windows, resize_images
 from networks.graph import GraphHead
 from networks.localization import activation_map, adaptive_mask, cell_boxes_to_pixels, localize
-from networks.outputs import NetworkOutput, combine_branches, requested_branches
+from networks.outputs import NetworkOutput, combine_branches, object_confidence, requested_branches
 from networks.windows import WindowSelector
 
 WIRINGS = ("trained", "published")
@@ -61,11 +62,12 @@ class SGKRL(nn.Module):
         self.evaluated = self.branches
         self.answer = ("raw", "fused", "object", "graph") if trained else ("object",)
         self.loss_weights = dict.fromkeys(self.branches, 1.0)
+        self.exit_threshold = 1.0  # in evaluation, images whose `object` branch is surer than this skip the windows
 
         channels = backbone.embedding_channels
         self.backbone = backbone
         self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(channels, num_classes)
+        self.classifier = Classifier(channels, num_classes)
         self.fusion = SemanticFusion(backbone.channels, residual=trained)
         self.weighting = SemanticWeighting(channels, identity_start=trained)
         self.window_selector = WindowSelector(windows, grid_size=input_size // STRIDE, stride=STRIDE)
@@ -83,6 +85,9 @@ class SGKRL(nn.Module):
         Logits: `raw`, `fused`, `object`, `graph` [B, classes], `window` [B, N, classes]. `mask_background` blanks what
         lies outside the adaptive object mask before the object is cut. Only the passes that `branches` need are
         computed (None: all).
+
+        With an `exit_threshold` below 1, evaluation looks at the windows of unsure images only (for which the host
+        waits for the device); `window` and `graph` of the others repeat the answer of the branches before them.
         """
         wanted = requested_branches(branches, self.branches)
         raw = self.backbone(resize_images(images, self.input_size))
@@ -111,11 +116,34 @@ class SGKRL(nn.Module):
         if not wanted & {"window", "graph"}:
             return NetworkOutput(logits, object_boxes, window_boxes, object_masks)
 
+        if self.training or self.exit_threshold >= 1:
+            logits["window"], logits["graph"] = self._look_at_windows(crops, window_boxes)
+        else:
+            logits["window"], logits["graph"] = self._look_where_unsure(crops, window_boxes, logits)
+        return NetworkOutput(logits, object_boxes, window_boxes, object_masks)
+
+    def _look_at_windows(self, crops: Tensor, window_boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits `window` and `graph` from object crops and windows [B, N, 4] on them."""
         windows = self.backbone(crop_windows(crops, window_boxes, input_size=self.input_size))
         nodes = self.dropout(windows.embedding.unflatten(0, (-1, self.window_selector.count)))  # [B, N, C]
-        logits["window"] = self.classifier(nodes)
-        logits["graph"] = self.graph(nodes, window_boxes)
-        return NetworkOutput(logits, object_boxes, window_boxes, object_masks)
+        return self.classifier(nodes), self.graph(nodes, window_boxes)
+
+    def _look_where_unsure(
+        self, crops: Tensor, window_boxes: Tensor, logits: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        graph = self.early_answer(logits).float().clone()  # it may be the logits of a branch itself
+        window = graph[:, None].repeat(1, self.window_selector.count, 1)
+        unsure = (object_confidence(logits) <= self.exit_threshold).nonzero().squeeze(1)
+        if len(unsure):
+            window[unsure], graph[unsure] = (
+                found.float() for found in self._look_at_windows(crops[unsure], window_boxes[unsure])
+            )
+        return window, graph
+
+    def early_answer(self, logits: dict[str, Tensor]) -> Tensor:
+        """Return [B, classes] logits of the mean probability of the answer's branches that need no windows."""
+        branches = tuple(name for name in self.answer if name not in ("window", "graph")) or ("object",)
+        return combine_branches(NetworkOutput(logits), branches)
 
     def predict_logits(self, output: NetworkOutput) -> Tensor:
         """Return the system's one answer, [B, classes]: the mean probability over the branches of `answer`."""

@@ -97,8 +97,9 @@ POSSIBLE = {
     "skip_nonfinite": COUNTS,
     "device": st.from_regex(r"auto|cpu|cuda(:[0-9]{1,2})?", fullmatch=True),
     "data_parallel": st.booleans(),
-    "precision": st.sampled_from(["float32", "bf16"]),
+    "precision": st.sampled_from(["auto", "float32", "bf16"]),
     "channels_last": st.booleans(),
+    "compile": st.booleans(),
     "workers": st.integers(0, 1024),
     "evaluation_batch_size": st.integers(1, 2**63 - 1),
     "pictures_every": COUNTS,
@@ -123,6 +124,8 @@ def possible_settings(draw) -> Settings:
         values["classify_suppressed"] = draw(st.booleans())
     if values.get("dataset", "demo") == "demo" and "backbone" not in values:
         values["stride_on_first_conv"] = False  # the demo's backbone has no place for it
+    if values.get("model", "sgkrl") == "sgkrl" and values.get("graph_scope", "image") == "image":
+        values["exit_threshold"] = draw(st.floats(0, 1))
     return complete(Settings(**values))
 
 
@@ -143,7 +146,15 @@ def words_of(chosen: Settings) -> list[str]:
 
 
 def test_every_field_has_possible_values_in_this_test():
-    drawn = {"input_size", "image_size", "images_per_class", "batch_size", "graph_scope", "classify_suppressed"}
+    drawn = {
+        "input_size",
+        "image_size",
+        "images_per_class",
+        "batch_size",
+        "graph_scope",
+        "classify_suppressed",
+        "exit_threshold",
+    }
     assert POSSIBLE.keys() | drawn == HINTS.keys()
 
 

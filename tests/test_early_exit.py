@@ -1,0 +1,153 @@
+"""Early exit: who skips the windows, what they answer, and the threshold that loses nothing."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from reference import recorded_passes
+from torch import Tensor
+
+import train
+from networks import build_network
+from networks.outputs import object_confidence
+from utils.early_exit import ExitCollector, ExitPoint, choose_threshold, curve_text, exit_curve
+
+SIZE, WINDOWS = 96, ((((6, 6),), 2),)
+
+
+@pytest.fixture(scope="module", params=[None, ("object",), ("graph",), ("object", "graph")])
+def network(request):
+    torch.manual_seed(3)
+    network = build_network(
+        "sgkrl", num_classes=4, backbone="resnet18", input_size=SIZE, windows=WINDOWS, answer=request.param
+    ).eval()
+    network.classifier.weight.data *= 3  # confidences that differ
+    return network
+
+
+def pictures(batch: int = 5) -> Tensor:
+    return torch.randn(batch, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1)) * torch.arange(
+        1, batch + 1
+    ).view(-1, 1, 1, 1)
+
+
+@torch.no_grad()
+def run(network, images: Tensor, threshold: float, branches=None):
+    network.exit_threshold = threshold
+    try:
+        with recorded_passes(network) as passes:
+            output = network(images, branches=branches)
+    finally:
+        network.exit_threshold = 1.0
+    return output, passes
+
+
+def test_sure_images_skip_the_windows_and_the_others_are_untouched(network) -> None:
+    images = pictures()
+    full, _ = run(network, images, 1.0)
+    confidence = object_confidence(full.logits)
+    threshold = confidence.sort().values[2].item()  # as sure as the third: not surer
+    output, passes = run(network, images, threshold)
+    unsure = confidence <= threshold
+    assert 0 < unsure.sum() < len(images)
+    assert [len(images) for images in passes] == [5, 5, 2 * int(unsure.sum())]
+    answer, full_answer = network.predict_logits(output), network.predict_logits(full)
+    torch.testing.assert_close(answer[unsure].softmax(1), full_answer[unsure].softmax(1), rtol=1e-4, atol=1e-5)
+    early = network.early_answer(full.logits)
+    torch.testing.assert_close(answer[~unsure].softmax(1), early[~unsure].softmax(1), rtol=1e-4, atol=1e-5)
+    for name in ("raw", "fused", "object", "window", "graph"):
+        assert output.logits[name].shape == full.logits[name].shape
+        assert torch.isfinite(output.logits[name]).all()
+
+
+def test_all_none_and_training(network) -> None:
+    images = pictures()
+    _, passes = run(network, images, 0.0)
+    assert [len(images) for images in passes] == [5, 5]
+    everything, passes = run(network, images, 0.99999999)
+    full, _ = run(network, images, 1.0)
+    torch.testing.assert_close(everything.logits["graph"], full.logits["graph"])
+    _, passes = run(network, images, 0.0, branches=("object",))
+    assert len(passes) == 2
+    network.train()
+    _, passes = run(network, images, 0.0)
+    network.eval()
+    assert [len(images) for images in passes] == [5, 5, 10]
+
+
+def slow_curve(confidence, early, full, early_cost, rest_cost) -> dict[float, tuple]:
+    """Every image's own confidence as the threshold, counted one by one."""
+    found = {}
+    for threshold in [0.0, *sorted(set(confidence.tolist()))]:
+        exits = [c > threshold for c in confidence.tolist()]
+        right = [bool(e if leaves else f) for leaves, e, f in zip(exits, early, full, strict=True)]
+        costs = [early_cost + (0 if leaves else rest_cost) for leaves in exits]
+        found[threshold] = (sum(exits) / len(exits), sum(right) / len(right), sum(costs) / len(costs))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_curve_equals_counting_image_by_image(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    confidence = (torch.rand(40, generator=generator) * 20).round() / 20 + 0.001  # some are equal
+    early = torch.rand(40, generator=generator) < 0.6
+    full = torch.rand(40, generator=generator) < 0.7
+    curve = exit_curve(confidence, early, full, early_cost=2.0, rest_cost=1.75)
+    slow = slow_curve(confidence.double(), early, full, 2.0, 1.75)
+    none = max(slow)  # nobody is surer than the surest
+    expected = {(1.0 if threshold == none else threshold): values for threshold, values in slow.items()}
+    assert [point.threshold for point in curve] == pytest.approx(sorted(expected))
+    for point, values in zip(curve, (expected[t] for t in sorted(expected)), strict=True):
+        assert tuple(point[1:]) == pytest.approx(values)
+    chosen = choose_threshold(curve)
+    assert chosen.accuracy >= full.double().mean().item() - 1e-9
+    assert all(point.cost >= chosen.cost for point in curve if point.accuracy >= curve[-1].accuracy)
+
+
+def test_a_threshold_that_costs_an_answer_is_not_chosen() -> None:
+    confidence = torch.tensor([0.9, 0.8, 0.7, 0.6])
+    early = torch.tensor([True, True, False, False])
+    full = torch.tensor([True, True, True, False])
+    curve = exit_curve(confidence, early, full, early_cost=2, rest_cost=2)
+    chosen = choose_threshold(curve)
+    assert chosen == ExitPoint(pytest.approx(0.7), 0.5, 0.75, 3.0)
+    assert "<- chosen" in curve_text(curve, chosen)
+    with pytest.raises(ValueError, match="no image"):
+        exit_curve(torch.empty(0), torch.empty(0), torch.empty(0), early_cost=1, rest_cost=1)
+
+
+def test_collected_batches_make_the_curve_of_all(network) -> None:
+    images, labels = pictures(6), torch.tensor([0, 1, 2, 3, 0, 1])
+    collector, whole = ExitCollector(network), ExitCollector(network)
+    with torch.no_grad():
+        for part in (slice(0, 4), slice(4, 6)):
+            output = network(images[part])
+            collector(SimpleNamespace(labels=labels[part]), output, network.predict_logits(output))
+        output = network(images)
+        whole(SimpleNamespace(labels=labels), output, network.predict_logits(output))
+    for one, other in zip(collector.curve(), whole.curve(), strict=True):
+        assert tuple(one) == pytest.approx(tuple(other), abs=1e-4)
+    assert whole.curve()[-1].cost == pytest.approx(2 + 2 / 4)
+    assert whole.curve()[0].cost == pytest.approx(2)
+
+
+def test_test_py_prints_the_curve_and_uses_the_threshold(tiny_run, tmp_path, evaluation_script, capsys) -> None:
+    train.main(tiny_run(tmp_path, "--warmup_epochs", "0", model="sgkrl"))
+    best = tmp_path / "folder-sgkrl" / "best.pth"
+    evaluation_script.main([str(best), "--exit_curve", "--workers", "0"])
+    printed = capsys.readouterr().out
+    assert "passes per image" in printed and "6 validation images" in printed and "<- chosen" in printed
+    report = json.loads((best.parent / "report.json").read_text(encoding="utf-8"))
+    assert f"{report['settings']['exit_threshold']:.4f}" in printed
+    evaluation_script.main([str(best), "--exit_threshold", "0", "--workers", "0"])
+    graph, *_ = [line for line in capsys.readouterr().out.splitlines() if line.startswith("graph")]
+    assert graph
+
+
+def test_test_py_refuses_what_cannot_exit(tiny_run, tmp_path, evaluation_script) -> None:
+    train.main(tiny_run(tmp_path))
+    with pytest.raises(ValueError, match="exit_threshold.*sgkrl"):
+        evaluation_script.main([str(tmp_path / "folder-resnet" / "best.pth"), "--exit_curve"])

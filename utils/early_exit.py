@@ -1,0 +1,90 @@
+"""When to look no further: how sure an image must be to skip the passes that are left, and what that saves."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from networks.outputs import NetworkOutput, object_confidence
+
+
+class ExitPoint(NamedTuple):
+    """What one threshold does to a set of images."""
+
+    threshold: float  # images surer than this exit
+    share: float  # of the images that do
+    accuracy: float
+    cost: float  # backbone passes per image, in passes over one picture of input_size
+
+
+class ExitCollector:
+    """Collects batch by batch, as `on_batch` of `utils.engine.evaluate`, what exiting early would do to each image.
+
+    The network must compute all its branches meanwhile: its `exit_threshold` is 1.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self.confidences: list[Tensor] = []
+        self.early_correct: list[Tensor] = []
+        self.full_correct: list[Tensor] = []
+
+    def __call__(self, batch, output: NetworkOutput, answer: Tensor) -> None:
+        labels = batch.labels.to(answer.device)
+        early = self.network.early_answer(output.logits)
+        self.confidences.append(object_confidence(output.logits))
+        self.early_correct.append(early.argmax(dim=1) == labels)
+        self.full_correct.append(answer.argmax(dim=1) == labels)
+
+    def curve(self) -> list[ExitPoint]:
+        """Return `exit_curve` of all images seen; a window is a quarter of a pass."""
+        collected = (torch.cat(values).cpu() for values in (self.confidences, self.early_correct, self.full_correct))
+        return exit_curve(*collected, early_cost=2.0, rest_cost=self.network.window_selector.count / 4)
+
+
+def exit_curve(
+    confidence: Tensor, early_correct: Tensor, full_correct: Tensor, *, early_cost: float, rest_cost: float
+) -> list[ExitPoint]:
+    """Return accuracy against cost for every threshold that tells these images apart, from all exiting to none.
+
+    Args:
+        confidence: [n] in 0 .. 1, how sure each image is where it could exit.
+        early_correct, full_correct: [n] bool, whether its answer is right there, and after everything.
+        early_cost, rest_cost: cost of an image up to there, and of the rest.
+
+    Raises ValueError without images.
+    """
+    images = len(confidence)
+    if not images:
+        raise ValueError("no image came; at least one is needed for a curve of accuracy against cost")
+    order = confidence.double().argsort(descending=True, stable=True)
+    confidence = confidence.double()[order]
+    zero = torch.zeros(1, dtype=torch.long)
+    right = torch.cat([zero, early_correct[order].long().cumsum(0)])  # of the k surest, by their early answers
+    right += torch.cat([full_correct[order].long().flip(0).cumsum(0).flip(0), zero])  # and of the others
+    points = [
+        # The k surest exit: the threshold is the confidence of the first one that does not.
+        ExitPoint(threshold, k / images, correct / images, early_cost + rest_cost * (1 - k / images))
+        for k, (threshold, correct) in enumerate(zip([*confidence.tolist(), 0.0], right.tolist(), strict=True))
+        if k == 0 or threshold < confidence[k - 1]
+    ]
+    points[0] = points[0]._replace(threshold=1.0)
+    return points[::-1]
+
+
+def choose_threshold(curve: list[ExitPoint]) -> ExitPoint:
+    """Return the cheapest point that is right as often as if no image exited."""
+    return min((point for point in curve if point.accuracy >= curve[-1].accuracy), key=lambda point: point.cost)
+
+
+def curve_text(curve: list[ExitPoint], chosen: ExitPoint, rows: int = 9) -> str:
+    """The curve as a table of about so many rows, evenly spread over the share of exits, the chosen one marked."""
+    steps = {round(i * (len(curve) - 1) / max(rows - 1, 1)) for i in range(rows)} | {curve.index(chosen)}
+    lines = [f"{'threshold':>9}{'skip windows':>14}{'accuracy':>10}{'passes per image':>18}"]
+    for step in sorted(steps):
+        point = curve[step]
+        mark = "  <- chosen" if point == chosen else ""
+        lines.append(f"{point.threshold:>9.4f}{point.share:>14.1%}{point.accuracy:>10.1%}{point.cost:>18.2f}{mark}")
+    return "\n".join(lines)
