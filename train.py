@@ -19,8 +19,6 @@ from torch.utils.data import DataLoader
 
 from config import Settings, SettingsError, parse_settings, run_name
 from datasets import (
-    MEAN,
-    STD,
     Augmentation,
     BalancedSampler,
     Batch,
@@ -415,8 +413,6 @@ def draw_panel(network, entries, settings, class_names, execution, plan) -> torc
         output,
         network.predict_logits(output),
         input_size=settings.input_size,
-        mean=MEAN,
-        std=STD,
         class_names=class_names,
         labels=batch.labels,
         true_boxes=batch.boxes,

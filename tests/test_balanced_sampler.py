@@ -290,5 +290,5 @@ def test_a_repeated_picture_looks_different(picture_tree: Path) -> None:
     keys = list(sampler)
     assert [index for index, _ in keys] == [0] * 4
     pictures = Pictures(entries, image_size=32, augment=Augmentation(flip=0.5, brightness=0.5, contrast=0.5))
-    images = [pictures[key].image for key in keys]
-    assert all(not torch.equal(first, second) for first, second in itertools.combinations(images, 2))
+    drawn = [pictures[key].augmentation for key in keys]
+    assert all(not torch.equal(first, second) for first, second in itertools.combinations(drawn, 2))

@@ -18,6 +18,7 @@ from torchvision.transforms.v2 import ColorJitter
 
 import datasets
 from datasets import Augmentation, DataError, Entry, Pictures, ShuffledSampler, read_catalogue, split_validation
+from utils.augmentation import augmented
 
 
 def write_picture(path: Path, size: tuple[int, int] = (8, 6), colour: tuple[int, int, int] = (200, 100, 50)) -> Path:
@@ -426,13 +427,16 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def unnormalised(image: torch.Tensor) -> torch.Tensor:
-    return image * torch.tensor(datasets.STD)[:, None, None] + torch.tensor(datasets.MEAN)[:, None, None]
+def as_trained_on(sample: datasets.Sample) -> torch.Tensor:
+    """The image [3, S, S] in 0..255, augmented as the device does it."""
+    if sample.augmentation is None:
+        return sample.image.float()
+    return augmented(sample.image[None], sample.augmentation[None])[0]
 
 
 def bright_box(image: torch.Tensor) -> list[int]:
     """Edges of what is brighter than half-way between the darkest and the brightest pixel."""
-    gray = image.mean(dim=0)
+    gray = image.float().mean(dim=0)
     rows, columns = torch.nonzero(gray > (gray.min() + gray.max()) / 2, as_tuple=True)
     return [int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1]
 
@@ -445,32 +449,73 @@ def rectangle(tmp_path: Path) -> Entry:
     return Entry(tmp_path / "rectangle.png", 3, (20, 30, 100, 90))
 
 
-def test_resize_and_normalisation(rectangle: Entry) -> None:
+def test_resize(rectangle: Entry) -> None:
     sample = Pictures([rectangle], image_size=96)[0]
-    assert sample.image.shape == (3, 96, 96) and sample.image.dtype == torch.float32
+    assert sample.image.shape == (3, 96, 96) and sample.image.dtype == torch.uint8
+    assert sample.augmentation is None
     assert (sample.label, sample.path) == (3, str(rectangle.source))
     assert sample.box.tolist() == pytest.approx([9.6, 24, 48, 72])
     assert bright_box(sample.image) == pytest.approx(sample.box.tolist(), abs=1)
-    colours = unnormalised(sample.image)
-    assert torch.allclose(colours[:, 48, 30], torch.tensor(200 / 255), atol=1e-5)
-    assert torch.allclose(colours[:, 5, 90], torch.tensor(40 / 255), atol=1e-5)
+    assert sample.image[:, 48, 30].tolist() == [200] * 3
+    assert sample.image[:, 5, 90].tolist() == [40] * 3
+
+
+@pytest.mark.parametrize("size", [(31, 47), (64, 20), (5, 90), (33, 33)])
+def test_resize_equals_pillows_but_for_rounding(tmp_path: Path, size: tuple[int, int]) -> None:
+    """Enlarged, made smaller, and both."""
+    noise = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    expected = np.asarray(Image.fromarray(noise).resize((33, 33), Image.Resampling.BILINEAR)).astype(int)
+    ours = Pictures([Entry(tmp_path / "noise.png", 0)], image_size=33)[0].image.permute(1, 2, 0).numpy()
+    assert np.abs(ours - expected).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("size", "decoded"),
+    [((127, 400), (127, 400)), ((128, 200), (64, 100)), ((600, 256), (150, 64)), ((1024, 701), (128, 88))],
+)
+def test_large_jpegs_are_decoded_small_but_not_below_what_is_asked_for(
+    tmp_path: Path, size: tuple[int, int], decoded: tuple[int, int]
+) -> None:
+    x, y = np.meshgrid(np.linspace(0, 20, size[0]), np.linspace(0, 15, size[1]))
+    waves = np.stack([np.sin(x + y), np.cos(x - y), np.sin(x) * np.cos(y)], axis=-1) * 100 + 128
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    Image.fromarray(waves.astype(np.uint8)).save(tmp_path / "waves.jpg", quality=90, exif=exif)
+    box = (0.1 * size[0], 0.2 * size[1], 0.5 * size[0], 0.9 * size[1])  # turned: 0.1, 0.1, 0.8, 0.5
+    whole, whole_box = datasets.load_picture(tmp_path / "waves.jpg", box)
+    small, small_box = datasets.load_picture(tmp_path / "waves.jpg", box, at_least=64)
+    assert (whole.size, small.size) == (size[::-1], decoded[::-1])
+    assert [b / s for b, s in zip(small_box, small.size * 2, strict=True)] == pytest.approx(
+        [0.1, 0.1, 0.8, 0.5], abs=0.01
+    )
+    assert [b / s for b, s in zip(whole_box, whole.size * 2, strict=True)] == pytest.approx([0.1, 0.1, 0.8, 0.5])
+    image, scaled_box = datasets.load_pixels(Entry(tmp_path / "waves.jpg", 0, box), 32)
+    assert scaled_box.tolist() == pytest.approx([3.2, 3.2, 25.6, 16], abs=0.2)
+    expected = np.asarray(whole.resize((32, 32), Image.Resampling.BILINEAR)).astype(int)
+    assert np.abs(image.permute(1, 2, 0).numpy() - expected).mean() < 2
+
+
+def test_other_formats_are_decoded_whole(tmp_path: Path) -> None:
+    write_picture(tmp_path / "large.png", (400, 300))
+    assert datasets.load_picture(tmp_path / "large.png", at_least=32)[0].size == (400, 300)
 
 
 def test_flip_takes_the_box_along(rectangle: Entry) -> None:
     plain = Pictures([rectangle], image_size=96)[0]
     flipped = Pictures([rectangle], image_size=96, augment=Augmentation(flip=1, brightness=0, contrast=0))[0]
-    assert torch.equal(flipped.image, plain.image.flip(-1))
+    assert torch.equal(as_trained_on(flipped), plain.image.flip(-1).float())
     assert flipped.box.tolist() == pytest.approx([48, 24, 86.4, 72])
-    assert bright_box(flipped.image) == pytest.approx(flipped.box.tolist(), abs=1)
+    assert bright_box(as_trained_on(flipped)) == pytest.approx(flipped.box.tolist(), abs=1)
 
 
 def test_box_found_again_under_augmentation(rectangle: Entry) -> None:
     pictures = Pictures([rectangle], image_size=64, augment=Augmentation())
     samples = [pictures[0, seed] for seed in range(40)]
     for sample in samples:
-        assert bright_box(sample.image) == pytest.approx(sample.box.tolist(), abs=1)
+        assert bright_box(as_trained_on(sample)) == pytest.approx(sample.box.tolist(), abs=1)
     assert 8 <= sum(sample.box[0] > 10 for sample in samples) <= 32
-    assert len({float(sample.image.mean()) for sample in samples}) > 30
+    assert len({float(as_trained_on(sample).mean()) for sample in samples}) > 30
 
 
 def test_box_is_cut_at_the_border(rectangle: Entry) -> None:
@@ -482,7 +527,7 @@ def test_jitter_is_distributed_as_torchvisions(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(60, 190, size=(16, 16, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "noise.png")
     pictures = Pictures([Entry(tmp_path / "noise.png", 0)], image_size=16, augment=Augmentation(0, 0.3, 0.4))
-    ours = torch.stack([unnormalised(pictures[0, seed].image) * 255 for seed in range(400)])
+    ours = torch.stack([as_trained_on(pictures[0, seed]) for seed in range(400)])
     torch.manual_seed(0)
     jitter, image = ColorJitter(brightness=0.3, contrast=0.4), torch.from_numpy(noise).permute(2, 0, 1)
     theirs = torch.stack([jitter(image).float() for _ in range(400)])
@@ -500,8 +545,22 @@ def test_augmentation_depends_on_the_seed_alone(rectangle: Entry) -> None:
     assert np.array_equal(np.random.get_state()[1], before[1])
     assert random.getstate() == before[2]
     torch.manual_seed(2)
-    assert torch.equal(first.image, pictures[2, 77].image)
-    assert not torch.equal(first.image, pictures[1, 78].image)
+    assert torch.equal(first.augmentation, pictures[2, 77].augmentation)
+    assert not torch.equal(first.augmentation, pictures[1, 78].augmentation)
+
+
+def test_draws_stay_as_they_were() -> None:
+    """They decide what a continued run trains on: another order of draws would make it another run."""
+    draws = [Augmentation(0.5, 0.2, 0.4).draw(np.random.default_rng(seed)).tolist() for seed in (7, 2**62)]
+    expected = []
+    for seed in (7, 2**62):
+        generator = np.random.default_rng(seed)
+        mirrored, order, factors = generator.random() < 0.5, generator.permutation(2).tolist(), {}
+        for position in order:
+            factors[position] = generator.uniform(*((0.8, 1.2), (0.6, 1.4))[position])
+        expected.append([float(mirrored), factors[0], factors[1], float(order == [1, 0])])
+    assert draws == [pytest.approx(values, rel=1e-6) for values in expected]
+    assert Augmentation(0, 0, 0).draw(np.random.default_rng(0)).tolist()[:3] == [0, 1, 1]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -518,7 +577,10 @@ def test_loader(workers: int, rectangle: Entry) -> None:
     assert torch.equal(
         torch.cat([batch.images for batch in batches]), torch.stack([pictures[key].image for key in keys])
     )
-    assert torch.equal(torch.cat([batch.boxes for batch in batches]), torch.stack([pictures[key].box for key in keys]))
+    for name, field in (("boxes", "box"), ("augmentation", "augmentation")):
+        expected = torch.stack([getattr(pictures[key], field) for key in keys])
+        assert torch.equal(torch.cat([getattr(batch, name) for batch in batches]), expected)
+    assert all(batch.images.is_contiguous(memory_format=torch.channels_last) for batch in batches)
     assert batches[0].labels.dtype == torch.int64 and batches[0].paths == [str(rectangle.source)] * 3
 
 
@@ -678,4 +740,4 @@ def test_real_birds() -> None:
         x0, y0, x1, y1 = entry.box
         assert 0 <= x0 < x1 <= width + 2 and 0 <= y0 < y1 <= height + 2  # a few overhang by a pixel or two
     sample = Pictures(catalogue.test, image_size=224)[0]
-    assert sample.image.shape == (3, 224, 224) and sample.image.abs().max() < 3
+    assert sample.image.shape == (3, 224, 224) and sample.image.float().std() > 10

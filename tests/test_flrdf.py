@@ -19,6 +19,7 @@ from networks.flrdf import FLRDF
 from networks.losses import loss_terms
 from networks.mmal import MMALNet
 from networks.outputs import Features, NetworkOutput
+from utils.augmentation import normalised
 
 CLASSES, SIZE, CHANNELS = 5, 224, 8
 # Learnable twice: as built, with shares near one half, and with weights that make them differ from each other.
@@ -621,7 +622,8 @@ def birds() -> tuple[GivenBackbone, Tensor]:
     pictures = Pictures(read_catalogue("cub", root).test, image_size=SIZE)
     samples = [pictures[index] for index in range(0, len(pictures), 18)]
     assert len(samples) == 59
-    images, boxes = torch.stack([sample.image for sample in samples]), torch.stack([sample.box for sample in samples])
+    images = normalised(torch.stack([sample.image for sample in samples]))
+    boxes = torch.stack([sample.box for sample in samples])
     trunk = Backbone("resnet50", pretrained=str(weights), stride_on_first_conv=True).eval()
     with torch.no_grad():
         seen = [trunk(part) for part in images.split(8)]

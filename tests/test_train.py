@@ -21,6 +21,7 @@ import train
 from config import Settings, SettingsError
 from datasets import DataError, Pictures, read_catalogue
 from networks import build_network
+from utils.augmentation import normalised
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from utils.engine import NonFiniteLossError
 from utils.errors import exit_with_one_sentence
@@ -240,7 +241,7 @@ def test_demo_birds_have_boxes(tmp_path, monkeypatch, evaluation_script):
     overlaps = []
     for sample in Pictures(catalogue.test, image_size=128):
         with torch.no_grad():
-            x0, y0, x1, y1 = network(sample.image[None]).object_boxes[0].tolist()
+            x0, y0, x1, y1 = network(normalised(sample.image[None])).object_boxes[0].tolist()
         predicted, true = (x0, y0, x1 + 1, y1 + 1), [edge * 96 / 128 for edge in sample.box.tolist()]
         width = max(min(predicted[2], true[2]) - max(predicted[0], true[0]), 0)
         height = max(min(predicted[3], true[3]) - max(predicted[1], true[1]), 0)
@@ -581,7 +582,7 @@ def test_report_equals_an_independent_evaluation(finished, picture_tree, tmp_pat
     per_class = {label: [] for label in range(3)}
     for sample in Pictures(catalogue.test, image_size=96):
         with torch.no_grad():
-            logits = network(sample.image[None], mask_background=True).logits
+            logits = network(normalised(sample.image[None]), mask_background=True).logits
         scores = {name: value[0].mean(dim=0) if name == "window" else value[0] for name, value in logits.items()}
         scores["answer"] = sum(scores[name].softmax(dim=0) for name in ("raw", "fused", "object", "graph"))
         for name, values in scores.items():

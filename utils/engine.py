@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from networks.outputs import NetworkOutput
+from utils.augmentation import augmented, normalised
 from utils.distributed import any_process, evaluation_network, gather, is_main, unwrap, without_synchronisation
 from utils.metrics import EpochMeter, inclusive_to_edges
 from utils.schedule import EpochPlan
@@ -46,10 +47,18 @@ class Execution(NamedTuple):
         """Return the context in which the network runs."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
 
-    def images(self, images: Tensor) -> Tensor:
-        """Move a batch of images to the device, in the chosen layout."""
+    def images(self, images: Tensor, augmentation: Tensor | None = None) -> Tensor:
+        """Move a batch of images [B, 3, H, W] to the device, in the chosen layout, as the network wants them.
+
+        uint8 is augmented there, if `augmentation` [B, 4] says how, and normalised; floating point is so already.
+        """
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        return images.to(self.device, non_blocking=True, memory_format=layout)
+        images = images.to(self.device, non_blocking=True)
+        if images.dtype == torch.uint8:
+            if augmentation is not None:
+                images = augmented(images, augmentation.to(self.device, non_blocking=True))
+            images = normalised(images)
+        return images.contiguous(memory_format=layout)
 
 
 def train_one_epoch(
@@ -88,7 +97,7 @@ def train_one_epoch(
     def compute(module: nn.Module, images: Tensor, labels: Tensor) -> tuple[NetworkOutput, dict[str, Tensor]]:
         """Return the output and the losses, the total among them."""
         with execution.autocast():
-            output = module(execution.images(images), mask_background=plan.mask_background, branches=plan.branches)
+            output = module(images, mask_background=plan.mask_background, branches=plan.branches)
         terms = loss_function(output, labels)
         total = sum(weight * terms[name] for name, weight in plan.loss_weights.items())
         return output, {**terms, "total": total}
@@ -105,7 +114,8 @@ def train_one_epoch(
             before_step(step)
             buffers = [buffer.clone() for buffer in network.buffers()] if skip_nonfinite is not None else []
             labels = batch.labels.to(execution.device, non_blocking=True)
-            output, losses = compute(network, batch.images, labels)
+            images = execution.images(batch.images, batch.augmentation)
+            output, losses = compute(network, images, labels)
             unread.append(StepLosses.of(step, losses, batch.paths))
             skipped = False
             if skip_nonfinite is not None or step % steps_between_readings(execution.device) == 0:
@@ -130,7 +140,7 @@ def train_one_epoch(
                 unread.clear()
                 with torch.no_grad():  # the same images again: the step's own loss was of the weights before it
                     module = without_synchronisation(network).eval()
-                    _, losses = compute(module, batch.images, labels)
+                    _, losses = compute(module, images, labels)
                     network.train()
                 _check_losses([StepLosses.of(step, losses, batch.paths)], None)
                 check_weights(network, step)

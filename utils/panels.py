@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from networks.outputs import NetworkOutput
-from utils.pictures import Caption, denormalise, localization_panel
+from utils.pictures import Caption, localization_panel
 
 PARTS_SHOWN = 3  # of each module that proposes parts, the best ones: more would hide each other
 
@@ -20,20 +20,18 @@ def output_panel(
     answer: Tensor,
     *,
     input_size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
     class_names: Sequence[str],
     labels: Tensor | None = None,
     true_boxes: Tensor | None = None,
 ) -> Tensor:
-    """Draw what the network found in images [B, 3, S, S] (normalised): uint8 [3, height, width].
+    """Draw what the network found in images [B, 3, S, S] uint8: uint8 [3, height, width].
 
     `answer` [B, classes] are the logits of the prediction; `true_boxes` [B, 4] are edges in pixels of `images`.
     Pictures are drawn at input_size, the pixels of the output's boxes.
     """
     scale = input_size / images.shape[-1]
     images = F.interpolate(images.float().cpu(), size=(input_size, input_size), mode="bilinear", antialias=True)
-    pictures = denormalise(images, mean, std)
+    pictures = images.round().clamp(0, 255).to(torch.uint8)
     probabilities, predictions = answer.float().softmax(dim=1).max(dim=1)
     captions = [
         Caption(
