@@ -17,7 +17,6 @@ from utils.pictures import (
     WINDOWS,
     WRONG,
     Caption,
-    denormalise,
     localization_panel,
     save_png,
 )
@@ -40,17 +39,6 @@ def _tile(panel, *, legend=True, column=0):
 
 def _has(region, colour):
     return (region == torch.tensor(colour, dtype=torch.uint8).reshape(3, *[1] * (region.dim() - 1))).all(dim=0)
-
-
-def test_denormalise_undoes_normalisation_and_clips():
-    images = _images(2)
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    mean_column, std_column = (torch.tensor(values).reshape(3, 1, 1) for values in (mean, std))
-    normalised = (images / 255 - mean_column) / std_column
-    assert torch.equal(denormalise(normalised, mean, std), images)
-    assert torch.equal(denormalise(normalised[0], mean, std), images[0])
-    assert denormalise(torch.full((1, 3, 2, 2), 99.0), mean, std).unique().tolist() == [255]
-    assert denormalise(torch.full((1, 3, 2, 2), -99.0), mean, std).unique().tolist() == [0]
 
 
 def test_the_predicted_box_lies_on_its_border_pixels_and_leaves_the_inside():

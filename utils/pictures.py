@@ -47,13 +47,6 @@ class Caption(NamedTuple):
     note: str = ""  # appended to the predicted name, such as "93 %"
 
 
-def denormalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Normalised images [..., 3, H, W] -> uint8 [..., 3, H, W] on the CPU; values out of range are clipped."""
-    images = images.detach().float().cpu()
-    mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (mean, std))
-    return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-
-
 def localization_panel(
     images: Tensor,
     *,
@@ -73,7 +66,7 @@ def localization_panel(
     object with its numbered windows. Below: the names. Anything that is None is left out, in the legend too.
 
     Args:
-        images: uint8 [B, 3, H, W], see `denormalise`.
+        images: uint8 [B, 3, H, W].
         object_boxes: [B, 4] inclusive pixels (x0, y0, x1, y1) of `images`.
         masks: [B, g, g] bool, True where kept; the cells of a grid over the picture.
         true_boxes: [B, 4] continuous edges in pixels of `images`.
