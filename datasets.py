@@ -19,13 +19,16 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from functools import cache, partial
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 from xml.etree import ElementTree
 
 import numpy as np
+import PIL
 import torch
+import torchvision
 from PIL import ExifTags, Image, ImageDraw, ImageFilter, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate
@@ -874,6 +877,24 @@ def load_pixels(entry: Entry, size: int) -> tuple[Tensor, Tensor | None]:
     # torchvision's resize is several times as fast as Pillow's on pixels in this order, and differs by rounding only.
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
     return functional.resize(pixels, [size, size], antialias=True), box
+
+
+def fingerprint(entries: Sequence[Entry], size: int) -> tuple[str, bytes]:
+    """A name for this list of pictures at this size, and the SHA-256 of all that `load_pixels` makes of them: the
+    files' sizes and times, this code, the libraries. Raises DataError where a file has vanished.
+    """
+    versions = (PIL.__version__, torch.__version__, torchvision.__version__)
+    name, content = sha256(repr(size).encode()), sha256(Path(__file__).read_bytes() + repr(versions).encode())
+    for source, _, box in entries:
+        name.update(repr((str(source), box)).encode())
+        if isinstance(source, Path):
+            try:
+                status = source.stat()
+            except OSError as error:
+                raise DataError(f"{source} cannot be read as a picture ({_reason(error)}): restore it") from None
+            content.update(repr((status.st_size, status.st_mtime_ns)).encode())
+    content.update(name.digest())
+    return f"{size}-{name.hexdigest()[:12]}", content.digest()
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

@@ -29,7 +29,9 @@ from datasets import (
     ShuffledSampler,
     collate,
     find_bad_pictures,
+    fingerprint,
     leave_out,
+    load_pixels,
     read_catalogue,
     split_validation,
 )
@@ -53,6 +55,7 @@ from utils.files import locked, write_text
 from utils.interruption import Stopped, StopRequest, leave_run_to_the_main_process
 from utils.metrics import EpochMeter
 from utils.panels import output_panel
+from utils.picture_cache import PictureCache, cache_in_memory, cache_on_disk
 from utils.pictures import save_png
 from utils.precision import resolve_precision
 from utils.resume import (
@@ -69,7 +72,7 @@ from utils.seeding import seed_everything
 
 # These may differ when a run is continued: they change where and how it is computed, not what.
 FREE_ON_RESUME = {
-    *("data_root", "checkpoint_dir", "device", "data_parallel", "workers", "pictures_every"),
+    *("data_root", "checkpoint_dir", "device", "data_parallel", "workers", "prefetch", "cache", "pictures_every"),
     *("save_every_steps", "keep_checkpoints", "on_bad_image", "skip_nonfinite", "fresh", "exit_threshold"),
 }
 
@@ -178,6 +181,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if world_size() == 1 and stop.requested and answer.isfinite().all():
                 stop.agree(device)
                 save_within_epoch(steps)
+
+        cache = cache_of(settings, train_entries + selection_entries)
+        for loader in (train_loader, selection_loader):
+            loader.dataset.cache = cache
 
         # Loop.
         stop = stack.enter_context(StopRequest())
@@ -330,11 +337,9 @@ def training_loader(settings: Settings, entries: list[Entry]) -> DataLoader:
         batch_size=batch_size,
         sampler=sampler,
         drop_last=len(sampler) > batch_size,  # a last batch of a few images has poor batch-norm statistics
-        num_workers=settings.workers,
         collate_fn=collate,
-        worker_init_fn=leave_run_to_the_main_process,
         pin_memory=torch.cuda.is_available(),
-        persistent_workers=settings.workers > 0,
+        **workers_of(settings),
         generator=torch.Generator(),  # the loader's own, so that it draws nothing from the network's
     )
 
@@ -343,12 +348,41 @@ def evaluation_loader(settings: Settings, entries: list[Entry]) -> DataLoader:
     return DataLoader(
         Pictures(entries, image_size=settings.image_size),
         batch_size=settings.evaluation_batch_size,
-        num_workers=settings.workers,
         collate_fn=collate,
-        worker_init_fn=leave_run_to_the_main_process,
         pin_memory=torch.cuda.is_available(),
+        **workers_of(settings),
         generator=torch.Generator(),
     )
+
+
+def workers_of(settings: Settings) -> dict[str, object]:
+    """Return how a loader shares its work among processes, which stay between epochs."""
+    if settings.workers == 0:
+        return {}
+    return {
+        "num_workers": settings.workers,
+        "prefetch_factor": settings.prefetch,
+        "persistent_workers": True,
+        "worker_init_fn": leave_run_to_the_main_process,
+    }
+
+
+def cache_of(settings: Settings, entries: list[Entry]) -> PictureCache | None:
+    """Return the pictures decoded, if they are to be: in memory, or in a file below checkpoint_dir."""
+
+    def decode(row: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return load_pixels(entries[row], settings.image_size)
+
+    sources = [entry.source for entry in entries]
+    if settings.cache == "ram":
+        return cache_in_memory(sources, settings.image_size, decode)
+    if settings.cache == "disk":
+        name, digest = fingerprint(entries, settings.image_size)
+        folder = Path(settings.checkpoint_dir).expanduser() / "cache"
+        return cache_on_disk(
+            folder / f"{settings.dataset}-{name}.pictures", digest, sources, settings.image_size, decode
+        )
+    return None
 
 
 def network_of(settings: Settings, num_classes: int, *, pretrained: bool) -> torch.nn.Module:

@@ -78,6 +78,8 @@ WORDS = {
     "compile": (None, True),
     "exit_threshold": ("0.9", 0.9),
     "workers": ("0", 0),
+    "prefetch": ("4", 4),
+    "cache": ("disk", "disk"),
     "evaluation_batch_size": ("8", 8),
     "pictures_every": ("0", 0),
 }
@@ -462,6 +464,8 @@ IMPOSSIBLE = [
     ("workers", -1),
     ("pictures_every", -1),
     ("workers", 1025),
+    ("prefetch", 0),
+    ("cache", "memory"),
     ("device", "cuda:1234567890"),
     ("device", "cuda:\u0661"),  # a digit, but not one that PyTorch knows
     ("save_every_steps", -1),

@@ -101,6 +101,8 @@ POSSIBLE = {
     "channels_last": st.booleans(),
     "compile": st.booleans(),
     "workers": st.integers(0, 1024),
+    "prefetch": st.integers(1, 1024),
+    "cache": st.sampled_from(["none", "ram", "disk"]),
     "evaluation_batch_size": st.integers(1, 2**63 - 1),
     "pictures_every": COUNTS,
 }

@@ -1,0 +1,209 @@
+"""Decoded pictures kept in memory or in one file, so that an epoch reads no JPEG any more.
+
+All are decoded once, before training, in threads; the processes that load pictures then only read. In memory they
+share the pages of the process that made them. On disk there is a file that every process maps, those of other runs
+on the same pictures, too:
+
+    32 bytes        SHA-256 of all that the pixels depend on, see `datasets.fingerprint`
+    n x 16          boxes, float32 (x0, y0, x1, y1); NaN where there is none
+    n x 3 x S x S   pixels, uint8, row by row
+
+It gets its name when it is whole and on the disk, so a builder that was killed leaves nothing that another would take
+for a cache. Of several processes that want the same one, the first builds it and the others wait.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, multiprocessing
+from tqdm import tqdm
+
+from utils.distributed import is_main
+from utils.files import sync_folder
+
+try:
+    import fcntl
+except ImportError:  # Windows: processes that start at the same time each build the file, and the last one's stays
+    fcntl = None
+
+DECODED_AT_ONCE = 256  # so many wait for the disk at most
+BOX_BYTES = 16
+Decode = Callable[[int], tuple[Tensor, Tensor | None]]
+
+
+class CacheError(ValueError):
+    """The cache cannot be had, said in one sentence."""
+
+
+class PictureCache(Mapping[Hashable, tuple[Tensor, Tensor | None]]):
+    """key -> (image [3, S, S] uint8, box [4] float32 or None), out of pixels [n, S, S, 3] and boxes [n, 4].
+
+    path: the file that the pixels are mapped from, or None: another process that gets this object maps it anew.
+    """
+
+    def __init__(self, keys: Sequence[Hashable], pixels: Tensor, boxes: Tensor, path: Path | None = None) -> None:
+        self.rows = {key: row for row, key in enumerate(keys)}
+        self.pixels, self.boxes, self.path = pixels, boxes, path
+
+    def __getitem__(self, key: Hashable) -> tuple[Tensor, Tensor | None]:
+        row = self.rows[key]
+        box = self.boxes[row]
+        return self.pixels[row].permute(2, 0, 1), None if box[0].isnan() else box
+
+    def __iter__(self) -> Iterator[Hashable]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __reduce__(self) -> tuple:
+        keys = list(self.rows)
+        if self.path is None:
+            return PictureCache, (keys, self.pixels, self.boxes)
+        return map_pictures, (self.path, keys, self.pixels.shape[1])
+
+
+def bytes_needed(count: int, size: int) -> int:
+    """Return the bytes of so many pictures of size x size pixels and their boxes."""
+    return count * (3 * size * size + BOX_BYTES)
+
+
+def cache_in_memory(keys: Sequence[Hashable], size: int, decode: Decode) -> PictureCache:
+    """Decode all pictures into memory; `decode(row)` gives the picture [3, size, size] of keys[row], and its box.
+
+    Raises CacheError, before anything is decoded, where the memory that is free does not hold them, with those of the
+    other processes that torchrun started on this machine.
+    """
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    needed, free = bytes_needed(len(keys), size) * processes, free_memory()
+    if free is not None and needed > free:
+        each = f" in {processes} processes" if processes > 1 else ""
+        raise CacheError(
+            f"{len(keys)} pictures of {size} x {size} pixels{each} need {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB "
+            "of memory are free: set cache to disk or none"
+        )
+    pixels, boxes = torch.empty((len(keys), size, size, 3), dtype=torch.uint8), torch.empty((len(keys), 4))
+    if multiprocessing.get_start_method() != "fork":  # otherwise the processes that load pictures see the same pages
+        pixels.share_memory_(), boxes.share_memory_()
+    for row, (image, box) in enumerate(_decode_all(len(keys), decode)):
+        pixels[row] = image.permute(1, 2, 0)
+        boxes[row] = float("nan") if box is None else box
+    return PictureCache(keys, pixels, boxes)
+
+
+def cache_on_disk(path: Path, digest: bytes, keys: Sequence[Hashable], size: int, decode: Decode) -> PictureCache:
+    """Map the cache at `path`; build it first where it is missing, or was made from something else than `digest` says.
+
+    Raises CacheError where it cannot be written.
+    """
+    expected = len(digest) + bytes_needed(len(keys), size)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _turn_to_build(path):
+            if not _is_whole(path, digest, expected):
+                free = shutil.disk_usage(path.parent).free
+                if expected > free:
+                    raise CacheError(
+                        f"{path} needs {expected / 1e9:.1f} GB and {free / 1e9:.1f} GB of the disk are free: make "
+                        "room, set cache to ram or none, or give another checkpoint_dir"
+                    )
+                _build(path, digest, len(keys), decode)
+    except OSError as error:
+        raise CacheError(
+            f"{path} could not be written ({error.strerror or error}): make room, set cache to ram or none, or give "
+            "another checkpoint_dir"
+        ) from error
+    return map_pictures(path, keys, size)
+
+
+def map_pictures(path: Path, keys: Sequence[Hashable], size: int) -> PictureCache:
+    """Open a cache that is whole, for reading."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tensors are meant to be written to; nobody does
+        content = torch.from_numpy(np.memmap(path, mode="r"))
+    content = content[-bytes_needed(len(keys), size) :]
+    boxes, pixels = content.split([BOX_BYTES * len(keys), 3 * size * size * len(keys)])
+    return PictureCache(keys, pixels.view(len(keys), size, size, 3), boxes.view(torch.float32).view(-1, 4), path)
+
+
+def _is_whole(path: Path, digest: bytes, expected: int) -> bool:
+    try:
+        with path.open("rb") as file:
+            return os.fstat(file.fileno()).st_size == expected and file.read(len(digest)) == digest
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def _turn_to_build(path: Path) -> Iterator[None]:
+    """Wait until no other process builds the file, and clear away what killed ones have left of it."""
+    if fcntl is None:
+        yield
+        return
+    with path.with_name(path.name + ".lock").open("wb") as lock:  # it stays: to remove it would let two in
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:  # a network file system without locks
+            yield
+            return
+        for left in path.parent.glob(f"{path.name}.*.part"):
+            left.unlink()
+        yield
+
+
+def _build(path: Path, digest: bytes, count: int, decode: Decode) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    boxes = torch.full((count, 4), float("nan"))
+    try:
+        with temporary.open("wb") as file:
+            file.write(digest + bytes(BOX_BYTES * count))
+            for row, (image, box) in enumerate(_decode_all(count, decode)):
+                file.write(image.permute(1, 2, 0).contiguous().numpy())
+                if box is not None:
+                    boxes[row] = box
+            file.seek(len(digest))
+            file.write(boxes.numpy())
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _decode_all(count: int, decode: Decode) -> Iterator[tuple[Tensor, Tensor | None]]:
+    pool = ThreadPoolExecutor(os.cpu_count())
+    bar = tqdm(total=count, desc="decoding pictures", leave=False, disable=None if is_main() else True)
+    try:
+        with bar:
+            for start in range(0, count, DECODED_AT_ONCE):
+                for decoded in pool.map(decode, range(start, min(start + DECODED_AT_ONCE, count))):
+                    yield decoded
+                    bar.update()
+    finally:
+        pool.shutdown(cancel_futures=True)  # so that an interruption does not wait for the rest
+
+
+def free_memory() -> int | None:
+    """Return the bytes of memory that can be had, within the limits of a container; None where the system hides it."""
+    free = []
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        free.append(1024 * _number_after("MemAvailable:", Path("/proc/meminfo")))
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, StopIteration, ValueError):  # not the files in memory: they give way
+        free.append(int((group / "memory.max").read_text()) - _number_after("anon ", group / "memory.stat"))
+    return min(free, default=None)
+
+
+def _number_after(word: str, path: Path) -> int:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return int(next(line for line in lines if line.startswith(word)).split()[1])
