@@ -770,7 +770,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         # On white, as on the page that a cut-out is made for; the colours under transparent pixels are arbitrary.
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    if image.mode != "RGB":
+        return image.convert("RGB")
+    image.load()
+    return image
 
 
 class Sample(NamedTuple):

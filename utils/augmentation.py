@@ -16,10 +16,14 @@ STD = (0.229, 0.224, 0.225)
 GRAY = (0.2989, 0.587, 0.114)  # what red, green and blue add to torchvision's gray
 
 
-def normalised(images: Tensor) -> Tensor:
-    """Return images [B, 3, H, W] with values in 0..255 as float32 of ImageNet's mean 0 and standard deviation 1."""
+def normalised(images: Tensor, augmentation: Tensor | None = None) -> Tensor:
+    """Return images [B, 3, H, W] with values in 0..255, augmented if asked, as float32 on the scale of ImageNet."""
+    if augmentation is None:
+        images = images.to(torch.float32, copy=True)
+    else:
+        images = augmented(images, augmentation)
     scale, shift, _ = _constants(images.device)
-    return torch.addcmul(shift, images.float(), scale)
+    return images.mul_(scale).add_(shift)
 
 
 def augmented(images: Tensor, augmentation: Tensor) -> Tensor:
@@ -39,7 +43,7 @@ def augmented(images: Tensor, augmentation: Tensor) -> Tensor:
     for contrast_now in (contrast_first, ~contrast_first):
         factor = torch.where(contrast_now, contrast, brightness)
         shift = torch.where(contrast_now, (1 - contrast) * _mean_gray(images), 0)
-        images = torch.addcmul(shift, images, factor).clamp_(0, 255)
+        images.mul_(factor).add_(shift).clamp_(0, 255)  # in place: on a CPU, new memory costs more than arithmetic
     return images
 
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from networks.outputs import NetworkOutput
-from utils.augmentation import augmented, normalised
+from utils.augmentation import normalised
 from utils.distributed import any_process, evaluation_network, gather, is_main, unwrap, without_synchronisation
 from utils.metrics import EpochMeter, inclusive_to_edges
 from utils.schedule import EpochPlan
@@ -56,8 +56,8 @@ class Execution(NamedTuple):
         images = images.to(self.device, non_blocking=True)
         if images.dtype == torch.uint8:
             if augmentation is not None:
-                images = augmented(images, augmentation.to(self.device, non_blocking=True))
-            images = normalised(images)
+                augmentation = augmentation.to(self.device, non_blocking=True)
+            images = normalised(images, augmentation)
         return images.contiguous(memory_format=layout)
 
 
