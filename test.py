@@ -17,20 +17,15 @@ import torch
 
 from config import Settings, SettingsError, complete
 from datasets import Catalogue
-from networks.folding import fold_batch_norm
 from networks.losses import loss_terms
-from train import catalogue_of, choose_split, draw_panel, evaluation_loader, network_of, weights_of_losses
-from utils.checkpoint import CheckpointError, load_checkpoint
-from utils.compilation import compile_backbone
-from utils.distributed import choose_device
+from train import catalogue_of, choose_split, draw_panel, evaluation_loader, load_trained
+from utils.checkpoint import CheckpointError
 from utils.early_exit import ExitCollector, choose_threshold, curve_text
-from utils.engine import Execution, evaluate
+from utils.engine import evaluate
 from utils.errors import exit_with_one_sentence
 from utils.files import write_text
 from utils.metrics import confusion_matrix, mean_per_class_accuracy, topk_correct, wilson_interval, worst_confusions
 from utils.pictures import save_png
-from utils.precision import resolve_precision
-from utils.schedule import plan_epoch
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -56,38 +51,19 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
 
-    # Rebuild: settings, data, network.
-    saved = load_checkpoint(options.checkpoint)
-    if not {"settings", "class_names", "network", "epoch", "selected_on"} <= saved.keys():
-        raise CheckpointError(f"{options.checkpoint} was not written by train.py: it lacks settings or weights")
+    # Rebuild: network, settings, data.
     overrides = {
         name: value
         for name, value in vars(options).items()
         if value is not None and name in Settings.__dataclass_fields__
     }
-    settings = complete(dataclasses.replace(settings_of(saved, options.checkpoint), **overrides))
+    network, settings, saved, plan, execution = load_trained(options.checkpoint, **overrides)
     catalogue, _ = catalogue_of(settings)
     if list(catalogue.class_names) != saved["class_names"]:
         raise CheckpointError(
             f"{options.checkpoint} knows {len(saved['class_names'])} classes and the data in {settings.data_root} "
             f"has {len(catalogue.class_names)} or others: give the --data_root it was trained on"
         )
-    device = choose_device(settings.device)
-    execution = Execution(device, resolve_precision(settings.precision, device), settings.channels_last)
-    network = network_of(settings, len(saved["class_names"]), pretrained=False)
-    network.load_state_dict(saved["network"])
-    if settings.channels_last:
-        network = network.to(memory_format=torch.channels_last)
-    network = fold_batch_norm(network.to(device))
-    if settings.compile:
-        compile_backbone(network)
-    plan = plan_epoch(
-        saved["epoch"],
-        network.branches,
-        weights_of_losses(settings, network),
-        warmup_epochs=settings.warmup_epochs,
-        mask_from_epoch=settings.mask_from_epoch,
-    )
 
     # Evaluate.
     shared = {
@@ -127,15 +103,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     panel = draw_panel(network, catalogue.test, settings, catalogue.class_names, execution, plan)
     save_png(folder / "pictures" / "test.png", panel)
     print(f"written to {folder / 'report.json'} and {folder / 'pictures' / 'test.png'}")
-
-
-def settings_of(saved: dict, path: Path) -> Settings:
-    """Return the settings a checkpoint was trained with."""
-    known = {field.name for field in dataclasses.fields(Settings)}
-    unknown = saved["settings"].keys() - known
-    if unknown:
-        raise CheckpointError(f"{path} has settings that this version does not know: {', '.join(sorted(unknown))}")
-    return Settings(**saved["settings"])
 
 
 def calibrated_exit(network: torch.nn.Module, settings: Settings, catalogue: Catalogue, shared: dict) -> float:

@@ -13,11 +13,12 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.utils.data import DataLoader
 
-from config import Settings, SettingsError, parse_settings, run_name
+from config import Settings, SettingsError, complete, parse_settings, run_name
 from datasets import (
     Augmentation,
     BalancedSampler,
@@ -36,11 +37,22 @@ from datasets import (
     split_validation,
 )
 from networks import build_network
+from networks.folding import fold_batch_norm
 from networks.losses import loss_terms
 from networks.outputs import NetworkOutput
-from utils.checkpoint import save_checkpoint, save_last
+from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, save_last
 from utils.compilation import compile_backbone
-from utils.distributed import any_process, cleanup, is_main, rank, setup_distributed, unwrap, world_size, wrap_network
+from utils.distributed import (
+    any_process,
+    choose_device,
+    cleanup,
+    is_main,
+    rank,
+    setup_distributed,
+    unwrap,
+    world_size,
+    wrap_network,
+)
 from utils.engine import (
     STEPS_BETWEEN_READINGS,
     Execution,
@@ -67,7 +79,7 @@ from utils.resume import (
     move_aside,
 )
 from utils.runlog import RunLog
-from utils.schedule import build_optimizer, build_schedule, plan_epoch
+from utils.schedule import EpochPlan, build_optimizer, build_schedule, plan_epoch
 from utils.seeding import seed_everything
 
 # These may differ when a run is continued: they change where and how it is computed, not what.
@@ -410,6 +422,48 @@ def network_of(settings: Settings, num_classes: int, *, pretrained: bool) -> tor
         parts_of_every_level=settings.parts_of_every_level,
         anchor_sizes=settings.anchor_sizes,
     )
+
+
+class Trained(NamedTuple):
+    """A network out of a checkpoint, ready to evaluate (its batch norms are folded), and what it was trained with."""
+
+    network: torch.nn.Module
+    settings: Settings
+    saved: dict[str, object]  # the checkpoint's content
+    plan: EpochPlan  # that of the epoch it was saved in
+    execution: Execution
+
+
+def load_trained(path: Path, **overrides: object) -> Trained:
+    """Rebuild a network from the settings saved in its checkpoint, not from config.py, with some of them changed.
+
+    Raises CheckpointError where the file is no checkpoint of a run, SettingsError for impossible overrides.
+    """
+    saved = load_checkpoint(path)
+    if not {"settings", "class_names", "network", "epoch", "selected_on"} <= saved.keys():
+        raise CheckpointError(f"{path} was not written by train.py: it lacks settings or weights")
+    unknown = saved["settings"].keys() - {field.name for field in dataclasses.fields(Settings)}
+    if unknown:
+        raise CheckpointError(f"{path} has settings that this version does not know: {', '.join(sorted(unknown))}")
+    settings = complete(Settings(**saved["settings"] | overrides))
+    device = choose_device(settings.device)
+    execution = Execution(device, resolve_precision(settings.precision, device), settings.channels_last)
+    network = network_of(settings, len(saved["class_names"]), pretrained=False)
+    network.load_state_dict(saved["network"])
+    if settings.channels_last:
+        network = network.to(memory_format=torch.channels_last)
+    network = fold_batch_norm(network.to(device))
+    if settings.compile:
+        compile_backbone(network)
+    progress = saved.get("progress")  # of an epoch that is not done
+    plan = plan_epoch(
+        progress["epoch"] if progress else saved["epoch"],
+        network.branches,
+        weights_of_losses(settings, network),
+        warmup_epochs=settings.warmup_epochs,
+        mask_from_epoch=settings.mask_from_epoch,
+    )
+    return Trained(network, settings, saved, plan, execution)
 
 
 def weights_of_losses(settings: Settings, network: torch.nn.Module) -> dict[str, float]:

@@ -18,10 +18,7 @@ GRAY = (0.2989, 0.587, 0.114)  # what red, green and blue add to torchvision's g
 
 def normalised(images: Tensor, augmentation: Tensor | None = None) -> Tensor:
     """Return images [B, 3, H, W] with values in 0..255, augmented if asked, as float32 on the scale of ImageNet."""
-    if augmentation is None:
-        images = images.to(torch.float32, copy=True)
-    else:
-        images = augmented(images, augmentation)
+    images = images.to(torch.float32, copy=True) if augmentation is None else augmented(images, augmentation)
     scale, shift, _ = _constants(images.device)
     return images.mul_(scale).add_(shift)
 
