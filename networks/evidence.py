@@ -1,0 +1,104 @@
+"""Where a system's answer comes from: class activation maps of all its passes, laid over the picture.
+
+Zhou, Khosla, Lapedriza, Oliva & Torralba, "Learning Deep Features for Discriminative Localization", CVPR 2016, carried
+over to what lies between a pass's last map and the class by the gradient: the map times the gradient, summed over the
+channels (HiResCAM: Draelos & Carin, "Use HiResCAM instead of Grad-CAM for faithful explanations", 2020). For a linear
+classifier of the averaged map that is the class activation map itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from networks.crops import boxes_in_image
+from networks.outputs import Features, NetworkOutput
+
+
+def forward_with_evidence(
+    network: nn.Module,
+    images: Tensor,
+    *,
+    size: int,
+    mask_background: bool = False,
+    branches: tuple[str, ...] | None = None,
+) -> tuple[NetworkOutput, Tensor]:
+    """Run a system (in eval mode) and return its output, and what speaks for its answer where: [B, size, size].
+
+    The evidence is float32, not negative, and covers the whole picture; of all passes behind the answer (picture,
+    object, windows or parts) each counts where it looked, per area. Only its proportions mean something.
+    """
+    finals: list[Tensor] = []
+
+    def begin(*_: object) -> None:
+        torch.set_grad_enabled(False)
+
+    def end(backbone: nn.Module, inputs: object, features: Features) -> Features:
+        """Let gradients go back to the pass's last map, and no further."""
+        torch.set_grad_enabled(True)
+        final = features.final.detach().requires_grad_()
+        finals.append(final)
+        return features._replace(final=final, embedding=final.mean(dim=(2, 3)))
+
+    hooks = network.backbone.register_forward_pre_hook(begin), network.backbone.register_forward_hook(end)
+    try:
+        with torch.enable_grad():
+            output = network(images, mask_background=mask_background, branches=branches)
+            predicted = network.predict_logits(output).argmax(dim=1, keepdim=True)
+            scores = torch.stack([output.logits[name].gather(1, predicted) for name in network.answer])
+            gradients = torch.autograd.grad(scores.float().sum(), finals, allow_unused=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    output = NetworkOutput(*(_detached(field) for field in output))
+    input_size = network.input_size
+    evidence = torch.zeros(len(images), size, size, device=images.device)
+    looked_at = _boxes_of_passes(output, len(images), input_size)  # the last of them may have been left out
+    for final, gradient, boxes in zip(finals, gradients, looked_at, strict=False):
+        if gradient is not None:
+            contributions = (final.detach().float() * gradient.float()).sum(dim=1)  # [B * N, g, g]
+            evidence += _lay_over(contributions.unflatten(0, (len(images), -1)), boxes, input_size, size)
+    return output, evidence.clamp(min=0)
+
+
+def _detached(field: object) -> object:
+    if isinstance(field, dict):
+        return {name: value.detach() for name, value in field.items()}
+    return None if field is None else field.detach()
+
+
+def _boxes_of_passes(output: NetworkOutput, count: int, input_size: int) -> Sequence[Tensor]:
+    """Where in the picture each pass of the systems looks, in their order: inclusive boxes [B, N, 4]."""
+    whole = torch.tensor([0.0, 0.0, input_size - 1, input_size - 1]).expand(count, 1, 4)
+    boxes = [whole]
+    if output.object_boxes is not None:
+        boxes.append(output.object_boxes[:, None])
+        if output.window_boxes is not None:
+            boxes.append(boxes_in_image(output.window_boxes, output.object_boxes, input_size))
+    if output.part_boxes is not None:
+        boxes.append(output.part_boxes)
+    return boxes
+
+
+def _lay_over(contributions: Tensor, boxes: Tensor, input_size: int, size: int) -> Tensor:
+    """Spread maps [B, N, g, g] over their boxes [B, N, 4] in pictures of size x size points: their sum [B, size, size].
+
+    A cell's contribution is divided by the area that it covers in the picture.
+    """
+    B, N, rows, columns = contributions.shape
+    boxes = boxes.to(contributions)
+    starts, extents = boxes[..., :2], boxes[..., 2:] - boxes[..., :2] + 1  # [B, N, 2], x and y
+    points = (torch.arange(size, device=boxes.device) + 0.5) * (input_size / size)
+    x = (points - starts[..., :1]) / extents[..., :1] * 2 - 1  # [B, N, size], -1 to 1 across the box
+    y = (points - starts[..., 1:]) / extents[..., 1:] * 2 - 1
+    shape = (B, N, size, size)
+    grid = torch.stack([x[:, :, None, :].expand(shape), y[:, :, :, None].expand(shape)], dim=-1).flatten(0, 1)
+    # Cells at the border reach to the edge of the box, and nothing beyond it.
+    maps = contributions.reshape(B * N, 1, rows, columns)
+    values = F.grid_sample(maps, grid, padding_mode="border", align_corners=False)
+    inside = (grid.abs() <= 1).all(dim=-1)
+    density = rows * columns * (input_size**2 / extents.prod(dim=-1))  # [B, N]
+    return ((values[:, 0] * inside).unflatten(0, (B, N)) * density[..., None, None]).sum(dim=1)

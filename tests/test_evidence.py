@@ -1,0 +1,105 @@
+"""Evidence maps: the class activation map where there is one, the object's and the windows' share in their places."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from networks import MODELS, build_network
+from networks.evidence import _lay_over, forward_with_evidence
+
+WINDOWS = ((((5, 5),), 2),)
+
+
+def network_of(model: str, **options) -> torch.nn.Module:
+    torch.manual_seed(3)
+    options = {"num_classes": 4, "backbone": "resnet18", "input_size": 96, "windows": WINDOWS} | options
+    return build_network(model, **options).eval()
+
+
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    return torch.randn(3, 3, 96, 96, generator=torch.Generator().manual_seed(5))
+
+
+def test_for_a_plain_classifier_it_is_the_class_activation_map(images):
+    network = network_of("resnet")
+    output, evidence = forward_with_evidence(network, images, size=3)
+    with torch.no_grad():
+        final = network.backbone(images).final
+    for index, label in enumerate(output.logits["raw"].argmax(dim=1).tolist()):
+        expected = torch.einsum("c,chw->hw", network.classifier.weight[label], final[index]).clamp(min=0)
+        # the gradient of a mean is the weight by the number of cells, and the density multiplies by it
+        assert torch.allclose(evidence[index], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_output_is_the_plain_one_and_nothing_is_left_behind(model, images):
+    network = network_of(model)
+    with torch.no_grad():
+        expected = network(images, branches=network.evaluated)
+    output, evidence = forward_with_evidence(network, images, size=24, branches=network.evaluated)
+    for name, logits in expected.logits.items():
+        assert torch.allclose(output.logits[name], logits, atol=1e-5), name
+        assert not output.logits[name].requires_grad
+    assert evidence.shape == (3, 24, 24)
+    assert evidence.isfinite().all()
+    assert (evidence >= 0).all()
+    assert evidence.amax() > 0
+    assert not network.backbone._forward_hooks
+    assert not network.backbone._forward_pre_hooks
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+
+def test_a_picture_does_not_change_the_evidence_of_another(images):
+    network = network_of("sgkrl")
+    _, together = forward_with_evidence(network, images, size=12)
+    _, alone = forward_with_evidence(network, images[1:2], size=12)
+    assert torch.allclose(together[1], alone[0], rtol=1e-3, atol=1e-5)
+
+
+def test_an_answer_from_the_object_points_into_its_box(images):
+    network = network_of("mmal")
+    found = torch.tensor([[31.0, 0.0, 63.0, 31.0]] * 3)
+
+    class Fixed(torch.nn.Module):
+        def forward(self, *arguments, **options):
+            return network(*arguments, **options)._replace(object_boxes=found)
+
+    fixed = Fixed()
+    fixed.backbone, fixed.answer, fixed.input_size = network.backbone, network.answer, network.input_size
+    fixed.predict_logits = network.predict_logits
+    _, evidence = forward_with_evidence(fixed, images, size=96)
+    outside = torch.ones(96, 96, dtype=torch.bool)
+    outside[0:32, 31:64] = False
+    assert (evidence[:, outside] == 0).all()
+    assert evidence[:, ~outside].amax() > 0
+
+
+def test_maps_laid_over_boxes_equal_a_slow_reference():
+    generator = torch.Generator().manual_seed(1)
+    maps = torch.rand(2, 2, 3, 3, generator=generator)
+    boxes = torch.tensor([[[0, 0, 95, 95], [32, 16, 63, 79]], [[-16, 8, 31, 55], [48, 48, 111, 111]]]).float()
+    laid = _lay_over(maps, boxes, 96, 96)
+    for picture in range(2):
+        expected = torch.zeros(96, 96)
+        for number in range(2):
+            x0, y0, x1, y1 = boxes[picture, number].long().tolist()
+            width, height = x1 - x0 + 1, y1 - y0 + 1
+            spread = F.interpolate(maps[picture, number][None, None], (height, width), mode="bilinear")[0, 0]
+            density = 9 * 96 * 96 / (width * height)
+            for y in range(max(y0, 0), min(y1, 95) + 1):
+                for x in range(max(x0, 0), min(x1, 95) + 1):
+                    expected[y, x] += spread[y - y0, x - x0] * density
+        assert torch.allclose(laid[picture], expected, rtol=1e-4)
+
+
+def test_the_evidence_of_a_cell_is_the_same_however_large_its_box():
+    """Laid over the whole picture or over a corner of it, a map adds up to the same."""
+    maps = torch.rand(1, 1, 3, 3, generator=torch.Generator().manual_seed(2))
+    sums = [
+        _lay_over(maps, torch.tensor([[box]]).float(), 96, 96).sum()
+        for box in ([0, 0, 95, 95], [0, 0, 47, 47], [24, 48, 95, 71])
+    ]
+    assert torch.allclose(torch.stack(sums), sums[0].expand(3), rtol=1e-4)
