@@ -214,7 +214,7 @@ class SettingsError(ValueError):
 # ---- The command line -----------------------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Says what is wrong in one sentence, without printing the usage first."""
 
     def error(self, message: str) -> typing.NoReturn:
@@ -227,7 +227,7 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
 
     Raises SettingsError for impossible values, malformed ones and unknown names.
     """
-    parser = _Parser(
+    parser = Parser(
         description="Train a fine-grained classifier; settings default to config.py.",
         usage="%(prog)s [--setting value ...]",
         argument_default=argparse.SUPPRESS,  # what is not given stays out: the defaults are checked as they are

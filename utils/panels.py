@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from networks.outputs import NetworkOutput
-from utils.pictures import Caption, localization_panel
+from utils.pictures import Caption, localization_panel, prediction_panel
 
 PARTS_SHOWN = 3  # of each module that proposes parts, the best ones: more would hide each other
 
@@ -45,10 +46,13 @@ def output_panel(
     ]
     true_boxes = None if true_boxes is None else true_boxes * scale
     if output.part_boxes is not None:
-        modules = output.part_scores.shape[1]
-        best = output.part_boxes.unflatten(1, (modules, -1))[:, :, :PARTS_SHOWN].flatten(1, 2)
         return localization_panel(
-            pictures, true_boxes=true_boxes, crops=pictures, window_boxes=best, windows="part", captions=captions
+            pictures,
+            true_boxes=true_boxes,
+            crops=pictures,
+            window_boxes=parts_to_show(output),
+            windows="part",
+            captions=captions,
         )
     return localization_panel(
         pictures,
@@ -59,6 +63,27 @@ def output_panel(
         window_boxes=output.window_boxes,
         captions=captions,
     )
+
+
+def parts_to_show(output: NetworkOutput) -> Tensor:
+    """Return the boxes [B, N, 4] of the best parts of each module."""
+    return output.part_boxes.unflatten(1, (output.part_scores.shape[1], -1))[:, :, :PARTS_SHOWN].flatten(1, 2)
+
+
+def image_panel(
+    picture: Image.Image,
+    output: NetworkOutput,
+    index: int,
+    names: Sequence[str],
+    probabilities: Sequence[float],
+    **more,
+) -> Tensor:
+    """Draw one image of a batch's output on its own picture: see `utils.pictures.prediction_panel`."""
+    found = {"object_box": output.object_boxes, "mask": output.object_masks, "window_boxes": output.window_boxes}
+    if output.part_boxes is not None:
+        found["part_boxes"] = parts_to_show(output)
+    found = {name: value[index] for name, value in found.items() if value is not None}
+    return prediction_panel(picture, names, probabilities, **found, **more)
 
 
 def _object_crops(pictures: Tensor, boxes: Tensor) -> Tensor:

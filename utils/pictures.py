@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor
 
 from utils.files import written_whole
@@ -34,6 +34,15 @@ WINDOWS: tuple[Colour, ...] = (
     (170, 120, 255),
     (245, 245, 245),
 )
+TRACK: Colour = (232, 232, 232)  # the empty part of a bar
+# from little evidence to much: dark red, orange, light yellow; brightness alone tells it, too
+HEAT: tuple[tuple[float, Colour], ...] = (
+    (0.0, (60, 0, 20)),
+    (0.4, (190, 30, 20)),
+    (0.7, (255, 150, 0)),
+    (1.0, (255, 250, 170)),
+)
+BARS_WIDTH = 300
 DIMMED = 0.4  # brightness left outside the mask
 PADDING = 12
 GAP = 4  # between a picture and its crop
@@ -109,6 +118,80 @@ def localization_panel(
     return torch.from_numpy(numpy.array(figure)).permute(2, 0, 1).contiguous()
 
 
+def prediction_panel(
+    picture: Image.Image,
+    names: Sequence[str],
+    probabilities: Sequence[float],
+    *,
+    input_size: int,
+    title: str = "",
+    evidence: Tensor | None = None,
+    object_box: Tensor | None = None,
+    mask: Tensor | None = None,
+    window_boxes: Tensor | None = None,
+    part_boxes: Tensor | None = None,
+    true_box: Tensor | None = None,
+    true_name: str | None = None,
+    height: int = 320,
+) -> Tensor:
+    """One picture of any size, with all that its prediction shows, side by side.
+
+    The picture with the object's box, the mask and the parts; the object's crop with its numbered windows; where the
+    evidence for the answer lies; the most likely names as bars. What is None is left out.
+
+    Args:
+        picture: RGB, in its own proportions (drawn no flatter than 2 to 1).
+        names, probabilities: the most likely classes, the likeliest first.
+        input_size: the boxes are in pixels of the picture resized to input_size x input_size.
+        title: stands above the bars.
+        evidence: [g, g], not negative, over the whole picture.
+        object_box: [4] inclusive pixels (x0, y0, x1, y1).
+        mask: [g, g] bool, True where kept.
+        window_boxes: [N, 4] inclusive pixels of the object's crop, input_size x input_size.
+        part_boxes: [N, 4] inclusive pixels, for systems without a crop; they may reach beyond the picture.
+        true_box: [4] continuous edges.
+        true_name: makes the caption green or red.
+        height: of the drawings in pixels.
+
+    Returns:
+        uint8 [3, height, width].
+    """
+    width = round(height * min(max(picture.width / picture.height, 0.5), 2))
+    shown = picture.resize((width, height), Image.Resampling.BICUBIC)
+    to_tile = torch.tensor([width, height] * 2) / input_size
+    tile = shown if mask is None else _dim_outside(shown, mask.cpu())
+    tile = tile.copy()
+    draw = ImageDraw.Draw(tile)
+    if object_box is not None:
+        _draw_box(draw, _fit(_edges(object_box) * to_tile, tile), PREDICTED_BOX)
+    if true_box is not None:
+        _draw_dashed_box(draw, _fit(true_box.float().cpu() * to_tile, tile), TRUE_BOX)
+    if part_boxes is not None:
+        _draw_numbered_boxes(tile, [_fit(_edges(box) * to_tile, tile) for box in part_boxes])
+    tiles = [tile]
+    if object_box is not None:
+        scale = torch.tensor([picture.width, picture.height] * 2) / input_size
+        left, top, right, bottom = _fit(_edges(object_box) * scale, picture)
+        crop = picture.resize(shown.size, Image.Resampling.BICUBIC, box=(left, top, right + 1, bottom + 1))
+        if window_boxes is not None:
+            _draw_numbered_boxes(crop, [_fit(_edges(box) * to_tile, crop) for box in window_boxes])
+        tiles.append(crop)
+    if evidence is not None:
+        tiles.append(_heated(shown, evidence.cpu()))
+    tiles.append(_bars(names, probabilities, title=title, height=height))
+    caption = None if true_name is None else Caption(names[0], true_name, f"{probabilities[0]:.0%}")
+    legend = _legend(
+        predicted=object_box is not None,
+        true=true_box is not None,
+        mask=mask is not None,
+        windows="window" if window_boxes is not None else "part" if part_boxes is not None else None,
+        names=true_name is not None,
+        evidence=evidence is not None,
+    )
+    figure = _grid([_captioned(tiles, caption)], 1, legend)
+    return torch.from_numpy(numpy.array(figure)).permute(2, 0, 1).contiguous()
+
+
 def save_png(path: str | Path, image: Tensor) -> None:
     """Write an image, uint8 [3, H, W], as a PNG file: complete or not at all, in a folder that is made if missing."""
     path = Path(path)
@@ -153,8 +236,17 @@ def _crop_tile(crop: Tensor, window_boxes: Tensor | None, height: int) -> Image.
     tile, scale = _scaled(crop, height)
     if window_boxes is None:
         return tile
+    _draw_numbered_boxes(tile, [_fit(_edges(box) * scale, tile) for box in window_boxes])
+    return tile
+
+
+def _edges(box: Tensor) -> Tensor:
+    """Inclusive pixels [4] -> continuous edges."""
+    return box.float().cpu() + torch.tensor([0, 0, 1, 1])
+
+
+def _draw_numbered_boxes(tile: Image.Image, corners: Sequence[tuple[int, int, int, int]]) -> None:
     draw = ImageDraw.Draw(tile)
-    corners = [_fit((box.float() + torch.tensor([0, 0, 1, 1])) * scale, tile) for box in window_boxes]
     # windows lie on a grid and share lines: no dark line may cross a coloured one, no large window cover a small one
     for left, top, right, bottom in corners:
         draw.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline=SHADOW)
@@ -164,7 +256,7 @@ def _crop_tile(crop: Tensor, window_boxes: Tensor | None, height: int) -> Image.
     # numbers last, so that no box crosses them
     taken: set[tuple[int, int]] = set()
     for number, (left, top, _, _) in enumerate(corners):
-        side = max(12, height // 16)
+        side = max(12, tile.height // 16)
         left, top = min(left, tile.width - side), min(top, tile.height - side)
         step = side if left < tile.width / 2 else -side  # windows with the same corner: one label beside the other
         while any(abs(left - x) < side and abs(top - y) < side for x, y in taken):
@@ -174,6 +266,40 @@ def _crop_tile(crop: Tensor, window_boxes: Tensor | None, height: int) -> Image.
         draw.rectangle(square, fill=WINDOWS[number % len(WINDOWS)], outline=SHADOW)
         centre = (left + side / 2, top + side / 2)
         draw.text(centre, str(number + 1), fill=SHADOW, font=_font(side - 4), anchor="mm")
+
+
+def _heated(picture: Image.Image, evidence: Tensor) -> Image.Image:
+    """The picture in grey, with the evidence [g, g] glowing over it; its highest value is the brightest."""
+    strength = (evidence / evidence.amax().clamp(min=torch.finfo(torch.float32).tiny)).float()
+    heat = Image.fromarray((strength * 255).round().to(torch.uint8).numpy())
+    heat = heat.resize(picture.size, Image.Resampling.BICUBIC)
+    # where two boxes end it jumps, which the eye would take for something in the picture
+    heat = numpy.asarray(heat.filter(ImageFilter.GaussianBlur(picture.height / 50)), dtype=numpy.float32) / 255
+    stops, colours = zip(*HEAT, strict=True)
+    glow = numpy.stack([numpy.interp(heat, stops, channel) for channel in zip(*colours, strict=True)], axis=-1)
+    grey = numpy.asarray(picture.convert("L"), dtype=numpy.float32)[..., None].repeat(3, axis=-1)
+    share = numpy.clip(heat * 1.5, 0, 0.75)[..., None]
+    return Image.fromarray((grey * (1 - share) + glow * share).round().clip(0, 255).astype(numpy.uint8))
+
+
+def _bars(names: Sequence[str], probabilities: Sequence[float], *, title: str, height: int) -> Image.Image:
+    """The names with their probabilities as bars, in a tile of a height."""
+    width, row = BARS_WIDTH, min(56, (height - 24) // max(len(names), 1))
+    tile = Image.new("RGB", (width, height), PAPER)
+    draw = ImageDraw.Draw(tile)
+    draw.text((8, 11), _shortened(title, _font(13), width - 16), fill=INK, font=_font(13), anchor="lm")
+    size = max(9, min(15, row // 2 - 2))
+    for number, (name, probability) in enumerate(zip(names, probabilities, strict=True)):
+        top = 24 + number * row
+        percent = f"{probability:.1%}"
+        room = width - 24 - _font(size).getlength(percent)
+        draw.text((8, top + row * 0.25), _shortened(name, _font(size), room), fill=INK, font=_font(size), anchor="lm")
+        draw.text((width - 8, top + row * 0.25), percent, fill=INK, font=_font(size), anchor="rm")
+        bar_top, bar_bottom = top + round(row * 0.52), top + round(row * 0.8)
+        draw.rectangle((8, bar_top, width - 8, bar_bottom), fill=TRACK)
+        length = round((width - 16) * min(max(probability, 0), 1))
+        if length:
+            draw.rectangle((8, bar_top, 8 + length, bar_bottom), fill=WINDOWS[1] if number else PREDICTED_BOX)
     return tile
 
 
@@ -245,13 +371,16 @@ def _captioned(tiles: Sequence[Image.Image], caption: Caption | None) -> Image.I
     return cell
 
 
-def _legend(*, predicted: bool, true: bool, mask: bool, windows: str | None, names: bool) -> Image.Image | None:
+def _legend(
+    *, predicted: bool, true: bool, mask: bool, windows: str | None, names: bool, evidence: bool = False
+) -> Image.Image | None:
     """A strip of samples with their meaning, for what the figure shows."""
     entries = [
         (predicted, "predicted object", lambda draw, box: _draw_box(draw, box, PREDICTED_BOX)),
         (true, "true box", lambda draw, box: _draw_dashed_box(draw, box, TRUE_BOX)),
         (mask, "left out by the mask", lambda draw, box: draw.rectangle(box, fill=(75, 75, 75), outline=MASK_OUTLINE)),
         (windows is not None, windows, _draw_numbered_sample),
+        (evidence, "speaks for the answer", lambda draw, box: draw.rectangle(box, fill=HEAT[2][1])),
         (names, "right", lambda draw, box: draw.rectangle(box, fill=RIGHT)),
         (names, "wrong", lambda draw, box: draw.rectangle(box, fill=WRONG)),
     ]

@@ -1,0 +1,179 @@
+"""Say what is on pictures: `python predict.py --checkpoint checkpoint/demo-sgkrl/best.pth PICTURE_OR_FOLDER...`.
+
+Names and probabilities go to standard output, picture by picture; one drawing per picture shows where the network
+looked: the object and its mask, the crop with its windows, what speaks for the answer, and the likeliest names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from tqdm import tqdm
+
+from config import Parser
+from datasets import DataError, Entry, Pictures, Sample, collate, load_picture
+from networks.evidence import forward_with_evidence
+from train import load_trained
+from utils.errors import exit_with_one_sentence
+from utils.interruption import leave_run_to_the_main_process
+from utils.metrics import inclusive_to_edges
+from utils.panels import image_panel
+from utils.pictures import save_png
+
+EVIDENCE_SIZE = 112  # points along a side; it is drawn smoothly
+
+
+def parse_arguments(arguments: Sequence[str] | None):
+    parser = Parser(description="Say what is on pictures, and draw where the network looked.", allow_abbrev=False)
+    parser.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE_OR_FOLDER", help="folders with all below")
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="best.pth or last.pth of a run")
+    parser.add_argument("--out", type=Path, default=Path("predictions"), metavar="DIR", help="drawings (%(default)s)")
+    parser.add_argument("--no_drawings", action="store_true", help="names only, several times as fast")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line instead of text")
+    parser.add_argument("--top", type=int, default=5, metavar="N", help="names per picture (%(default)s)")
+    parser.add_argument("--batch_size", type=int, default=8, metavar="N", help="pictures at a time (%(default)s)")
+    parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes that load them (%(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (%(default)s)")
+    options = parser.parse_args(arguments)
+    for name in ("top", "batch_size"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"{name} is {getattr(options, name)}; expected a whole number of at least 1")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse_arguments(arguments)
+    pictures = find_pictures(options.pictures, leave_out=options.out)
+    drawings = drawing_paths(pictures, options.out)
+
+    # Rebuild. Only the network is wanted: the data set's folder need not be possible on this machine.
+    machine = {"device": options.device, "workers": options.workers, "evaluation_batch_size": options.batch_size}
+    trained = load_trained(options.checkpoint, data_root=".", checkpoint_dir=".", **machine)
+    network, class_names = trained.network, trained.saved["class_names"]
+    loader = DataLoader(
+        ReadablePictures(pictures, image_size=trained.settings.image_size),
+        batch_size=options.batch_size,
+        num_workers=min(options.workers, len(pictures) // 2),
+        collate_fn=list,
+        worker_init_fn=leave_run_to_the_main_process,
+    )
+
+    # Predict, and say it as it comes.
+    bad = 0
+    bar = tqdm(total=len(pictures), unit=" pictures", desc="predict", disable=None, leave=False)
+    for samples in loader:
+        good = [sample for sample in samples if isinstance(sample, Sample)]
+        for reason in (sample for sample in samples if isinstance(sample, str)):
+            bad += 1
+            tqdm.write(f"skipped: {reason}", file=sys.stderr)
+        bar.update(len(samples))
+        if not good:
+            continue
+        images = trained.execution.images(collate(good).images)
+        passes = {"mask_background": trained.plan.mask_background, "branches": network.answer}
+        with trained.execution.autocast():
+            if options.no_drawings:
+                with torch.no_grad():
+                    output, evidence = network(images, **passes), None
+            else:
+                output, evidence = forward_with_evidence(network, images, size=EVIDENCE_SIZE, **passes)
+        probabilities = network.predict_logits(output).float().softmax(dim=1)
+        values, labels = (t.tolist() for t in probabilities.topk(min(options.top, len(class_names)), dim=1))
+        for index, sample in enumerate(good):
+            names = [class_names[label] for label in labels[index]]
+            drawing = None if options.no_drawings else drawings[Path(sample.path)]
+            picture, _ = load_picture(sample.path)  # again, for its own size and all its detail
+            if drawing is not None:
+                panel = image_panel(
+                    picture,
+                    output,
+                    index,
+                    names,
+                    values[index],
+                    input_size=network.input_size,
+                    title=drawing.stem,
+                    evidence=evidence[index],
+                )
+                save_png(drawing, panel)
+            tqdm.write(
+                as_json(sample.path, names, values[index], box_in(picture.size, output, index, network), drawing)
+                if options.json
+                else f"{sample.path}: {', '.join(f'{n} {v:.1%}' for n, v in zip(names, values[index], strict=True))}"
+            )
+            sys.stdout.flush()
+    bar.close()
+    if not options.no_drawings and bad < len(pictures):
+        print(f"drawings are in {options.out}", file=sys.stderr)
+    if bad:
+        print(f"error: {bad} of {len(pictures)} pictures could not be read and were skipped", file=sys.stderr)
+        sys.exit(1)
+
+
+def find_pictures(given: Sequence[Path], *, leave_out: Path) -> list[Path]:
+    """Return the pictures named, and those in the folders named and below them, each once, by name.
+
+    What is hidden and what lies in `leave_out`, where earlier drawings may be, is left out of folders. Raises DataError
+    where something named is not there and where nothing is found.
+    """
+    found: list[Path] = []
+    for path in given:
+        if path.is_dir():
+            below = (p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and p.is_file())
+            hidden = (p for p in below if not any(part.startswith(".") for part in p.relative_to(path).parts))
+            found += sorted(p for p in hidden if not p.resolve().is_relative_to(leave_out.resolve()))
+        elif path.exists():
+            found.append(path)
+        else:
+            raise DataError(f"there is no picture or folder {path}: give the path of one")
+    if not found:
+        raise DataError(f"no picture in {', '.join(map(str, given))}: expected files such as *.jpg or *.png there")
+    return list(dict.fromkeys(found))
+
+
+def drawing_paths(pictures: Sequence[Path], out: Path) -> dict[Path, Path]:
+    """Return where to draw each picture: below `out` as the pictures lie below the folder that they share."""
+    absolute = [Path.cwd() / picture for picture in pictures]  # links are not followed: their names tell them apart
+    shared = os.path.commonpath([os.path.normpath(path.parent) for path in absolute])
+    return {p: out / f"{os.path.relpath(a, shared)}.png" for p, a in zip(pictures, absolute, strict=True)}
+
+
+class ReadablePictures(Dataset):
+    """Samples of picture files; of one that cannot be read, the sentence that says why."""
+
+    def __init__(self, paths: Sequence[Path], *, image_size: int) -> None:
+        self.pictures = Pictures([Entry(path, label=0) for path in paths], image_size=image_size)
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> Sample | str:
+        try:
+            return self.pictures[index]
+        except DataError as error:
+            return str(error)
+
+
+def box_in(size: tuple[int, int], output, index: int, network) -> list[float] | None:
+    """Return the object's edges in pixels of the upright picture of `size`, None for systems without boxes."""
+    if output.object_boxes is None:
+        return None
+    edges = inclusive_to_edges(output.object_boxes[index]).tolist()
+    return [round(edge * size[axis % 2] / network.input_size, 1) for axis, edge in enumerate(edges)]
+
+
+def as_json(path: str, names: Sequence[str], values: Sequence[float], box: object, drawing: Path | None) -> str:
+    predictions = [{"name": name, "probability": value} for name, value in zip(names, values, strict=True)]
+    line = {"picture": path, "predictions": predictions, "object_box": box, "drawing": drawing and str(drawing)}
+    return json.dumps(line, ensure_ascii=False)
+
+
+if __name__ == "__main__":
+    with exit_with_one_sentence():
+        main()

@@ -1,0 +1,237 @@
+"""predict.py from its command line: names, probabilities, drawings, and what it says of pictures it cannot read."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+
+import predict
+import train
+from datasets import DataError, Entry, Pictures
+from networks import MODELS
+from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from utils.errors import exit_with_one_sentence
+from utils.panels import image_panel
+
+PROJECT = Path(predict.__file__).resolve().parent
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tiny_run, tmp_path_factory) -> Path:
+    """An untrained checkpoint of every model, whose settings name a folder that cannot be on this machine."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    torch.manual_seed(0)
+    for model in MODELS:
+        settings = train.parse_settings(tiny_run(folder, model=model))
+        network = train.network_of(settings, 3, pretrained=False)
+        values = train.dataclasses.asdict(settings) | {"data_root": "~nobody_of_that_name/birds"}
+        content = {"settings": values, "class_names": ["blue", "green", "red <b>"], "selected_on": "nothing"}
+        save_checkpoint(folder / f"{model}.pth", content | {"epoch": 1, "network": network.state_dict()})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """Pictures of all sizes and modes in two folders, two of one name, two that are none, and some hidden."""
+    root = tmp_path_factory.mktemp("album")
+    (root / "one").mkdir()
+    (root / "two" / "deeper").mkdir(parents=True)
+    (root / ".hidden").mkdir()
+    pixels = numpy.random.default_rng(4).integers(0, 256, (60, 90, 3)).astype("uint8")
+    picture = Image.fromarray(pixels)
+    picture.save(root / "one" / "same name.png")
+    picture.transpose(Image.Transpose.ROTATE_90).convert("L").save(root / "two" / "same name.png")
+    picture.convert("P").save(root / "two" / "deeper" / "palette.bmp")
+    picture.convert("CMYK").resize((300, 9)).save(root / "two" / "flat.jpg")
+    picture.convert("LA").resize((1, 1)).save(root / "two" / "point.png")
+    picture.save(root / ".hidden" / "hidden.png")
+    (root / "two" / "text.jpg").write_text("no picture")
+    (root / "one" / "cut.jpg").write_bytes(b"\xff\xd8\xff")
+    (root / "one" / "notes.txt").write_text("no picture, and none by its name")
+    return root
+
+
+READABLE = ["one/same name.png", "two/deeper/palette.bmp", "two/flat.jpg", "two/point.png", "two/same name.png"]
+
+
+def run(checkpoint: Path, *words: object) -> list[str]:
+    return ["--checkpoint", str(checkpoint), "--device", "cpu", "--workers", "0", *map(str, words)]
+
+
+def test_a_folder_streams_json_and_skips_what_is_no_picture(checkpoints, pictures, tmp_path, capsys):
+    out = tmp_path / "drawings"
+    with pytest.raises(SystemExit) as stopped:
+        predict.main(run(checkpoints / "sgkrl.pth", pictures, "--json", "--out", out, "--top", 9, "--batch_size", 2))
+    assert stopped.value.code == 1
+    shown = capsys.readouterr()
+    lines = [json.loads(line) for line in shown.out.splitlines()]
+    assert [line["picture"] for line in lines] == [str(pictures / name) for name in READABLE]
+    for line in lines:
+        assert sorted(p["name"] for p in line["predictions"]) == ["blue", "green", "red <b>"]
+        probabilities = [p["probability"] for p in line["predictions"]]
+        assert probabilities == sorted(probabilities, reverse=True)
+        assert sum(probabilities) == pytest.approx(1, abs=1e-5)
+        with Image.open(line["drawing"]) as drawing:
+            assert drawing.format == "PNG"
+    drawn = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert drawn == {f"{name}.png" for name in READABLE}
+    for name in ("text.jpg", "cut.jpg"):
+        assert name in shown.err
+    assert "2 of 7 pictures" in shown.err.splitlines()[-1]
+    assert "Traceback" not in shown.err
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_predictions_equal_the_network_on_the_data_sets_own_pictures(model, checkpoints, pictures, tmp_path, capsys):
+    predict.main(run(checkpoints / f"{model}.pth", pictures / "one" / "same name.png", "--json", "--out", tmp_path))
+    (line,) = map(json.loads, capsys.readouterr().out.splitlines())
+    trained = train.load_trained(checkpoints / f"{model}.pth", data_root=".")
+    sample = Pictures([Entry(pictures / "one" / "same name.png", 0)], image_size=96)[0]
+    images = trained.execution.images(train.collate([sample]).images)
+    with torch.no_grad():
+        output = trained.network(images)
+        expected = trained.network.predict_logits(output).softmax(dim=1)[0]
+    names = ["blue", "green", "red <b>"]
+    for prediction in line["predictions"]:
+        assert prediction["probability"] == pytest.approx(expected[names.index(prediction["name"])].item(), abs=1e-5)
+    if output.object_boxes is None:
+        assert line["object_box"] is None
+    else:  # the picture is 90 x 60 pixels
+        x0, y0, x1, y1 = output.object_boxes[0].tolist()
+        edges = [x0 * 90 / 96, y0 * 60 / 96, (x1 + 1) * 90 / 96, (y1 + 1) * 60 / 96]
+        assert line["object_box"] == pytest.approx(edges, abs=0.06)
+
+
+def test_a_prediction_does_not_depend_on_its_batch_nor_on_drawing(checkpoints, pictures, tmp_path, capsys):
+    probabilities = []
+    for words in (["--batch_size", 5], ["--batch_size", 1, "--no_drawings"]):
+        names = [pictures / name for name in READABLE]
+        predict.main(run(checkpoints / "sgkrl.pth", *names, "--json", "--out", tmp_path / "out", *words))
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        probabilities.append(
+            torch.tensor([[p["probability"] for p in sorted(x["predictions"], key=str)] for x in lines]).sort().values
+        )
+    assert torch.allclose(*probabilities, atol=1e-4)
+    assert all(line["drawing"] is None for line in lines)
+    assert len(list((tmp_path / "out").rglob("*.png"))) == len(READABLE)
+
+
+def test_text_names_the_likeliest_first(checkpoints, pictures, tmp_path, capsys):
+    path = pictures / "two" / "flat.jpg"
+    predict.main(run(checkpoints / "resnet.pth", path, "--out", tmp_path, "--top", 2))
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{path}: ")
+    shares = [float(part.rpartition(" ")[2].rstrip("%")) for part in line.removeprefix(f"{path}: ").split(", ")]
+    assert len(shares) == 2
+    assert shares[0] >= shares[1]
+
+
+def test_drawings_in_a_folder_of_pictures_are_no_pictures_the_next_time(checkpoints, pictures, tmp_path, capsys):
+    folder = tmp_path / "album"
+    folder.mkdir()
+    Image.new("RGB", (30, 20), "red").save(folder / "red.png")
+    for _ in range(2):
+        predict.main(run(checkpoints / "resnet.pth", folder, "--out", folder / "out"))
+        assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_drawings_have_names_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pictures = [Path("a/x.jpg"), Path("b/x.jpg"), Path("a/x.png"), tmp_path / "c" / ".." / "a" / "sub" / "x.jpg"]
+    drawings = predict.drawing_paths(pictures, Path("out"))
+    assert len({os.path.normpath(path) for path in drawings.values()}) == 4
+    assert drawings[Path("a/x.jpg")] == Path("out/a/x.jpg.png")
+    assert all(os.path.normpath(path).startswith(f"out{os.sep}") for path in drawings.values())
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["absent.jpg"], "no picture or folder absent.jpg"),
+        (["EMPTY"], "expected files such as"),
+        (["PICTURE", "--top", "0"], "top is 0"),
+        (["PICTURE", "--batch_size", "-1"], "batch_size is -1"),
+        (["PICTURE", "--workers", "-1"], "workers is -1"),
+        (["PICTURE", "--device", "tpu"], "device is 'tpu'"),
+        (["PICTURE", "--top", "many"], "many"),
+        (["PICTURE", "--speed"], "--speed"),
+        ([], "PICTURE_OR_FOLDER"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_sentence(checkpoints, pictures, tmp_path, capsys, words, sentence):
+    places = {"EMPTY": tmp_path, "PICTURE": pictures / READABLE[0]}
+    words = [places.get(word, word) for word in words]
+    with pytest.raises(SystemExit) as stopped, exit_with_one_sentence():
+        predict.main(run(checkpoints / "resnet.pth", "--out", tmp_path / "out", *words))
+    shown = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert sentence in shown.err
+    assert len(shown.err.splitlines()) == 1
+    assert not shown.out
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(pictures, tmp_path):
+    with pytest.raises(CheckpointError, match=r"no checkpoint .*absent\.pth"):
+        predict.main(run(tmp_path / "absent.pth", pictures))
+    with pytest.raises(DataError, match="absent"):
+        predict.main(run(tmp_path / "absent.pth", tmp_path / "absent"))
+
+
+def test_nothing_but_json_is_on_standard_output(checkpoints, pictures, tmp_path):
+    """As a program that reads it sees it, with loader processes; and no bar where there is no terminal."""
+    command = [sys.executable, str(PROJECT / "predict.py"), "--checkpoint", str(checkpoints / "mmal.pth"), "--json"]
+    ended = subprocess.run(
+        [*command, "--workers", "2", "--out", "out", str(pictures)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=120,
+    )
+    assert ended.returncode == 1
+    assert len([json.loads(line) for line in ended.stdout.splitlines()]) == len(READABLE)
+    assert "\r" not in ended.stderr
+    assert "%|" not in ended.stderr
+    assert len(ended.stderr.splitlines()) == 4  # two skipped, where the drawings are, how many were skipped
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("size", [(90, 60), (4, 400), (400, 4)], ids=str)
+def test_drawings_show_what_there_is(model, size, checkpoints):
+    trained = train.load_trained(checkpoints / f"{model}.pth", data_root=".")
+    images = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(1))
+    output, evidence = predict.forward_with_evidence(trained.network, images, size=16)
+    panel = image_panel(
+        Image.new("RGB", size, (90, 120, 30)),
+        output,
+        1,
+        ["a", "b" * 200],
+        [0.75, 0.25],
+        input_size=96,
+        evidence=evidence[1],
+        height=160,
+    )
+    assert panel.dtype == torch.uint8
+    assert panel.shape[0] == 3
+    tile = round(160 * min(max(size[0] / size[1], 0.5), 2))
+    tiles = 2 if output.object_boxes is None else 3  # picture, crop, evidence
+    assert panel.shape[2] == max(12 + tiles * (tile + 4) + 300 + 12, panel.shape[2] if tile < 160 else 0)
+
+
+def test_checkpoints_are_planned_for_the_epoch_they_were_saved_in(checkpoints, tmp_path):
+    content = load_checkpoint(checkpoints / "sgkrl.pth")
+    content["settings"]["mask_from_epoch"] = 3
+    for epoch, progress, masked in ((2, None, False), (3, None, True), (2, {"epoch": 3}, True)):
+        save_checkpoint(tmp_path / "last.pth", content | {"epoch": epoch, "progress": progress})
+        trained = train.load_trained(tmp_path / "last.pth", data_root=".")
+        assert trained.plan.mask_background is masked
+        assert not trained.network.training
