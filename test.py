@@ -1,7 +1,11 @@
 """Evaluate a checkpoint on its data set's test images: `python test.py checkpoint/demo-sgkrl/best.pth`.
 
 Model and data are rebuilt from the settings saved in the checkpoint, not from config.py. The figures are printed and
-written to report.json beside it.
+written beside it: report.html to look at, report.json and predictions.csv to compute with (report-last.html and so on
+for last.pth).
+
+    python test.py --compare checkpoint/A checkpoint/B ...                      # evaluated runs in one table
+    python test.py published.pth --model mmal --dataset cub --data_root DIR     # a checkpoint of the published code
 """
 
 from __future__ import annotations
@@ -13,57 +17,79 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import torch
+from torch import nn
 
-from config import Settings, SettingsError, complete
-from datasets import Catalogue
+from config import Parser, Settings, SettingsError, complete, parse_settings
+from datasets import Catalogue, draw_demo_picture, load_picture
+from networks.evidence import forward_with_evidence
 from networks.losses import loss_terms
-from train import catalogue_of, choose_split, draw_panel, evaluation_loader, load_trained
-from utils.checkpoint import CheckpointError
+from train import (
+    Trained,
+    catalogue_of,
+    choose_split,
+    collate,
+    draw_panel,
+    evaluation_loader,
+    load_trained,
+    trained_network,
+)
+from utils.checkpoint import CheckpointError, load_checkpoint, load_published
+from utils.compare import compare
 from utils.early_exit import ExitCollector, choose_threshold, curve_text
 from utils.engine import evaluate
 from utils.errors import exit_with_one_sentence
 from utils.files import write_text
-from utils.metrics import confusion_matrix, mean_per_class_accuracy, topk_correct, wilson_interval, worst_confusions
+from utils.metrics import confusion_matrix
+from utils.panels import image_panel
 from utils.pictures import save_png
+from utils.report import Mistake, write_report
+from utils.results import ResultCollector
+
+PUBLISHED_MODELS = ("mmal", "sgkrl")
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Evaluate a checkpoint on the test images of its data set.")
-    parser.add_argument("checkpoint", type=Path, help="best.pth or last.pth of a run")
-    parser.add_argument("--data_root", help="where the data set lies on this machine (default: as in training)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: as in training)")
-    parser.add_argument("--precision", choices=("auto", "float32", "bf16"), help="(default: as in training)")
-    parser.add_argument("--evaluation_batch_size", type=int, help="images at a time (default: as in training)")
-    parser.add_argument("--workers", type=int, help="processes that load pictures (default: as in training)")
-    parser.add_argument("--exit_threshold", type=float, help="sgkrl: surer images skip the windows (default: 1, none)")
-    parser.add_argument(
-        "--exit_curve",
-        action="store_true",
-        help="sgkrl: accuracy against compute on the validation images, and the threshold that loses nothing there",
+def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """Return the options, and what else was given: settings for a published checkpoint."""
+    parser = Parser(
+        description="Evaluate a checkpoint on the test images of its data set, or compare runs that were evaluated.",
+        epilog="With a checkpoint of the published MMAL-Net or SG-KRL code, any setting of train.py may follow.",
+        usage="test.py CHECKPOINT [--option value ...] | test.py --compare RUN RUN ...",
+        allow_abbrev=False,
     )
-    parser.add_argument(
-        "--branches", nargs="+", help="what to report beside the answer (default: all that matter to it)"
+    parser.add_argument("checkpoint", type=Path, nargs="?", help="best.pth or last.pth of a run, or a published file")
+    parser.add_argument("--branches", nargs="+", help="report these beside the answer (default: all that matter to it)")
+    parser.add_argument("--embeddings", action="store_true", help="write TensorBoard's projector of the test images")
+    early = parser.add_argument_group("early exit (sgkrl)")
+    early.add_argument("--exit_threshold", type=float, metavar="P", help="surer images skip the windows (1: none does)")
+    early.add_argument("--exit_curve", action="store_true", help="find the threshold that loses nothing on validation")
+    comparison = parser.add_argument_group("compare")
+    comparison.add_argument("--compare", type=Path, nargs="+", metavar="RUN", help="folders of runs, or report files")
+    comparison.add_argument(
+        "--format", choices=("text", "csv", "markdown"), default="text", help="how to print the table (%(default)s)"
     )
-    return parser.parse_args(arguments)
+    machine = parser.add_argument_group("machine (default: as in training)")
+    machine.add_argument("--data_root", metavar="DIR", help="where the data set lies on this machine")
+    machine.add_argument("--device", help="cpu, cuda, cuda:1 ...")
+    machine.add_argument("--precision", choices=("auto", "float32", "bf16"))
+    machine.add_argument("--evaluation_batch_size", type=int, metavar="N", help="images at a time")
+    machine.add_argument("--workers", type=int, metavar="N", help="processes that load pictures")
+    options, more = parser.parse_known_args(arguments)
+    if (options.checkpoint is None) == (options.compare is None):
+        parser.error("give one checkpoint, or --compare and the folders of runs")
+    if more and options.compare:
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    return options, more
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parse_arguments(arguments)
+    options, more = parse_arguments(arguments)
+    if options.compare:
+        print(compare(options.compare, options.format))
+        return
 
     # Rebuild: network, settings, data.
-    overrides = {
-        name: value
-        for name, value in vars(options).items()
-        if value is not None and name in Settings.__dataclass_fields__
-    }
-    network, settings, saved, plan, execution = load_trained(options.checkpoint, **overrides)
-    catalogue, _ = catalogue_of(settings)
-    if list(catalogue.class_names) != saved["class_names"]:
-        raise CheckpointError(
-            f"{options.checkpoint} knows {len(saved['class_names'])} classes and the data in {settings.data_root} "
-            f"has {len(catalogue.class_names)} or others: give the --data_root it was trained on"
-        )
+    trained, catalogue = rebuild(options, more)
+    network, settings, saved, plan, execution = trained
 
     # Evaluate.
     shared = {
@@ -75,12 +101,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings = dataclasses.replace(settings, exit_threshold=calibrated_exit(network, settings, catalogue, shared))
     if settings.exit_threshold < 1:
         network.exit_threshold = settings.exit_threshold
-    ranks = RankCollector()
+    results = ResultCollector(network.input_size)
     figures = evaluate(
         network,
         evaluation_loader(settings, catalogue.test),
         branches=options.branches,
-        on_batch=ranks,
+        on_batch=results,
         description="test",
         **shared,
     )
@@ -91,21 +117,78 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "epoch": saved["epoch"],
         "selected_on": saved["selected_on"],
         "answer": f"mean probability of {', '.join(network.answer)}" if len(network.answer) > 1 else network.answer[0],
-        **ranks.report(saved["class_names"]),
+        **results.report(saved["class_names"]),
         "boxes": {name.removeprefix("box_iou/"): v for name, v in figures.items() if name.startswith("box_iou/")}
         or None,
         "images_per_second": figures["images_per_second"],
         "settings": dataclasses.asdict(settings),
     }
     print(as_text(report), flush=True)
-    folder = options.checkpoint.parent
-    write_text(folder / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    folder, stem = options.checkpoint.parent, options.checkpoint.stem
+    ending = "" if stem == "best" else f"-{stem}"
+    write_text(folder / f"report{ending}.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    results.write(folder / f"predictions{ending}.csv", saved["class_names"])
+    values = results.values()
+    write_report(
+        folder / f"report{ending}.html",
+        report,
+        class_names=saved["class_names"],
+        matrix=confusion_matrix(values["prediction"], values["label"], len(saved["class_names"])),
+        overlaps=values.get("box_iou"),
+        mistakes=draw_mistakes(trained, catalogue, results.surest_mistakes()),
+    )
     panel = draw_panel(network, catalogue.test, settings, catalogue.class_names, execution, plan)
-    save_png(folder / "pictures" / "test.png", panel)
-    print(f"written to {folder / 'report.json'} and {folder / 'pictures' / 'test.png'}")
+    save_png(folder / "pictures" / f"test{ending}.png", panel)
+    names = (f"report{ending}.html", f"report{ending}.json", f"predictions{ending}.csv", f"pictures/test{ending}.png")
+    print(f"written to {folder}: {', '.join(names)}")
 
 
-def calibrated_exit(network: torch.nn.Module, settings: Settings, catalogue: Catalogue, shared: dict) -> float:
+def rebuild(options: argparse.Namespace, more: Sequence[str]) -> tuple[Trained, Catalogue]:
+    """Return the checkpoint's network and its data set."""
+    overrides = {n: v for n, v in vars(options).items() if v is not None and n in Settings.__dataclass_fields__}
+    content = load_checkpoint(options.checkpoint)
+    if "settings" not in content:
+        if not any(word.partition("=")[0] == "--model" for word in more):
+            raise CheckpointError(
+                f"{options.checkpoint} was not written by train.py: it lacks settings; a checkpoint of the published "
+                f"code needs --model ({' or '.join(PUBLISHED_MODELS)}), --dataset and --data_root"
+            )
+        return rebuild_published(options.checkpoint, content, overrides, more)
+    if more:
+        raise CheckpointError(
+            f"unrecognized arguments: {' '.join(more)} (settings of training are read from {options.checkpoint}; only "
+            "for a published checkpoint they are given, --model among them)"
+        )
+    trained = load_trained(options.checkpoint, **overrides)
+    catalogue, _ = catalogue_of(trained.settings)
+    if list(catalogue.class_names) != trained.saved["class_names"]:
+        raise CheckpointError(
+            f"{options.checkpoint} knows {len(trained.saved['class_names'])} classes and the data in "
+            f"{trained.settings.data_root} has {len(catalogue.class_names)} or others: give the --data_root it was "
+            "trained on"
+        )
+    return trained, catalogue
+
+
+def rebuild_published(path: Path, content: dict, overrides: dict, more: Sequence[str]) -> tuple[Trained, Catalogue]:
+    """Return the network of a published checkpoint, which says little about itself, and the data set asked for."""
+    words = [word for name, value in overrides.items() for word in (f"--{name}", str(value))]
+    settings = parse_settings(["--wiring", "published", *words, *more])
+    if settings.model not in PUBLISHED_MODELS:
+        raise CheckpointError(
+            f"model is {settings.model}; published checkpoints are of {' or '.join(PUBLISHED_MODELS)}"
+        )
+    catalogue, _ = catalogue_of(settings)
+    epoch = content.get("epoch")
+    saved = {
+        "class_names": list(catalogue.class_names),
+        "epoch": epoch if isinstance(epoch, int) else settings.epochs,  # it decides on the mask
+        "selected_on": "what its authors chose",
+    }
+    return trained_network(settings, saved, partial(load_published, path=path)), catalogue
+
+
+def calibrated_exit(network: nn.Module, settings: Settings, catalogue: Catalogue, shared: dict) -> float:
     """Print accuracy against compute on the run's validation images; return the threshold that loses nothing there."""
     complete(dataclasses.replace(settings, exit_threshold=0.0))  # refuses systems that cannot exit
     if settings.select_on == "test":
@@ -121,43 +204,43 @@ def calibrated_exit(network: torch.nn.Module, settings: Settings, catalogue: Cat
     return chosen.threshold
 
 
-class RankCollector:
-    """Collects, batch by batch, what each branch predicted."""
-
-    def __init__(self) -> None:
-        self.correct: dict[str, list[torch.Tensor]] = {}  # branch -> [B, 2] bool: among the first one, the first five
-        self.predictions: list[torch.Tensor] = []
-        self.labels: list[torch.Tensor] = []
-
-    def __call__(self, batch, output, answer: torch.Tensor) -> None:
-        labels = batch.labels.to(answer.device)
-        for name, logits in {"answer": answer, **output.logits}.items():
-            logits = logits.mean(dim=1) if logits.ndim == 3 else logits
-            hits = torch.stack([topk_correct(logits, labels, 1), topk_correct(logits, labels, 5)], dim=1)
-            self.correct.setdefault(name, []).append(hits)
-        self.predictions.append(answer.argmax(dim=1))
-        self.labels.append(labels)
-
-    def report(self, class_names: Sequence[str]) -> dict:
-        """Return accuracies with 95 % intervals, and the confusions of the answer."""
-        predictions, labels = torch.cat(self.predictions).cpu(), torch.cat(self.labels).cpu()
-        matrix = confusion_matrix(predictions, labels, len(class_names))
-        branches = {}
-        for name, batches in self.correct.items():
-            hits = torch.cat(batches)
-            top1, top5 = hits.sum(dim=0).tolist()
-            branches[name] = {
-                "top1": top1 / len(hits),
-                "top1_interval_95": wilson_interval(top1, len(hits)),
-                "top5": top5 / len(hits),
-                "top5_interval_95": wilson_interval(top5, len(hits)),
-            }
-        return {
-            "images": len(labels),
-            "branches": branches,
-            "mean_per_class_accuracy": mean_per_class_accuracy(matrix),
-            "worst_confusions": worst_confusions(matrix, class_names),
-        }
+def draw_mistakes(trained: Trained, catalogue: Catalogue, positions: Sequence[int]) -> list[Mistake]:
+    """Run the network once more on a few test images and draw what it found in each."""
+    network, settings, saved, plan, execution = trained
+    names, mistakes = saved["class_names"], []
+    for start in range(0, len(positions), settings.evaluation_batch_size):
+        entries = [catalogue.test[p] for p in positions[start : start + settings.evaluation_batch_size]]
+        batch = collate(list(evaluation_loader(settings, entries).dataset))
+        with execution.autocast():
+            output, evidence = forward_with_evidence(
+                network,
+                execution.images(batch.images),
+                size=112,
+                mask_background=plan.mask_background,
+                branches=network.evaluated,
+            )
+        probabilities = network.predict_logits(output).float().softmax(dim=1)
+        top, labels = (t.tolist() for t in probabilities.topk(min(4, len(names)), dim=1))
+        for index, entry in enumerate(entries):
+            drawn = isinstance(entry.source, int)
+            picture = draw_demo_picture(entry.source) if drawn else load_picture(entry.source)[0]
+            box = None
+            if batch.boxes is not None:
+                box = batch.boxes[index] * (network.input_size / batch.images.shape[-1])
+            drawing = image_panel(
+                picture,
+                output,
+                index,
+                [names[label] for label in labels[index]],
+                top[index],
+                input_size=network.input_size,
+                evidence=evidence[index],
+                true_box=box,
+                height=200,
+            )
+            predicted = names[labels[index][0]]
+            mistakes.append(Mistake(drawing, batch.paths[index], names[entry.label], predicted, top[index][0]))
+    return mistakes
 
 
 def as_text(report: dict) -> str:
@@ -171,6 +254,7 @@ def as_text(report: dict) -> str:
         low, high = values["top1_interval_95"]
         lines.append(f"{name:<10}{values['top1']:>8.1%}   {low:.1%} to {high:.1%}  {values['top5']:>8.1%}")
     lines += ["", f"mean per-class accuracy of the answer: {report['mean_per_class_accuracy']:.1%}"]
+    lines.append(f"expected calibration error of the answer: {report['calibration']['expected_error']:.1%}")
     if report["boxes"]:
         boxes = report["boxes"]
         lines.append(f"object boxes: IoU >= 0.5 for {boxes['share_at_0.5']:.1%}, mean IoU {boxes['mean']:.3f}")

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -446,10 +446,15 @@ def load_trained(path: Path, **overrides: object) -> Trained:
     if unknown:
         raise CheckpointError(f"{path} has settings that this version does not know: {', '.join(sorted(unknown))}")
     settings = complete(Settings(**saved["settings"] | overrides))
+    return trained_network(settings, saved, lambda network: network.load_state_dict(saved["network"]))
+
+
+def trained_network(settings: Settings, saved: dict[str, object], load: Callable[[torch.nn.Module], object]) -> Trained:
+    """Build the network of `settings`, fill it with `load`, and make it ready to evaluate."""
     device = choose_device(settings.device)
     execution = Execution(device, resolve_precision(settings.precision, device), settings.channels_last)
     network = network_of(settings, len(saved["class_names"]), pretrained=False)
-    network.load_state_dict(saved["network"])
+    load(network)
     if settings.channels_last:
         network = network.to(memory_format=torch.channels_last)
     network = fold_batch_norm(network.to(device))

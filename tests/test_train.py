@@ -290,7 +290,7 @@ def test_every_system_logs_and_reports_its_terms_and_branches(other_system, tmp_
 
     copy = Path(shutil.copytree(folder, tmp_path / folder.name))
     evaluation_script.main([str(copy / "last.pth")])
-    report = json.loads((copy / "report.json").read_text(encoding="utf-8"))
+    report = json.loads((copy / "report-last.json").read_text(encoding="utf-8"))
     assert report["branches"].keys() == {*branches, "answer"}
     answer = {"mmal": "object", "flrdf": "mean probability of raw, object", "scrim": "concat"}
     assert report["answer"] == answer[model]
@@ -325,7 +325,7 @@ def test_branches_to_report_may_be_chosen(other_system, tmp_path, evaluation_scr
         "scrim": ("raw", {"raw", "concat"}),
     }[model]
     evaluation_script.main([str(copy / "last.pth"), "--branches", asked])
-    report = json.loads((copy / "report.json").read_text(encoding="utf-8"))
+    report = json.loads((copy / "report-last.json").read_text(encoding="utf-8"))
     assert report["branches"].keys() == {"answer", *reported}
     with pytest.raises(ValueError, match="crown"):
         evaluation_script.main([str(copy / "last.pth"), "--branches", "crown"])
@@ -572,8 +572,8 @@ def test_report_equals_an_independent_evaluation(finished, picture_tree, tmp_pat
     )  # its epoch masks the background, which test.py has to do as well
     evaluation_script.main([str(folder / "last.pth")])
     printed = capsys.readouterr().out
-    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    assert (folder / "pictures" / "test.png").is_file()
+    report = json.loads((folder / "report-last.json").read_text(encoding="utf-8"))
+    assert (folder / "pictures" / "test-last.png").is_file()
 
     saved = load_checkpoint(folder / "last.pth")
     network = rebuilt(saved)

@@ -199,3 +199,35 @@ def mean_per_class_accuracy(matrix: Tensor) -> float:
     if not present.any():
         return 0.0
     return (matrix.diagonal()[present].double() / images_per_class[present]).mean().item()
+
+
+def calibration(probabilities: Tensor, correct: Tensor, bins: int = 15) -> dict[str, object]:
+    """How far the probabilities [B] of answers can be taken at their word: by `correct` [B] bool.
+
+    Answers are sorted into equally wide bins of their probability. Naeini, Cooper & Hauskrecht, "Obtaining well
+    calibrated probabilities using Bayesian binning", AAAI 2015; Guo et al., "On calibration of modern neural networks",
+    ICML 2017.
+
+    Returns:
+        `expected_error`: mean distance of accuracy and probability over the bins, weighted by their answers; `bins`:
+        dicts of `low`, `high`, `count`, `probability` and `accuracy` (means, None in an empty bin).
+    """
+    probabilities, correct = probabilities.double(), correct.double()
+    index = (probabilities * bins).long().clamp(0, bins - 1)
+    counts = index.bincount(minlength=bins)
+    sums = [index.bincount(values, minlength=bins) for values in (probabilities, correct)]
+    gap = (sums[0] - sums[1]).abs().sum() / max(len(probabilities), 1)
+    means = [(sum_of_bin / counts.clamp(min=1)).tolist() for sum_of_bin in sums]
+    return {
+        "expected_error": gap.item(),
+        "bins": [
+            {
+                "low": number / bins,
+                "high": (number + 1) / bins,
+                "count": count,
+                "probability": means[0][number] if count else None,
+                "accuracy": means[1][number] if count else None,
+            }
+            for number, count in enumerate(counts.tolist())
+        ],
+    }

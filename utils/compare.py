@@ -1,0 +1,158 @@
+"""Runs side by side, from the reports that test.py wrote: what differs in their settings and in their figures."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy
+
+from utils.results import read_predictions
+
+# They say where and how fast a run was computed, not what it is.
+UNIMPORTANT = frozenset(
+    {
+        *("checkpoint_dir", "data_root", "device", "data_parallel", "workers", "evaluation_batch_size", "fresh"),
+        *("pictures_every", "save_every_steps", "keep_checkpoints", "skip_nonfinite", "name"),
+    }
+)
+RESAMPLES = 10_000
+
+
+class ComparisonError(ValueError):
+    """Runs that cannot be compared, said in one sentence."""
+
+
+class EvaluatedRun(NamedTuple):
+    name: str
+    report: Mapping
+    correct: dict[str, bool] | None  # picture -> whether the answer was right; None where predictions.csv is missing
+
+
+class PairedDifference(NamedTuple):
+    """How much more often the second of two runs is right on the same images; shares in 0 .. 1."""
+
+    images: int
+    difference: float
+    low: float  # 95 % interval
+    high: float
+    only_first: int  # images that only the first run answers rightly
+    only_second: int
+
+
+def compare(places: Sequence[Path], form: str = "text") -> str:
+    """Return the table of runs as "text", "csv" or "markdown"; text ends with paired comparisons of all pairs.
+
+    `places` are folders of runs (their report.json) or report files. Raises ComparisonError where one is missing.
+    """
+    runs = [_read_run(place) for place in places]
+    if len(runs) < 2:
+        raise ComparisonError(f"one run came, {places[0]}; expected at least two to compare")
+    header, rows = _table(runs)
+    if form == "csv":
+        text = io.StringIO(newline="")
+        csv.writer(text, lineterminator="\n").writerows([header, *rows])
+        return text.getvalue().rstrip("\n")
+    pairs = [_sentence(one, other) for one, other in itertools.combinations(runs, 2)]
+    if form == "markdown":
+        lines = [header, ["---"] * len(header), *rows]
+        cells = ("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        return "\n".join([*cells, "", *(f"- {pair}" for pair in pairs)])
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in [header, *rows])
+    return "\n".join([*lines, "", *pairs])
+
+
+def paired_bootstrap(first: Sequence[bool], second: Sequence[bool], *, seed: int = 0) -> PairedDifference:
+    """Compare two runs on the same images, in the same order: images are drawn again and again, with both answers.
+
+    Efron & Tibshirani, "An Introduction to the Bootstrap", 1993. Pairing leaves out how hard the images are, so the
+    interval is much narrower than the runs' own. It says nothing of other seeds.
+    """
+    first, second = numpy.asarray(first, dtype=bool), numpy.asarray(second, dtype=bool)
+    only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
+    images = len(first)
+    # only the counts of the three kinds of images matter: a resample is a multinomial draw
+    shares = numpy.array([only_first, only_second, images - only_first - only_second]) / images
+    drawn = numpy.random.default_rng(seed).multinomial(images, shares, size=RESAMPLES)
+    differences = (drawn[:, 1] - drawn[:, 0]) / images
+    low, high = numpy.quantile(differences, (0.025, 0.975)).tolist()
+    return PairedDifference(images, (only_second - only_first) / images, low, high, only_first, only_second)
+
+
+def _read_run(place: Path) -> EvaluatedRun:
+    path = place / "report.json" if place.is_dir() else place
+    if path.suffix == ".pth":
+        ending = "" if path.stem == "best" else f"-{path.stem}"
+        path = path.with_name(f"report{ending}.json")
+    if not path.is_file():
+        checkpoint = path.with_name(f"{path.stem.removeprefix('report').removeprefix('-') or 'best'}.pth")
+        raise ComparisonError(f"there is no report {path}: write it with python test.py {checkpoint}")
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        report["branches"]["answer"]["top1"], report["settings"]["model"]  # noqa: B018
+    except (ValueError, KeyError, TypeError):
+        raise ComparisonError(f"{path} is no report of test.py: write it again") from None
+    table = path.with_name(path.name.replace("report", "predictions", 1)).with_suffix(".csv")
+    correct = None
+    if table.is_file():
+        root = report["settings"].get("data_root")
+        correct = {_below(row["picture"], root): row["answer"] == "1" for row in read_predictions(table)}
+    name = path.parent.name + path.stem.removeprefix("report")
+    return EvaluatedRun(name, report, correct)
+
+
+def _below(picture: str, root: str | None) -> str:
+    """The picture's path within its data set, which may lie elsewhere on another machine."""
+    if root is None:
+        return picture
+    path = Path(picture)
+    folder = Path(root).expanduser()
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else picture
+
+
+def _table(runs: Sequence[EvaluatedRun]) -> tuple[list[str], list[list[str]]]:
+    settings = [run.report["settings"] for run in runs]
+    names = list(dict.fromkeys(name for values in settings for name in values))
+    differing = [n for n in names if n not in UNIMPORTANT and any(s.get(n) != settings[0].get(n) for s in settings)]
+    branches = list(dict.fromkeys(name for run in runs for name in run.report["branches"]))
+    header = ["run", *differing, "images", "answer %", "95 % interval", *(f"{b} %" for b in branches if b != "answer")]
+    header += ["per class %", "boxes IoU >= 0.5 %", "mean IoU", "images/s"]
+    rows = []
+    for run in runs:
+        report, answer = run.report, run.report["branches"]["answer"]
+        low, high = answer["top1_interval_95"]
+        boxes = report["boxes"] or {}
+        row = [run.name, *(_shown(report["settings"].get(name)) for name in differing), str(report["images"])]
+        row += [f"{100 * answer['top1']:.1f}", f"{100 * low:.1f} to {100 * high:.1f}"]
+        row += [f"{100 * report['branches'][b]['top1']:.1f}" if b in report["branches"] else "" for b in branches[1:]]
+        row += [f"{100 * report['mean_per_class_accuracy']:.1f}"]
+        row += [f"{100 * boxes['share_at_0.5']:.1f}", f"{boxes['mean']:.3f}"] if boxes else ["", ""]
+        rows.append([*row, f"{report['images_per_second']:.1f}"])
+    return header, rows
+
+
+def _shown(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _sentence(one: EvaluatedRun, other: EvaluatedRun) -> str:
+    """The paired comparison of two runs, or why there is none."""
+    if one.correct is None or other.correct is None:
+        missing = one.name if one.correct is None else other.name
+        return f"{other.name} against {one.name}: {missing} has no predictions.csv, evaluate it again to compare"
+    if one.correct.keys() != other.correct.keys():
+        return f"{other.name} against {one.name}: they were tested on different images, so they cannot be paired"
+    pictures = list(one.correct)
+    paired = paired_bootstrap([one.correct[p] for p in pictures], [other.correct[p] for p in pictures])
+    verdict = "" if paired.low <= 0 <= paired.high else "; more than the choice of test images explains"
+    return (
+        f"{other.name} against {one.name}: {100 * paired.difference:+.1f} points, 95 % interval "
+        f"{100 * paired.low:+.1f} to {100 * paired.high:+.1f} (paired bootstrap of {paired.images} images; "
+        f"{paired.only_second} only {other.name} gets right, {paired.only_first} only {one.name}){verdict}"
+    )

@@ -1,0 +1,113 @@
+"""What a network answered, image by image: collected while it is evaluated, written as a table, and read back."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from networks.outputs import NetworkOutput
+from utils.files import write_text
+from utils.metrics import (
+    calibration,
+    confusion_matrix,
+    inclusive_to_edges,
+    mean_per_class_accuracy,
+    paired_box_iou,
+    topk_correct,
+    wilson_interval,
+    worst_confusions,
+)
+
+
+class ResultCollector:
+    """Collects, batch by batch, what each branch answered; pass it to `utils.engine.evaluate` as `on_batch`.
+
+    Args:
+        input_size: side of the picture that object boxes are in pixels of.
+    """
+
+    def __init__(self, input_size: int) -> None:
+        self.input_size = input_size
+        self.paths: list[str] = []
+        self._batches: dict[str, list[Tensor]] = {}
+
+    def __call__(self, batch, output: NetworkOutput, answer: Tensor) -> None:
+        labels = batch.labels.to(answer.device)
+        probabilities, predictions = answer.float().softmax(dim=1).max(dim=1)
+        values = {"label": labels, "prediction": predictions, "probability": probabilities}
+        for name, logits in {"answer": answer, **output.logits}.items():
+            logits = logits.mean(dim=1) if logits.ndim == 3 else logits
+            values[f"top1/{name}"] = topk_correct(logits, labels, 1)
+            values[f"top5/{name}"] = topk_correct(logits, labels, 5)
+        if batch.boxes is not None and output.object_boxes is not None:
+            true_boxes = batch.boxes.to(answer.device) * (self.input_size / batch.images.shape[-1])
+            values["box_iou"] = paired_box_iou(inclusive_to_edges(output.object_boxes), true_boxes)
+        for name, value in values.items():
+            self._batches.setdefault(name, []).append(value)
+        self.paths += batch.paths
+
+    def values(self) -> dict[str, Tensor]:
+        """Return [images] tensors: label, prediction, probability, `top1/<branch>`, `top5/<branch>` and box_iou."""
+        values = {name: torch.cat(batches).cpu() for name, batches in self._batches.items()}
+        # batches without a box for every image have none: the rest would stand beside the wrong images
+        return {name: value for name, value in values.items() if len(value) == len(self.paths)}
+
+    def report(self, class_names: Sequence[str]) -> dict[str, object]:
+        """Return accuracies with 95 % intervals, and the answer's confusions and calibration."""
+        values = self.values()
+        matrix = confusion_matrix(values["prediction"], values["label"], len(class_names))
+        total = len(self.paths)
+        branches = {}
+        for name in (name.removeprefix("top1/") for name in values if name.startswith("top1/")):
+            top1, top5 = (int(values[f"top{k}/{name}"].sum()) for k in (1, 5))
+            branches[name] = {
+                "top1": top1 / total,
+                "top1_interval_95": wilson_interval(top1, total),
+                "top5": top5 / total,
+                "top5_interval_95": wilson_interval(top5, total),
+            }
+        return {
+            "images": total,
+            "branches": branches,
+            "mean_per_class_accuracy": mean_per_class_accuracy(matrix),
+            "worst_confusions": worst_confusions(matrix, class_names),
+            "calibration": calibration(values["probability"], values["top1/answer"]),
+        }
+
+    def surest_mistakes(self, count: int = 24) -> list[int]:
+        """Return the positions of wrong answers, those with the highest probability first."""
+        values = self.values()
+        wrong = (~values["top1/answer"]).nonzero().flatten()
+        order = values["probability"][wrong].argsort(descending=True, stable=True)
+        return wrong[order[:count]].tolist()
+
+    def write(self, path: Path, class_names: Sequence[str]) -> None:
+        """Write one line per image: picture, names, the answer's probability, 1 or 0 per branch, overlap of boxes."""
+        values = self.values()
+        branches = [name for name in values if name.startswith("top1/")]
+        text = io.StringIO(newline="")
+        table = csv.writer(text, lineterminator="\n")
+        overlap = ["box_iou"] if "box_iou" in values else []
+        named = [name.removeprefix("top1/") for name in branches]
+        table.writerow(["picture", "label", "prediction", "probability", *named, *overlap])
+        for index, picture in enumerate(self.paths):
+            row = [picture, *(class_names[values[name][index]] for name in ("label", "prediction"))]
+            row.append(f"{values['probability'][index]:.6f}")
+            row += [int(values[name][index]) for name in branches]
+            row += [f"{values[name][index]:.4f}" for name in overlap]
+            table.writerow(row)
+        write_text(path, text.getvalue())
+
+
+def read_predictions(path: Path) -> list[Mapping[str, str]]:
+    """Read what `ResultCollector.write` wrote, line by line. Raises ValueError for another file."""
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or not {"picture", "label", "prediction", "answer"} <= rows[0].keys():
+        raise ValueError(f"{path} is no table of predictions: write it again with test.py")
+    return rows
