@@ -160,14 +160,15 @@ def _confusions(matrix: Tensor, class_names: Sequence[str]) -> str:
     listed = _table(["true class", "taken for", "images", "share of the class"], rows) if rows else ""
     more = f"<p>The {len(rows)} most frequent of {len(worst)}.</p>" if len(worst) > len(rows) else ""
     return (
-        "<p>Rows: true classes, columns: answers; green on the diagonal is right, red is wrong, strong is frequent. "
-        '<span id="cell" aria-live="polite">Point at a cell to read it.</span></p>'
+        "<p>Rows: true classes, columns: answers; green on the diagonal is right, red is wrong, strong is frequent.</p>"
+        '<div id="cell" aria-live="polite">Point at a cell to read it.</div>'
         f'<svg id="matrix" style="max-width:{min(820, 28 * side):.0f}px" '
         f'viewBox="{-margin:.2f} {-margin:.2f} {side:.2f} {side:.2f}" data-count="{count}" role="img" '
         f'aria-label="confusion matrix of {count} classes"><image href="{_png(pixels)}" width="{count}" '
-        f'height="{count}"/>{labels}<rect class="cursor" id="row" height="1" width="{count}"/>'
+        f'height="{count}"/><rect class="frame" height="{count}" width="{count}"/>{labels}'
+        f'<rect class="cursor" id="row" height="1" width="{count}"/>'
         f'<rect class="cursor" id="column" width="1" height="{count}"/></svg>'
-        f'<script type="application/json" id="confusions">{data}</script>{listed}{more}'
+        f'<script type="application/json" id="matrix-data">{data}</script>{listed}{more}'
     )
 
 
@@ -187,7 +188,7 @@ def _classes(matrix: Tensor, class_names: Sequence[str]) -> str:
                 (str(images), images),
                 (_bar(share) if images else "no image", share),
                 (f"{low:.0%} to {high:.0%}", low),
-                (escape(taken_for), int(others[worst])),
+                (escape(taken_for), taken_for),
             ]
         )
     return _table(["class", "test images", "accuracy", "95 % interval", "most often taken for"], rows)
@@ -249,11 +250,13 @@ def _settings(settings: Mapping) -> str:
 def _table(headers: Sequence[str], rows: Sequence[Sequence[tuple[str, object]]]) -> str:
     """A table whose columns sort; each cell is (HTML, the value it sorts by)."""
     head = "".join(f"<th><button>{escape(header)}</button></th>" for header in headers)
-    body = "".join(
-        "<tr>" + "".join(f'<td data-value="{escape(str(value))}">{cell}</td>' for cell, value in row) + "</tr>"
-        for row in rows
-    )
+    body = "".join("<tr>" + "".join(_cell(cell, value) for cell, value in row) + "</tr>" for row in rows)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _cell(content: str, value: object) -> str:
+    kind = "" if isinstance(value, str) else ' class="number"'
+    return f'<td{kind} data-value="{escape(str(value))}">{content}</td>'
 
 
 def _bar(share: float) -> str:
@@ -297,7 +300,8 @@ header p{color:var(--soft);margin:0 0 12px}nav a{margin-right:16px;color:var(--a
 .tiles b{display:block;font-size:24px;color:var(--ink)}
 .scroll{overflow:auto;max-height:640px;border:1px solid var(--line);border-radius:6px}
 table{border-collapse:collapse;width:100%}td,th{padding:4px 10px;text-align:left;border-bottom:1px solid var(--line)}
-td{overflow-wrap:anywhere}thead th{position:sticky;top:0;background:var(--paper)}
+td{overflow-wrap:anywhere}td.number{white-space:nowrap}
+thead th{position:sticky;top:0;background:var(--paper)}
 th button{font:inherit;font-weight:600;color:inherit;background:none;border:0;padding:0;cursor:pointer}
 th[aria-sort=ascending] button::after{content:" \\25b2"}th[aria-sort=descending] button::after{content:" \\25bc"}
 .bar{display:inline-block;width:120px;height:9px;background:var(--track);margin-right:8px;vertical-align:middle}
@@ -306,7 +310,8 @@ th[aria-sort=ascending] button::after{content:" \\25b2"}th[aria-sort=descending]
 figure{margin:0;border:1px solid var(--line);border-radius:6px;padding:8px}figure img{max-width:100%;display:block}
 figcaption{margin-top:6px}small{color:var(--soft);overflow-wrap:anywhere}
 #matrix{width:100%;display:block;margin:8px 0}#matrix image{image-rendering:pixelated}
-#matrix text{font-size:.65px;fill:var(--ink)}#cell{font-weight:600}
+#matrix text{font-size:.65px;fill:var(--ink)}#cell{font-weight:600;height:1.5em;overflow:hidden;white-space:nowrap;text-overflow:ellipsis}
+.frame{fill:none;stroke:var(--line);stroke-width:.1}
 .cursor{fill:none;stroke:var(--accent);stroke-width:.12;visibility:hidden;pointer-events:none}
 .chart{width:100%;max-width:640px}.chart text{font-size:12px;fill:var(--ink)}.axis{fill:none;stroke:var(--soft)}
 .good{fill:var(--good)}.poor{fill:var(--poor)}.chart circle{fill:var(--ink)}
@@ -333,7 +338,7 @@ for (const button of document.querySelectorAll("th button")) {
   });
 }
 const matrix = document.getElementById("matrix"), cell = document.getElementById("cell");
-const confusions = JSON.parse(document.getElementById("confusions").textContent);
+const confusions = JSON.parse(document.getElementById("matrix-data").textContent);
 const image = matrix.querySelector("image"), count = confusions.names.length;
 matrix.addEventListener("pointermove", event => {
   const place = image.getBoundingClientRect();

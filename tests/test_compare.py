@@ -1,0 +1,208 @@
+"""Runs side by side: tables, paired bootstrap, and what test.py leaves for them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+
+import train
+from utils.checkpoint import CheckpointError, save_checkpoint
+from utils.compare import ComparisonError, compare, paired_bootstrap
+from utils.errors import exit_with_one_sentence
+from utils.results import read_predictions
+
+
+@pytest.fixture(scope="module")
+def evaluated(tiny_run, tmp_path_factory, evaluation_script) -> dict[str, Path]:
+    """Untrained runs of two models, evaluated; the first of them with its last.pth, too."""
+    places = {}
+    torch.manual_seed(0)
+    for model in ("mmal", "resnet"):
+        folder = tmp_path_factory.mktemp("runs") / f"folder-{model}"
+        folder.mkdir()
+        settings = train.parse_settings(tiny_run(folder, model=model))
+        network = train.network_of(settings, 3, pretrained=False)
+        content = {"settings": train.dataclasses.asdict(settings), "class_names": ["blue", "green", "red"]}
+        content |= {"selected_on": "nothing", "epoch": 1, "network": network.state_dict()}
+        save_checkpoint(folder / "best.pth", content)
+        evaluation_script.main([str(folder / "best.pth")])
+        places[model] = folder
+    save_checkpoint(places["mmal"] / "last.pth", content | {"progress": None})
+    evaluation_script.main([str(places["mmal"] / "last.pth")])
+    return places
+
+
+def test_reports_are_named_after_their_checkpoints(evaluated):
+    names = {path.name for path in evaluated["mmal"].iterdir()}
+    for ending in ("", "-last"):
+        assert {f"report{ending}.json", f"report{ending}.html", f"predictions{ending}.csv"} <= names
+        assert (evaluated["mmal"] / "pictures" / f"test{ending}.png").is_file()
+        report = json.loads((evaluated["mmal"] / f"report{ending}.json").read_text("utf-8"))
+        assert report["checkpoint"].endswith(f"{ending.removeprefix('-') or 'best'}.pth")
+
+
+def test_predictions_hold_every_image_and_agree_with_the_report(evaluated, picture_tree):
+    report = json.loads((evaluated["mmal"] / "report.json").read_text("utf-8"))
+    rows = read_predictions(evaluated["mmal"] / "predictions.csv")
+    assert len(rows) == report["images"] == 6
+    for row in rows:
+        picture = Path(row["picture"])
+        assert picture.is_relative_to(picture_tree)
+        assert row["label"] == picture.parent.name
+        assert (row["answer"] == "1") == (row["label"] == row["prediction"])
+        assert 1 / 3 <= float(row["probability"]) <= 1
+    for branch, values in report["branches"].items():
+        assert values["top1"] == pytest.approx(sum(row[branch] == "1" for row in rows) / 6)
+    assert sum(entry["count"] for entry in report["calibration"]["bins"]) == 6
+
+
+def test_html_shows_the_mistakes(evaluated):
+    report = json.loads((evaluated["resnet"] / "report.json").read_text("utf-8"))
+    wrong = round((1 - report["branches"]["answer"]["top1"]) * 6)
+    page = (evaluated["resnet"] / "report.html").read_text("utf-8")
+    assert page.count("<figure>") == wrong > 0
+    assert page.count("data:image/jpeg") == wrong
+
+
+def test_the_table_has_what_differs_and_the_figures(evaluated, capsys, evaluation_script):
+    evaluation_script.main(["--compare", str(evaluated["mmal"]), str(evaluated["resnet"]), "--format", "csv"])
+    header, *rows = csv.reader(io.StringIO(capsys.readouterr().out))
+    assert [row[header.index("run")] for row in rows] == ["folder-mmal", "folder-resnet"]
+    assert [row[header.index("model")] for row in rows] == ["mmal", "resnet"]
+    assert "backbone" not in header  # the same in both
+    assert "checkpoint_dir" not in header
+    for row, model in zip(rows, ("mmal", "resnet"), strict=True):
+        report = json.loads((evaluated[model] / "report.json").read_text("utf-8"))
+        assert row[header.index("answer %")] == f"{100 * report['branches']['answer']['top1']:.1f}"
+        assert row[header.index("images/s")] == f"{report['images_per_second']:.1f}"
+    assert rows[1][header.index("object %")] == ""
+    assert len({len(row) for row in (header, *rows)}) == 1
+
+
+@pytest.mark.parametrize("form", ["text", "markdown"])
+def test_text_and_markdown_end_with_the_paired_comparison(evaluated, form):
+    text = compare([evaluated["mmal"], evaluated["resnet"], evaluated["mmal"] / "report-last.json"], form)
+    lines = text.splitlines()
+    assert sum("points, 95 % interval" in line for line in lines) == 3
+    assert "folder-mmal-last against folder-mmal" in text
+    if form == "markdown":
+        table = [line for line in lines if line.startswith("|")]
+        assert len(table) == 5
+        assert len({line.count("|") for line in table}) == 1
+
+
+def test_checkpoints_stand_for_their_reports(evaluated):
+    by_checkpoint = compare([evaluated["mmal"] / "best.pth", evaluated["mmal"] / "last.pth"], "csv")
+    assert by_checkpoint == compare([evaluated["mmal"], evaluated["mmal"] / "report-last.json"], "csv")
+
+
+def test_data_that_lie_elsewhere_are_the_same_images(evaluated, tmp_path):
+    """Another machine's paths: pictures count by their place in the data set."""
+    copy = tmp_path / "elsewhere"
+    copy.mkdir()
+    report = json.loads((evaluated["mmal"] / "report.json").read_text("utf-8"))
+    root = report["settings"]["data_root"]
+    report["settings"]["data_root"] = "/another/place"
+    (copy / "report.json").write_text(json.dumps(report), "utf-8")
+    table = (evaluated["mmal"] / "predictions.csv").read_text("utf-8")
+    (copy / "predictions.csv").write_text(table.replace(root, "/another/place"), "utf-8")
+    assert "+0.0 points" in compare([evaluated["mmal"], copy])
+    (copy / "predictions.csv").write_text("\n".join(table.splitlines()[:-1]), "utf-8")
+    assert "different images" in compare([evaluated["mmal"], copy])
+    (copy / "predictions.csv").unlink()
+    assert "no predictions.csv" in compare([evaluated["mmal"], copy])
+
+
+def test_bootstrap_agrees_with_resampling_image_by_image():
+    generator = numpy.random.default_rng(5)
+    first, second = generator.random(300) < 0.6, generator.random(300) < 0.75
+    found = paired_bootstrap(first, second)
+    assert found.difference == pytest.approx(second.mean() - first.mean())
+    drawn = [generator.integers(0, 300, 300) for _ in range(4000)]
+    differences = [second[images].mean() - first[images].mean() for images in drawn]
+    assert (found.low, found.high) == pytest.approx(tuple(numpy.quantile(differences, (0.025, 0.975))), abs=0.012)
+    assert found == paired_bootstrap(first, second)  # seeded
+
+
+def test_bootstrap_of_equal_and_of_opposite_runs():
+    same = paired_bootstrap([True, False] * 50, [True, False] * 50)
+    assert same[1:] == (0, 0, 0, 0, 0)
+    opposite = paired_bootstrap([False] * 40, [True] * 40)
+    assert opposite[1:] == (1, 1, 1, 0, 40)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--compare", "EMPTY", "EMPTY"], "python test.py EMPTY/best.pth"),
+        (["--compare", "RUN"], "at least two"),
+        (["--compare", "RUN", "BROKEN"], "no report of test.py"),
+        (["--compare", "RUN", "RUN/epoch-003.pth"], "python test.py RUN/epoch-003.pth"),
+        (["--compare", "RUN", "RUN", "--speed"], "--speed"),
+        ([], "give one checkpoint"),
+        (["RUN/best.pth", "--compare", "RUN"], "give one checkpoint"),
+        (["RUN/best.pth", "--epochs", "3"], "unrecognized arguments: --epochs"),
+        (["RUN/best.pth", "--format", "table"], "table"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_sentence(evaluated, tmp_path, capsys, evaluation_script, words, sentence):
+    (tmp_path / "report.json").write_text("{}")
+    places = {"EMPTY": str(tmp_path / "empty"), "RUN": str(evaluated["mmal"]), "BROKEN": str(tmp_path)}
+    (tmp_path / "empty").mkdir()
+
+    def placed(text: str) -> str:
+        for name, place in places.items():
+            text = text.replace(name, place)
+        return text
+
+    with pytest.raises(SystemExit) as stopped, exit_with_one_sentence():
+        evaluation_script.main([placed(word) for word in words])
+    shown = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert placed(sentence) in shown.err
+    assert len(shown.err.splitlines()) == 1
+
+
+def test_a_report_that_is_missing_is_named(tmp_path):
+    with pytest.raises(ComparisonError, match=r"report\.json"):
+        compare([tmp_path, tmp_path])
+
+
+def test_published_checkpoints_are_evaluated_directly(picture_tree, tmp_path, evaluation_script, capsys):
+    """Weights of our own under the published names, and the settings from the command line."""
+    from utils.checkpoint import _published_name_of
+
+    torch.manual_seed(1)
+    words = ["--dataset", "folder", "--data_root", str(picture_tree), "--backbone", "resnet18", "--input_size", "96"]
+    words += ["--windows", "((((5, 5),), 2),)", "--test_fraction", "0.25", "--device", "cpu", "--workers", "0"]
+    settings = train.parse_settings([*words, "--model", "sgkrl", "--wiring", "published"])
+    network = train.network_of(settings, 3, pretrained=False).eval()
+    state = {f"module.{_published_name_of(name)}": value for name, value in network.state_dict().items()}
+    path = tmp_path / "published.pth"
+    save_checkpoint(path, {"epoch": 50, "model_state_dict": state, "learning_rate": 0.001})
+    evaluation_script.main([str(path), "--model", "sgkrl", *words, "--graph_scope", "batch"])
+    report = json.loads((tmp_path / "report-published.json").read_text("utf-8"))
+    assert (report["epoch"], report["answer"]) == (50, "object")
+    assert report["settings"]["wiring"] == "published"
+    assert report["settings"]["graph_scope"] == "batch"
+    catalogue, _ = train.catalogue_of(settings)
+    right = 0
+    for entry, sample in zip(catalogue.test, train.Pictures(catalogue.test, image_size=96), strict=True):
+        with torch.no_grad():  # epoch 50 masks the background
+            output = network(train.collate([sample]).images, mask_background=True)
+        right += output.logits["object"].argmax().item() == entry.label
+    assert report["branches"]["object"]["top1"] == pytest.approx(right / len(catalogue.test))
+
+    capsys.readouterr()
+    with pytest.raises(CheckpointError, match="--model"):
+        evaluation_script.main([str(path), *words])
+    with pytest.raises(CheckpointError, match="mmal or sgkrl"):
+        evaluation_script.main([str(path), "--model", "resnet", *words])
+    with pytest.raises(CheckpointError, match="does not fit"):
+        evaluation_script.main([str(path), "--model", "mmal", *words])
