@@ -310,7 +310,8 @@ th[aria-sort=ascending] button::after{content:" \\25b2"}th[aria-sort=descending]
 figure{margin:0;border:1px solid var(--line);border-radius:6px;padding:8px}figure img{max-width:100%;display:block}
 figcaption{margin-top:6px}small{color:var(--soft);overflow-wrap:anywhere}
 #matrix{width:100%;display:block;margin:8px 0}#matrix image{image-rendering:pixelated}
-#matrix text{font-size:.65px;fill:var(--ink)}#cell{font-weight:600;height:1.5em;overflow:hidden;white-space:nowrap;text-overflow:ellipsis}
+#matrix text{font-size:.65px;fill:var(--ink)}#cell{font-weight:600;height:1.5em;overflow:hidden;white-space:nowrap;
+text-overflow:ellipsis}
 .frame{fill:none;stroke:var(--line);stroke-width:.1}
 .cursor{fill:none;stroke:var(--accent);stroke-width:.12;visibility:hidden;pointer-events:none}
 .chart{width:100%;max-width:640px}.chart text{font-size:12px;fill:var(--ink)}.axis{fill:none;stroke:var(--soft)}
