@@ -75,6 +75,10 @@ class Settings:
     windows: str | Windows | None = None  # which windows of the object are looked at
     wiring: str = "trained"  # sgkrl: trained (every part learns) or published (fusion and weighting stay random)
     graph_scope: str = "image"  # sgkrl, published wiring: image, or batch (windows of other images are linked)
+    # sgkrl, mmal, flrdf: where the object is. At 16 the last stage of the first pass is computed at twice the
+    # resolution, which makes that pass 1.6 times as long, and boxes finer, which small inputs (224) need most.
+    localization_stride: int = 32  # pixels of the input for a cell of the map that boxes are drawn round: 32 or 16
+    localization_threshold: float = 1.0  # cells belong to the object above so many times the map's mean
     # flrdf. Its paper leaves the next four open.
     suppression: str | float = "learnable"  # what channels are capped at: learnable, or a share of their maximum (0.5)
     classify_suppressed: bool = True  # raw classifies the suppressed map; without it only a fixed suppression works
@@ -429,6 +433,8 @@ def _check_values(settings: Settings) -> None:
     require("precision", settings.precision in ("auto", "float32", "bf16"), "'auto', 'float32' or 'bf16'")
     require("exit_threshold", 0 <= settings.exit_threshold <= 1, "a probability from 0 to 1")
     is_share = not isinstance(settings.suppression, str) and 0 < settings.suppression <= 1
+    require("localization_stride", settings.localization_stride in (32, 16), "32 or 16")
+    require("localization_threshold", settings.localization_threshold > 0, "a number above 0, such as 1.2")
     require("suppression", settings.suppression == "learnable" or is_share, "'learnable' or a share above 0, at most 1")
     sizes = settings.anchor_sizes
     require("anchor_sizes", len(sizes) == 3 and all(s >= 1 for s in sizes), "three sizes in pixels, of at least 1")

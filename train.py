@@ -411,6 +411,8 @@ def network_of(settings: Settings, num_classes: int, *, pretrained: bool) -> tor
         windows=settings.windows,
         wiring=settings.wiring,
         graph_scope=settings.graph_scope,
+        localization_stride=settings.localization_stride,
+        localization_threshold=settings.localization_threshold,
         suppression=settings.suppression,
         classify_suppressed=settings.classify_suppressed,
         box_agreement=settings.box_agreement,

@@ -41,6 +41,8 @@ def build_network(
     windows: str | tuple = "birds",
     wiring: str = "trained",
     graph_scope: str = "image",
+    localization_stride: int = STRIDE,
+    localization_threshold: float = 1.0,
     suppression: str | float = "learnable",
     classify_suppressed: bool = True,
     box_agreement: bool = False,
@@ -69,12 +71,13 @@ def build_network(
         resolve_window_set(windows)  # before weights are downloaded
     trunk = Backbone(backbone, pretrained=pretrained, stride_on_first_conv=stride_on_first_conv)
     common = {"input_size": input_size, "dropout": dropout}
+    located = common | {"localization_stride": localization_stride, "localization_threshold": localization_threshold}
     if model == "resnet":
         network = ResNetClassifier(trunk, num_classes, **common)
     elif model == "mmal":
-        network = MMALNet(trunk, num_classes, windows=windows, **common)
+        network = MMALNet(trunk, num_classes, windows=windows, **located)
     elif model == "sgkrl":
-        network = SGKRL(trunk, num_classes, windows=windows, wiring=wiring, graph_scope=graph_scope, **common)
+        network = SGKRL(trunk, num_classes, windows=windows, wiring=wiring, graph_scope=graph_scope, **located)
     elif model == "flrdf":
         network = FLRDF(
             trunk,
@@ -83,7 +86,7 @@ def build_network(
             classify_suppressed=classify_suppressed,
             box_agreement=box_agreement,
             jigsaw_blocks=jigsaw_blocks,
-            **common,
+            **located,
         )
     else:
         network = SCRIM(

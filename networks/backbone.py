@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.error import URLError
 
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck
@@ -17,6 +18,7 @@ from networks.outputs import Features
 
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 STRIDE = 32  # pixels of the input per cell of the final map
+DENSE_STRIDE = 16  # the same for the dense maps
 
 
 class Backbone(nn.Module):
@@ -57,18 +59,54 @@ class Backbone(nn.Module):
         if pretrained is not None and is_weights_file(pretrained):
             load_trunk_weights(trunk, pretrained)
 
-    def forward(self, images: Tensor) -> Features:
-        """Map images [B, 3, H, W], normalised with ImageNet's mean and deviation, to their `Features`."""
+    def forward(self, images: Tensor, *, dense: bool = False) -> Features:
+        """Map images [B, 3, H, W], normalised with ImageNet's mean and deviation, to their `Features`.
+
+        `dense` computes the last stage at every cell of the one before it, so that its maps are [B, C, H/16, W/16]:
+        every other cell of every other row is what it is without (Yu & Koltun, "Multi-Scale Context Aggregation by
+        Dilated Convolutions", ICLR 2016).
+        """
         trunk = self.trunk
         x = trunk.maxpool(trunk.relu(trunk.bn1(trunk.conv1(images))))
         stage2 = trunk.layer2(trunk.layer1(x))
         stage3 = trunk.layer3(stage2)
-        *earlier_blocks, last_block = trunk.layer4
-        penultimate = stage3
-        for block in earlier_blocks:
-            penultimate = block(penultimate)
-        final = last_block(penultimate)
+        maps = [stage3]
+        dilation = 1
+        for block in trunk.layer4:
+            if dense:
+                x, dilation = _dense_block(block, maps[-1], dilation)
+            else:
+                x = block(maps[-1])
+            maps.append(x)
+        *_, penultimate, final = maps
         return Features(stage2, stage3, penultimate, final, embedding=final.mean(dim=(2, 3)))
+
+
+def _dense_block(block: nn.Module, x: Tensor, dilation: int) -> tuple[Tensor, int]:
+    """Run a residual block without its stride, and what comes after a stride dilated by it; return the new dilation."""
+    shortcut = x
+    if block.downsample is not None:
+        projection, norm = block.downsample
+        shortcut = norm(_convolve(projection, x, dilation))
+    layers = [(block.conv1, block.bn1), (block.conv2, block.bn2)]
+    if isinstance(block, Bottleneck):
+        layers.append((block.conv3, block.bn3))
+    for index, (convolution, norm) in enumerate(layers):
+        x = norm(_convolve(convolution, F.relu(x) if index else x, dilation))
+        dilation *= convolution.stride[0]
+    return F.relu(x + shortcut), dilation
+
+
+def _convolve(convolution: nn.Conv2d, x: Tensor, dilation: int) -> Tensor:
+    padding = dilation * (convolution.kernel_size[0] // 2)
+    return F.conv2d(x, convolution.weight, convolution.bias, padding=padding, dilation=dilation)
+
+
+def checked_stride(stride: int) -> int:
+    """Return a stride that the final map of the first pass can have. Raises ValueError for another."""
+    if stride not in (STRIDE, DENSE_STRIDE):
+        raise ValueError(f"localization_stride {stride} came; {STRIDE} or {DENSE_STRIDE} is possible")
+    return stride
 
 
 def is_weights_file(pretrained: str) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from networks.backbone import STRIDE, Backbone
+from networks.backbone import DENSE_STRIDE, STRIDE, Backbone, checked_stride
 from networks.classifier import Classifier
 from networks.crops import crop_objects, resize_images
 from networks.jigsaw import permute_blocks, random_permutations
@@ -37,6 +37,8 @@ class FLRDF(nn.Module):
         num_classes: int,
         *,
         input_size: int = 448,
+        localization_stride: int = STRIDE,
+        localization_threshold: float = 1.0,
         suppression: str | float = "learnable",
         classify_suppressed: bool = True,
         box_agreement: bool = False,
@@ -52,6 +54,8 @@ class FLRDF(nn.Module):
         if not 1 <= jigsaw_blocks <= input_size // STRIDE:
             raise ValueError(f"jigsaw_blocks is {jigsaw_blocks}; expected 1 to {input_size // STRIDE} blocks a side")
         self.input_size = input_size
+        self.localization_stride = checked_stride(localization_stride)
+        self.localization_threshold = localization_threshold
         self.classify_suppressed = classify_suppressed
         self.box_agreement = box_agreement
         self.jigsaw_blocks = jigsaw_blocks
@@ -71,7 +75,7 @@ class FLRDF(nn.Module):
         computed (None: all). FLRDF has no mask: `mask_background` changes nothing.
         """
         wanted = requested_branches(branches, self.branches if self.training else self.evaluated)
-        raw = self.backbone(resize_images(images, self.input_size))
+        raw = self.backbone(resize_images(images, self.input_size), dense=self.localization_stride == DENSE_STRIDE)
         suppressed = self.suppression(raw.final)
         embedding = suppressed.mean(dim=(2, 3)) if self.classify_suppressed else raw.embedding
         logits = {"raw": self.classifier(self.dropout(embedding))}
@@ -79,8 +83,9 @@ class FLRDF(nn.Module):
             return NetworkOutput(logits)
 
         activation = activation_map(suppressed)
-        localization = localize(activation, activation_map(raw.penultimate) if self.box_agreement else activation)
-        object_boxes = cell_boxes_to_pixels(localization.boxes, STRIDE)
+        confirming = activation_map(raw.penultimate) if self.box_agreement else activation
+        localization = localize(activation, confirming, threshold=self.localization_threshold)
+        object_boxes = cell_boxes_to_pixels(localization.boxes, self.localization_stride)
         crops = crop_objects(images, object_boxes, input_size=self.input_size)
         crops = resize_images(crops, self.input_size)
         if "object" in wanted:

@@ -71,19 +71,19 @@ def _neighbours(rows: int, columns: int, device: torch.device) -> Tensor:
     return ((row[:, None] - row[None, :]).abs() <= 1) & ((column[:, None] - column[None, :]).abs() <= 1)
 
 
-def localize(activation: Tensor, penultimate_activation: Tensor) -> Localization:
+def localize(activation: Tensor, penultimate_activation: Tensor, *, threshold: float = 1.0) -> Localization:
     """Find the object in activation maps [B, H, W] of the final (or fused) and the penultimate features.
 
-    Both maps are thresholded at their mean (MMAL-Net section 3.2).
+    Both maps are thresholded at `threshold` times their mean (MMAL-Net section 3.2: at the mean).
     """
-    component = largest_component(_above_mean(activation))
-    cells = component & _above_mean(penultimate_activation)
+    component = largest_component(_above_mean(activation, threshold))
+    cells = component & _above_mean(penultimate_activation, threshold)
     return Localization(cells, _bounding_boxes(cells))
 
 
-def _above_mean(activation: Tensor) -> Tensor:
+def _above_mean(activation: Tensor, threshold: float) -> Tensor:
     # In float64 the mean of equal values is exactly that value, so that no cell of a constant map is above it.
-    return activation > activation.mean(dim=(1, 2), keepdim=True, dtype=torch.float64)
+    return activation > threshold * activation.mean(dim=(1, 2), keepdim=True, dtype=torch.float64)
 
 
 def _bounding_boxes(cells: Tensor) -> Tensor:

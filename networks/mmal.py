@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from networks.backbone import STRIDE, Backbone
+from networks.backbone import DENSE_STRIDE, STRIDE, Backbone, checked_stride
 from networks.classifier import Classifier
 from networks.crops import crop_objects, crop_windows, resize_images
 from networks.localization import activation_map, cell_boxes_to_pixels, localize
@@ -31,11 +31,15 @@ class MMALNet(nn.Module):
         num_classes: int,
         *,
         input_size: int = 448,
+        localization_stride: int = STRIDE,
+        localization_threshold: float = 1.0,
         windows: str | tuple = "birds",
         dropout: float = 0.5,
     ):
         super().__init__()
         self.input_size = input_size
+        self.localization_stride = checked_stride(localization_stride)
+        self.localization_threshold = localization_threshold
         self.answer = ("object",)
         self.loss_weights = dict.fromkeys(self.branches, 1.0)
         self.backbone = backbone
@@ -52,13 +56,15 @@ class MMALNet(nn.Module):
         computed (None: all). MMAL-Net has no mask: `mask_background` changes nothing.
         """
         wanted = requested_branches(branches, self.branches)
-        raw = self.backbone(resize_images(images, self.input_size))
+        raw = self.backbone(resize_images(images, self.input_size), dense=self.localization_stride == DENSE_STRIDE)
         logits = {"raw": self.classifier(self.dropout(raw.embedding))}
         if wanted <= {"raw"}:
             return NetworkOutput(logits)
 
-        localization = localize(activation_map(raw.final), activation_map(raw.penultimate))
-        object_boxes = cell_boxes_to_pixels(localization.boxes, STRIDE)
+        localization = localize(
+            activation_map(raw.final), activation_map(raw.penultimate), threshold=self.localization_threshold
+        )
+        object_boxes = cell_boxes_to_pixels(localization.boxes, self.localization_stride)
         crops = crop_objects(images, object_boxes, input_size=self.input_size)
         cropped = self.backbone(resize_images(crops, self.input_size))
         logits["object"] = self.classifier(self.dropout(cropped.embedding))

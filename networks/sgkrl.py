@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from networks.attention import SemanticFusion, SemanticWeighting
-from networks.backbone import STRIDE, Backbone
+from networks.backbone import DENSE_STRIDE, STRIDE, Backbone, checked_stride
 from networks.classifier import Classifier
 from networks.crops import crop_objects, crop_windows, resize_images
 from networks.graph import GraphHead
@@ -41,6 +41,8 @@ class SGKRL(nn.Module):
         num_classes: int,
         *,
         input_size: int = 448,
+        localization_stride: int = STRIDE,
+        localization_threshold: float = 1.0,
         windows: str | tuple = "birds",
         wiring: str = "trained",
         graph_scope: str = "image",
@@ -56,6 +58,8 @@ class SGKRL(nn.Module):
             raise ValueError("graph_scope 'batch' came with the trained wiring; it exists only for wiring 'published'")
         self.trained = trained
         self.input_size = input_size
+        self.localization_stride = checked_stride(localization_stride)
+        self.localization_threshold = localization_threshold
         self.branches = (
             ("raw", "fused", "object", "window", "graph") if trained else ("raw", "object", "window", "graph")
         )
@@ -90,7 +94,7 @@ class SGKRL(nn.Module):
         waits for the device); `window` and `graph` of the others repeat the answer of the branches before them.
         """
         wanted = requested_branches(branches, self.branches)
-        raw = self.backbone(resize_images(images, self.input_size))
+        raw = self.backbone(resize_images(images, self.input_size), dense=self.localization_stride == DENSE_STRIDE)
         logits = {"raw": self.classifier(self.dropout(raw.embedding))}
         if wanted <= {"raw"}:
             return NetworkOutput(logits)
@@ -99,8 +103,10 @@ class SGKRL(nn.Module):
             fused = self.fusion(raw)
         if self.trained:
             logits["fused"] = self.classifier(self.dropout(fused.mean(dim=(2, 3))))
-        localization = localize(activation_map(fused), activation_map(raw.penultimate))
-        object_boxes = cell_boxes_to_pixels(localization.boxes, STRIDE)
+        localization = localize(
+            activation_map(fused), activation_map(raw.penultimate), threshold=self.localization_threshold
+        )
+        object_boxes = cell_boxes_to_pixels(localization.boxes, self.localization_stride)
         object_masks = adaptive_mask(localization)
         if not wanted & {"object", "window", "graph"}:
             return NetworkOutput(logits, object_boxes, None, object_masks)

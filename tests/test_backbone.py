@@ -84,6 +84,24 @@ def test_maps_are_the_outputs_of_their_blocks(name: str) -> None:
         assert torch.equal(getattr(features, stage), seen[stage]), stage
 
 
+@pytest.mark.parametrize(
+    ("name", "first", "size"), [("resnet18", False, 96), ("resnet50", False, 128), ("resnet50", True, 96)]
+)
+def test_dense_maps_hold_the_others_at_every_second_cell(name: str, first: bool, size: int) -> None:
+    torch.manual_seed(0)
+    backbone = Backbone(name, stride_on_first_conv=first).double().eval()
+    images = make_images(size).double()
+    with torch.no_grad():
+        features, dense = backbone(images), backbone(images, dense=True)
+    for stage in ("penultimate", "final"):
+        coarse, fine = getattr(features, stage), getattr(dense, stage)
+        assert fine.shape[-2:] == (size // 16, size // 16)
+        torch.testing.assert_close(fine[:, :, ::2, ::2], coarse)
+        assert not torch.allclose(fine[:, :, 1::2, 1::2], coarse)
+    torch.testing.assert_close(dense.embedding, dense.final.mean(dim=(2, 3)))
+    assert torch.equal(dense.stage3, features.stage3)
+
+
 def test_equals_torchvision_s_own_forward(torchvision_resnet18: nn.Module, tmp_path: Path) -> None:
     torch.save(torchvision_resnet18.state_dict(), tmp_path / "weights.pth")
     backbone = Backbone("resnet18", pretrained=str(tmp_path / "weights.pth")).eval()

@@ -40,6 +40,8 @@ WORDS = {
     "stride_on_first_conv": (None, True),
     "wiring": ("published", "published"),
     "graph_scope": ("batch", "batch"),
+    "localization_stride": ("16", 16),
+    "localization_threshold": ("1.2", 1.2),
     "windows": ("((((4, 4), (3, 5)), 2), (((8, 8),), 1))", ((((4, 4), (3, 5)), 2), (((8, 8),), 1))),
     "answer": (["raw", "object"], ("raw", "object")),
     "dropout": ("0.2", 0.2),
@@ -440,6 +442,8 @@ IMPOSSIBLE = [
     ("suppression", float("nan")),
     ("wiring", "tangled"),
     ("graph_scope", "world"),
+    ("localization_stride", 8),
+    ("localization_threshold", 0.0),
     ("jigsaw_blocks", 0),
     ("jigsaw_blocks", 15),  # of 448 pixels: 14 cells
     ("coarse_channels", 0),

@@ -244,6 +244,16 @@ def test_localize_adversarial_masks(turn: str) -> None:
         assert_localized(mask, mask)
 
 
+@pytest.mark.parametrize("threshold", (0.5, 1.25, 4.0))
+def test_localize_at_another_threshold(threshold: float) -> None:
+    maps = np.random.default_rng(5).integers(0, 9, (40, 2, 6, 6)).astype(np.float32)
+    above = maps > threshold * maps.mean(axis=(2, 3), keepdims=True, dtype=np.float64)
+    result = localize(*torch.from_numpy(maps).unbind(1), threshold=threshold)
+    cells, boxes, _ = expected_localization(above[:, 0], above[:, 1])
+    np.testing.assert_array_equal(result.cells.numpy(), cells)
+    np.testing.assert_array_equal(result.boxes.numpy(), boxes)
+
+
 def test_localize_thresholds_each_image_at_its_own_mean() -> None:
     generator = np.random.default_rng(3)
     # Integers with an integer mean, some of them equal to it: those are not above it.

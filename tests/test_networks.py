@@ -26,6 +26,7 @@ SYSTEMS: dict[str, tuple[str, dict]] = {
     "resnet": ("resnet", {}),
     "mmal": ("mmal", {}),
     "trained": ("sgkrl", {}),
+    "trained dense": ("sgkrl", {"localization_stride": 16, "localization_threshold": 1.2}),
     "published": ("sgkrl", {"wiring": "published"}),
     "published batch": ("sgkrl", {"wiring": "published", "graph_scope": "batch"}),
     "flrdf": ("flrdf", {}),
@@ -36,6 +37,7 @@ BRANCHES = {
     "resnet": ("raw",),
     "mmal": ("raw", "object", "window"),
     "trained": ("raw", "fused", "object", "window", "graph"),
+    "trained dense": ("raw", "fused", "object", "window", "graph"),
     "published": ("raw", "object", "window", "graph"),
     "published batch": ("raw", "object", "window", "graph"),
     "flrdf": ("raw", "object"),
@@ -93,8 +95,8 @@ class ScriptedBackbone(nn.Module):
         self.look = look
         self.scale = nn.Parameter(torch.linspace(1, 2, 32)[:, None, None])
 
-    def forward(self, images: Tensor) -> Features:
-        penultimate, final = (map_ * self.scale for map_ in self.look(brightness(images, 32)))
+    def forward(self, images: Tensor, *, dense: bool = False) -> Features:
+        penultimate, final = (map_ * self.scale for map_ in self.look(brightness(images, 16 if dense else 32)))
         stage2, stage3 = (0.01 * brightness(images, cell) for cell in (8, 16))
         return Features(
             stage2.expand(-1, 8, -1, -1), stage3.expand(-1, 16, -1, -1), penultimate, final, final.mean(dim=(2, 3))
@@ -156,11 +158,12 @@ def assert_contract(
     boxes = output.object_boxes
     assert boxes.shape == (batch, 4)
     assert boxes.dtype == torch.float32
-    assert ((boxes[:, :2] == 0) | ((boxes[:, :2] + 1) % 32 == 0)).all()  # one pixel before a cell, or the border
-    assert ((boxes[:, 2:] + 1) % 32 == 0).all()  # the last pixel of a cell
+    stride = SYSTEMS[system][1].get("localization_stride", 32)
+    assert ((boxes[:, :2] == 0) | ((boxes[:, :2] + 1) % stride == 0)).all()  # one pixel before a cell, or the border
+    assert ((boxes[:, 2:] + 1) % stride == 0).all()  # the last pixel of a cell
     assert (boxes >= 0).all()
     assert (boxes < input_size).all()
-    assert (boxes[:, 2:] - boxes[:, :2] + 1 >= 32).all()
+    assert (boxes[:, 2:] - boxes[:, :2] + 1 >= stride).all()
     assert not boxes.requires_grad
 
     if system.startswith("flrdf"):
@@ -179,12 +182,12 @@ def assert_contract(
     if system == "mmal":
         assert output.object_masks is None
         return
-    assert output.object_masks.shape == (batch, grid_size, grid_size)
+    assert output.object_masks.shape == (batch, input_size // stride, input_size // stride)
     assert output.object_masks.dtype == torch.bool
     for mask, box in zip(output.object_masks, boxes.tolist(), strict=True):
         rows, columns = (mask.any(dim=dim).nonzero().flatten().tolist() for dim in (1, 0))
         cells = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
-        assert tuple(box) == reference.cell_box_to_pixels(cells, 32)
+        assert tuple(box) == reference.cell_box_to_pixels(cells, stride)
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
@@ -372,7 +375,7 @@ def test_gradient_reaches_every_parameter(system: str) -> None:
     frozen = {name for name, parameter in network.named_parameters() if not parameter.requires_grad}
     expected = {name for name in dict(network.named_parameters()) if name.startswith(("fusion.", "weighting."))}
     assert frozen == (expected if system.startswith("published") else set())
-    assert bool(expected) == (system in ("trained", "published", "published batch"))
+    assert bool(expected) == (SYSTEMS[system][0] == "sgkrl")
     for name, parameter in network.named_parameters():
         if name in frozen:
             assert parameter.grad is None, name
@@ -402,7 +405,7 @@ def test_each_part_learns_from_its_own_branch(system: str) -> None:
         reached["raw"] = reached["raw"] | {"suppression"}
     for branch, logits in output.logits.items():
         expected = set(reached[branch])
-        if system != "trained":
+        if not system.startswith("trained"):
             expected -= {"fusion", "weighting"}
         for name, parameters in parts.items():
             parameters = [parameter for parameter in parameters if parameter.requires_grad]
