@@ -33,6 +33,7 @@ from train import (
     load_trained,
     trained_network,
 )
+from utils.allocator import keep_freed_memory
 from utils.checkpoint import CheckpointError, load_checkpoint, load_published
 from utils.compare import compare
 from utils.early_exit import ExitCollector, choose_threshold, curve_text
@@ -86,6 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.compare:
         print(compare(options.compare, options.format))
         return
+    keep_freed_memory()
 
     # Rebuild: network, settings, data.
     trained, catalogue = rebuild(options, more)

@@ -40,6 +40,7 @@ from networks import build_network
 from networks.folding import fold_batch_norm
 from networks.losses import loss_terms
 from networks.outputs import NetworkOutput
+from utils.allocator import keep_freed_memory
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, save_last
 from utils.compilation import compile_backbone
 from utils.distributed import (
@@ -93,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = parse_settings(arguments)
     folder = Path(settings.checkpoint_dir).expanduser() / run_name(settings)
 
+    keep_freed_memory()
     # Build: data, network, optimizer. Nothing is written before all of it stands.
     catalogue, bad_pictures = catalogue_of(settings)
     train_entries, selection_entries, selected_on = choose_split(settings, catalogue)

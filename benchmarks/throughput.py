@@ -29,6 +29,7 @@ from datasets import Batch
 from networks import MODELS, build_network
 from networks.folding import fold_batch_norm
 from networks.losses import loss_terms
+from utils.allocator import keep_freed_memory
 from utils.distributed import choose_device
 from utils.engine import Execution, train_one_epoch
 from utils.precision import resolve_precision
@@ -49,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     options = parse_arguments(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as train.py and test.py do; `off` and `floor` have it, too
     torch.manual_seed(0)
     device = choose_device(options.device)
     on = Execution(device, resolve_precision(options.precision, device), channels_last=True)

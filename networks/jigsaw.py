@@ -23,8 +23,11 @@ def permute_blocks(images: Tensor, permutations: Tensor, blocks: int) -> Tensor:
     """
     B, C, H, W = images.shape
     height, width = H // blocks, W // blocks
-    tiles = images[:, :, : blocks * height, : blocks * width].reshape(B, C, blocks, height, blocks, width)
-    tiles = tiles.permute(0, 2, 4, 1, 3, 5).reshape(B, blocks * blocks, C, height, width)
-    tiles = tiles.gather(1, permutations[:, :, None, None, None].expand_as(tiles))
+    tiles = (
+        images[:, :, : blocks * height, : blocks * width].unflatten(3, (blocks, width)).unflatten(2, (blocks, height))
+    )
+    tiles = tiles.permute(0, 2, 4, 1, 3, 5)  # [B, blocks, blocks, C, height, width]
+    image = torch.arange(B, device=images.device)[:, None]
+    tiles = tiles[image, permutations // blocks, permutations % blocks]  # [B, blocks * blocks, C, height, width]
     tiles = tiles.reshape(B, blocks, blocks, C, height, width).permute(0, 3, 1, 4, 2, 5)
     return tiles.reshape(B, C, blocks * height, blocks * width)

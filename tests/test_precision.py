@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import platform
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from torch import nn
 import train
 from networks import MODELS, build_network
 from utils import precision
+from utils.allocator import keep_freed_memory
 from utils.checkpoint import CheckpointError, load_checkpoint
 from utils.compilation import compile_backbone
 from utils.precision import cpu_flags, has_native_bf16, resolve_precision
@@ -91,3 +94,9 @@ def test_a_compiled_backbone_keeps_the_names_of_its_weights() -> None:
     assert list(network.state_dict()) == names
     with pytest.raises(ValueError, match="data_parallel"):
         compile_backbone(nn.DataParallel(network))
+
+
+def test_freed_memory_is_kept_where_the_c_library_can(monkeypatch) -> None:
+    assert keep_freed_memory() == (platform.libc_ver()[0] == "glibc")
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())  # a C library without it
+    assert not keep_freed_memory()
