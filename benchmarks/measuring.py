@@ -37,20 +37,24 @@ def interleaved(
     it ran (all that was there before included), else None.
     """
     results = {name: {"seconds": []} for name in variants}
-    for round_number in range(rounds + 1):
-        for name, variant in variants.items():
-            if round_number == 0:
-                reset_peak_memory(device)
-            gc.collect()
-            synchronize(device)
-            start = CLOCKS[clock]()
-            variant()
-            synchronize(device)
-            seconds = CLOCKS[clock]() - start
-            if round_number == 0:
-                results[name]["peak_memory_mib"] = peak_memory(device)
-            else:
-                results[name]["seconds"].append(seconds)
+    gc.collect()
+    gc.disable()
+    try:
+        for round_number in range(rounds + 1):
+            for name, variant in variants.items():
+                if round_number == 0:
+                    reset_peak_memory(device)
+                synchronize(device)
+                start = CLOCKS[clock]()
+                variant()
+                synchronize(device)
+                seconds = CLOCKS[clock]() - start
+                if round_number == 0:
+                    results[name]["peak_memory_mib"] = peak_memory(device)
+                else:
+                    results[name]["seconds"].append(seconds)
+    finally:
+        gc.enable()
     for result in results.values():
         result |= {"median": statistics.median(result["seconds"]), "minimum": min(result["seconds"])}
     return results

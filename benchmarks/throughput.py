@@ -50,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     options = parse_arguments(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    keep_freed_memory()  # as train.py and test.py do; `off` and `floor` have it, too
+    if not options.default_allocator:
+        keep_freed_memory()  # as train.py and test.py do; it is the whole process's, so `off` and `floor` have it, too
     torch.manual_seed(0)
     device = choose_device(options.device)
     on = Execution(device, resolve_precision(options.precision, device), channels_last=True)
@@ -92,6 +93,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--clock", choices=tuple(CLOCKS), default="wall", help="cpu: for --threads 1 on a shared machine"
     )
+    parser.add_argument("--default_allocator", action="store_true", help="without utils.allocator.keep_freed_memory")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there, too")
     return parser.parse_args(arguments)
 

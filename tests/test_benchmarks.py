@@ -1,0 +1,91 @@
+"""The benchmarks run, and their figures add up; how fast anything is, no test says."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from networks import MODELS
+from networks.backbone import Backbone
+
+FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    """A function that imports a script of benchmarks/ as it imports its neighbours when it is run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        patch.setattr(sys, "path", list(sys.path))
+        yield importlib.import_module
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_throughput_of_every_system(model: str, benchmark, tmp_path: Path, capsys) -> None:
+    path = tmp_path / "folder" / "figures.json"
+    words = f"--model {model} --backbone resnet18 --input_size 96 --classes 5 --device cpu --rounds 1 --precision bf16"
+    benchmark("throughput").main(
+        [*words.split(), "--inference_batches", "2", "--train_batches", "4", "--default_allocator", "--json", str(path)]
+    )
+    report = json.loads(path.read_text(encoding="utf-8"))
+    assert report["machine"]["torch"] == torch.__version__ and report["machine"]["date"]
+    inference, train = report["measurements"]
+    assert (inference["mode"], train["mode"]) == ("inference", "train")
+    assert inference["passes"][0] == [2, 3, 96, 96] and train["passes"][0] == [4, 3, 96, 96]
+    if model == "sgkrl":  # raw, object, seven windows of half the size
+        assert inference["passes"][1:] == [[2, 3, 96, 96], [14, 3, 48, 48]]
+    for result in report["measurements"]:
+        assert set(result["variants"]) == {"off", "on", "floor"}
+        for timing in result["variants"].values():
+            assert timing["images_per_second"] == pytest.approx(result["batch_size"] / timing["median"])
+            assert timing["backbone_tflop_per_second"] > 0
+    printed = capsys.readouterr().out
+    assert "train 4 floor" in printed and "inference 2 on" in printed
+
+
+def test_backbone_flops_are_those_of_the_literature(benchmark) -> None:
+    """ResNet-50 at 224 pixels: 4.1 thousand million multiplications and additions, each pair two operations."""
+    throughput = benchmark("throughput")
+    shapes = [torch.Size((2, 3, 224, 224))]
+    forward = throughput.backbone_flops(Backbone("resnet50"), shapes, training=False)
+    assert forward / 2 == pytest.approx(2 * 4.09e9, rel=0.01)
+    both = throughput.backbone_flops(Backbone("resnet50"), shapes, training=True)
+    assert 2.9 * forward < both < 3 * forward  # the pictures themselves need no gradient
+
+
+def test_ratios_compare_times_of_the_same_round(benchmark) -> None:
+    ratio = benchmark("measuring").ratio
+    assert ratio({"seconds": [2.0, 40.0, 6.0]}, {"seconds": [1.0, 20.0, 2.0]}) == 2.0
+
+
+def test_every_part_equals_its_reference(benchmark, tmp_path: Path, capsys) -> None:
+    path = tmp_path / "parts.json"
+    words = "--batches 2 --input_size 160 --channels 32 --rounds 1 --device cpu"
+    report = benchmark("parts").main([*words.split(), "--json", str(path)])
+    assert json.loads(path.read_text(encoding="utf-8"))["parts"] == report["parts"]
+    assert len(report["parts"]) == 8
+    assert all(part["equal"] for part in report["parts"])
+    assert "anchor NMS" in capsys.readouterr().out
+
+
+def test_a_part_that_is_wrong_ends_the_benchmark_with_an_error(benchmark, monkeypatch) -> None:
+    parts = benchmark("parts")
+    suppress = parts.suppress
+    monkeypatch.setattr(parts, "suppress", lambda features, share: suppress(features, share) + 1)
+    with pytest.raises(SystemExit) as end:
+        parts.main(["--batches", "2", "--input_size", "160", "--channels", "32", "--rounds", "1", "--device", "cpu"])
+    assert end.value.code == 1
+
+
+def test_agreement_of_folded_float32_is_complete(benchmark, tiny_run, tmp_path: Path) -> None:
+    words = tiny_run(tmp_path, model="sgkrl")
+    report = benchmark("agreement").main(words)
+    values = report["agreement"]["folded, channels_last, float32"]
+    assert values["same box"] == 1 and values["same windows"] == 1 and values["same answer"] == 1
+    assert report["images"] == 6
+    assert benchmark("agreement").main([*words, "--images", "2"])["images"] == 2

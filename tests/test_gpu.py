@@ -1,0 +1,133 @@
+"""What only a GPU can show. Without one everything here is skipped, and pytest says so."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from networks import MODELS, build_network
+from networks.folding import fold_batch_norm
+from networks.losses import loss_terms
+from utils.compilation import compile_backbone
+from utils.engine import Execution
+from utils.precision import has_native_bf16
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+CLASSES, SIZE = 5, 128
+
+
+def build(model: str) -> nn.Module:
+    torch.manual_seed(0)
+    network = build_network(model, num_classes=CLASSES, backbone="resnet18", input_size=SIZE)
+    for name, parameter in network.backbone.named_parameters():
+        if name.endswith("bn2.weight"):
+            nn.init.constant_(parameter, 0.3)
+    return network.cuda()
+
+
+def pictures(batch: int = 4) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    blobs = F.interpolate(torch.randn(batch, 3, 5, 5, generator=generator), size=(SIZE, SIZE), mode="bicubic")
+    return (1.5 * blobs + 0.3 * torch.randn(batch, 3, SIZE, SIZE, generator=generator)).cuda()
+
+
+@pytest.mark.parametrize("precision", ("float32", "bf16"))
+@pytest.mark.parametrize("training", (True, False))
+@pytest.mark.parametrize("model", MODELS)
+def test_the_host_never_waits_for_the_device(model: str, training: bool, precision: str) -> None:
+    """In the forward pass, the loss, the backward pass and the optimizer's step; folded where it only answers."""
+    network = build(model).train() if training else fold_batch_norm(build(model))
+    execution = Execution(torch.device("cuda"), precision)
+    images, labels = execution.images(pictures()), torch.tensor([0, 0, 1, 1]).cuda()
+    optimizer = torch.optim.SGD(network.parameters(), lr=1e-3)
+
+    def step() -> None:
+        with execution.autocast(), torch.set_grad_enabled(training):
+            output = network(images)
+        if training:
+            optimizer.zero_grad()
+            sum(loss_terms(output, labels).values()).backward()
+            optimizer.step()
+        else:
+            network.predict_logits(output)
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(not (torch.cuda.is_available() and has_native_bf16(torch.device("cuda"))), reason="needs bf16")
+@pytest.mark.parametrize("model", MODELS)
+def test_a_step_in_bf16_is_finite(model: str) -> None:
+    network = build(model).train().to(memory_format=torch.channels_last)
+    execution = Execution(torch.device("cuda"), "bf16")
+    optimizer = torch.optim.SGD(network.parameters(), lr=1e-3)
+    with execution.autocast():
+        output = network(execution.images(pictures()))
+    terms = loss_terms(output, torch.tensor([0, 0, 1, 1]).cuda())
+    sum(terms.values()).backward()
+    optimizer.step()
+    assert all(torch.isfinite(term) for term in terms.values())
+    assert all(torch.isfinite(parameter).all() for parameter in network.parameters())
+    assert all(logits.dtype == torch.float32 for logits in output.logits.values())
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_two_replicas_answer_as_one_network(model: str) -> None:
+    """nn.DataParallel over two GPUs, or over the same one twice."""
+    network, images = build(model).eval(), pictures(5)
+    devices = [0, 1] if torch.cuda.device_count() > 1 else [0, 0]
+    parallel = nn.DataParallel(network, device_ids=devices)
+    with torch.no_grad():
+        whole, shared = network(images), parallel(images)
+    for name, logits in whole.logits.items():
+        torch.testing.assert_close(shared.logits[name], logits, rtol=1e-3, atol=1e-3)
+    for field in ("object_boxes", "window_boxes", "object_masks"):
+        if getattr(whole, field) is not None:
+            assert torch.equal(getattr(shared, field), getattr(whole, field))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_two_replicas_learn_as_one_network(model: str) -> None:
+    """The same gradients, with batch norm and dropout in evaluation mode: each replica would have its own."""
+    images, labels = pictures(4), torch.tensor([0, 0, 1, 1]).cuda()
+    gradients = []
+    for parallel in (False, True):
+        network = build(model).eval()
+        devices = [0, 1] if torch.cuda.device_count() > 1 else [0, 0]
+        wrapped = nn.DataParallel(network, device_ids=devices) if parallel else network
+        sum(loss_terms(wrapped(images), labels).values()).backward()
+        gradients.append({name: p.grad for name, p in network.named_parameters() if p.grad is not None})
+    alone, shared = gradients
+    assert alone.keys() == shared.keys()
+    for name, gradient in alone.items():
+        torch.testing.assert_close(shared[name], gradient, rtol=1e-2, atol=1e-3 * gradient.abs().max().item() + 1e-6)
+
+
+def test_a_compiled_backbone_answers_as_before() -> None:
+    network, images = build("sgkrl").eval(), pictures()
+    with torch.no_grad():
+        expected = network(images).logits
+        compile_backbone(network)
+        found = network(images).logits
+    for name, logits in expected.items():
+        torch.testing.assert_close(found[name], logits, rtol=1e-2, atol=1e-2)
+
+
+def test_graphics_memory_is_given_back_between_batches() -> None:
+    """The third training step needs no more than the second."""
+    network = build("sgkrl").train()
+    images, labels = pictures(), torch.tensor([0, 0, 1, 1]).cuda()
+    peaks = []
+    for _ in range(3):
+        torch.cuda.reset_peak_memory_stats()
+        sum(loss_terms(network(images), labels).values()).backward()
+        network.zero_grad()
+        peaks.append(torch.cuda.max_memory_allocated())
+    assert peaks[2] <= peaks[1] * 1.01
