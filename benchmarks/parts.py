@@ -25,6 +25,7 @@ from networks.localization import activation_map, adaptive_mask, cell_boxes_to_p
 from networks.parts import PartProposals
 from networks.suppression import suppress
 from networks.windows import WindowSelector, scale_window_set
+from utils.allocator import keep_freed_memory
 from utils.distributed import choose_device
 
 sys.path.insert(0, str(PROJECT / "tests"))
@@ -55,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as train.py and test.py do
     device = choose_device(options.device)
     report = {"machine": machine(device), "input_size": options.input_size, "parts": []}
     print(f"{report['machine']['processor']}, {device}, {torch.get_num_threads()} threads, {options.clock} clock")
