@@ -37,7 +37,7 @@ from datasets import (
     split_validation,
 )
 from networks import build_network
-from networks.folding import fold_batch_norm
+from networks.folding import cast_for_autocast, fold_batch_norm
 from networks.losses import loss_terms
 from networks.outputs import NetworkOutput
 from utils.allocator import keep_freed_memory
@@ -462,6 +462,8 @@ def trained_network(settings: Settings, saved: dict[str, object], load: Callable
     if settings.channels_last:
         network = network.to(memory_format=torch.channels_last)
     network = fold_batch_norm(network.to(device))
+    if execution.precision == "bf16":
+        cast_for_autocast(network, torch.bfloat16)
     if settings.compile:
         compile_backbone(network)
     progress = saved.get("progress")  # of an epoch that is not done

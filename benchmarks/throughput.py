@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from datasets import Batch
 from networks import MODELS, build_network
-from networks.folding import fold_batch_norm
+from networks.folding import cast_for_autocast, fold_batch_norm
 from networks.losses import loss_terms
 from utils.allocator import keep_freed_memory
 from utils.distributed import choose_device
@@ -185,6 +185,8 @@ def inference_variants(
 ) -> dict[str, Inference]:
     variants = {"off": Inference(in_layout(network, off), images, off)}
     folded = fold_batch_norm(in_layout(network, on))
+    if on.precision == "bf16":
+        cast_for_autocast(folded, torch.bfloat16)
     variants["on"] = Inference(folded, images, on)
     if with_compiled:
         variants["compiled"] = Inference(with_compiled_backbone(copy.deepcopy(folded)), images, on)

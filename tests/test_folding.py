@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from networks import MODELS, build_network
-from networks.folding import fold_batch_norm
+from networks.classifier import Classifier
+from networks.folding import cast_for_autocast, fold_batch_norm
 
 SIZE = 96
 
@@ -73,3 +74,16 @@ def test_batch_norms_of_something_else_stay() -> None:
         nn.ModuleList([nn.Conv2d(4, 5, 1), nn.BatchNorm2d(4)]),
     ).eval()
     assert sum(isinstance(module, nn.BatchNorm2d) for module in fold_batch_norm(network).modules()) == 3
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_weights_cast_in_advance_change_no_bit(model: str) -> None:
+    folded = fold_batch_norm(trained_looking(model))
+    cast = cast_for_autocast(copy.deepcopy(folded), torch.bfloat16)
+    assert cast.backbone.trunk.conv1.weight.dtype == torch.bfloat16
+    assert all(m.weight.dtype == torch.float32 for m in cast.modules() if isinstance(m, Classifier))
+    images = torch.randn(2, 3, SIZE, SIZE)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected, found = folded(images, branches=folded.evaluated), cast(images, branches=folded.evaluated)
+    for name, logits in expected.logits.items():
+        assert torch.equal(found.logits[name], logits), name
