@@ -1,6 +1,6 @@
 """Train with a second process in trouble: `torchrun troubled_rank.py TROUBLE STEP ARGUMENT ...`.
 
-TROUBLE: `stop` asks it to stop, `nan` breaks its loss; in that step, counted over the run; step 0: never. Run as a
+TROUBLE: `stop` asks it to stop, `kill` kills it, `nan` breaks its loss; in that step, counted over the run; step 0: never. Run as a
 script by tests/test_faults.py.
 """
 
@@ -28,10 +28,10 @@ def troubled(*positional: object, **options: object) -> dict[str, torch.Tensor]:
     if torch.is_grad_enabled():
         steps.append(1)
         if os.environ["RANK"] == "1" and len(steps) == int(at):
-            if trouble == "stop":
-                os.kill(os.getpid(), signal.SIGTERM)
-            else:
+            if trouble == "nan":
                 losses["raw"] = losses["raw"] * math.nan
+            else:
+                os.kill(os.getpid(), signal.SIGTERM if trouble == "stop" else signal.SIGKILL)
     return losses
 
 
