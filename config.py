@@ -119,6 +119,7 @@ class Settings:
     # ---- Machine --------------------------------------------------------------------------------------------------
     device: str = "auto"  # auto: the GPU where there is one; or cpu, cuda, cuda:1 ...
     data_parallel: bool = True  # several visible GPUs: share each batch among them (nn.DataParallel)
+    sync_batch_norm: bool = False  # torchrun on GPUs: batch-norm statistics of all processes' images; slower
     # auto is settled when a run starts and then belongs to it: on other hardware, continue with --precision bf16 or
     # float32, as the refusal says. bf16 without the hardware is right but slower than float32.
     precision: str = "auto"  # float32; bf16: mixed precision, about twice as fast; auto: bf16 where the hardware has it

@@ -123,7 +123,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         network = network_of(settings, len(catalogue.class_names), pretrained=saved is None)
         if settings.channels_last:
             network = network.to(memory_format=torch.channels_last)
-        network = wrap_network(network.to(device), device, data_parallel=settings.data_parallel)
+        network = wrap_network(
+            network.to(device),
+            device,
+            data_parallel=settings.data_parallel,
+            sync_batch_norm=settings.sync_batch_norm,
+        )
         system = unwrap(network)
         if settings.compile:
             compile_backbone(network)

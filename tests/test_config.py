@@ -81,6 +81,7 @@ WORDS = {
     "exit_threshold": ("0.9", 0.9),
     "workers": ("0", 0),
     "prefetch": ("4", 4),
+    "sync_batch_norm": (None, True),
     "cache": ("disk", "disk"),
     "evaluation_batch_size": ("8", 8),
     "pictures_every": ("0", 0),

@@ -102,6 +102,7 @@ POSSIBLE = {
     "compile": st.booleans(),
     "workers": st.integers(0, 1024),
     "prefetch": st.integers(1, 1024),
+    "sync_batch_norm": st.booleans(),
     "cache": st.sampled_from(["none", "ram", "disk"]),
     "evaluation_batch_size": st.integers(1, 2**63 - 1),
     "pictures_every": COUNTS,

@@ -97,13 +97,22 @@ def gather(value: object) -> list[object]:
     return values
 
 
-def wrap_network(network: nn.Module, device: torch.device, *, data_parallel: bool) -> nn.Module:
+def wrap_network(
+    network: nn.Module, device: torch.device, *, data_parallel: bool, sync_batch_norm: bool = False
+) -> nn.Module:
     """Spread a network, already on `device`, over processes or GPUs.
 
     Under torchrun: DistributedDataParallel. Alone with `data_parallel`, a CUDA device without a number ("cuda", not
     "cuda:1", which asks for that one) and several GPUs visible: DataParallel over all of them. Otherwise: the network.
+
+    sync_batch_norm: under torchrun, batch norm takes its statistics from the images of all processes. Raises ValueError
+    on a CPU, where PyTorch cannot.
     """
     if is_distributed():
+        if sync_batch_norm:
+            if device.type != "cuda":
+                raise ValueError(f"sync_batch_norm is True and the device is {device}: it needs GPUs, set it to False")
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         device_ids = [device.index] if device.type == "cuda" else None
         # a schedule can switch branches off, and their parameters then get no gradient
         return nn.parallel.DistributedDataParallel(network, device_ids=device_ids, find_unused_parameters=True)

@@ -10,6 +10,8 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from utils.engine import NonFiniteLossError
 from utils.interruption import Stopped
 
@@ -46,6 +48,13 @@ def exit_with_one_sentence() -> Iterator[None]:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except RuntimeError as error:
+        if isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error):
+            print(
+                f"{process}error: another process of this run ended, or the connection to it broke: its own message, "
+                f"if any, says why; a training run continues from its last checkpoint {again}",
+                file=sys.stderr,
+            )
+            sys.exit(1)
         if not str(error).startswith("DataLoader worker (pid"):  # others are faults inside a worker
             raise
         print(

@@ -1,0 +1,80 @@
+"""Several processes: the same training as one, exact counts, and an end where one of them dies."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_train import read_log, run_script
+from torch import nn
+
+from utils import distributed
+from utils.checkpoint import load_checkpoint
+from utils.errors import exit_with_one_sentence
+
+TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
+
+def test_two_processes_train_as_one_with_the_doubled_batch(tiny_run, tmp_path):
+    """In batches of 4, or of 2 in each process; of the 6 validation images, batches of 4 and 2, or 3 and 3."""
+    options = ("--epochs", "2", "--dropout", "0", "--learning_rate", "0.001", "--keep_checkpoints", "2")
+    runs = []
+    for name, launcher in (("one", ()), ("two", TWO)):
+        arguments = tiny_run(tmp_path / name, *options, "--seed", "3")
+        result = run_script(*launcher, "tests/frozen_statistics.py", *arguments)
+        assert result.returncode == 0, result.stderr[-2000:]
+        folder = tmp_path / name / "folder-resnet"
+        runs.append([load_checkpoint(folder / f"epoch-00{epoch}.pth")["network"] for epoch in (1, 2)])
+        runs[-1].append(read_log(folder))
+    (early, one, log_of_one), (_, two, log_of_two) = runs
+    for name, weights in one.items():
+        change = (weights - early[name]).abs().max()
+        assert (two[name] - weights).abs().max() <= 1e-2 * change, name
+        assert change > 0 or "running" in name or "num_batches" in name, name
+    for epoch_of_one, epoch_of_two in zip(log_of_one, log_of_two, strict=True):
+        for name, value in epoch_of_one.items():
+            if "images" in name and "per_second" not in name or name.startswith("validation/accuracy"):
+                assert epoch_of_two[name] == value, name  # counts: no image twice
+            elif "loss" in name:
+                assert epoch_of_two[name] == pytest.approx(value, rel=1e-4), name
+    assert (log_of_two[0]["train/images"], log_of_two[0]["validation/images"]) == (12, 6)
+
+
+def test_a_process_that_is_killed_ends_the_other_with_a_sentence(tiny_run, tmp_path):
+    arguments = tiny_run(tmp_path, "--epochs", "3", "--workers", "1")
+    result = run_script(*TWO, "tests/troubled_rank.py", "kill", "2", *arguments, timeout=100)
+    assert result.returncode == 1
+    assert result.stderr.count("error: another process of this run ended, or the connection to it broke") == 1
+    assert "continues from its last checkpoint" in result.stderr
+    assert "[rank0]: Traceback" not in result.stderr
+    assert not (tmp_path / "folder-resnet" / "last.pth").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "ours"),
+    [
+        (torch.distributed.DistBackendError("NCCL error in: ProcessGroupNCCL.cpp:1"), True),
+        (RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer"), True),
+        (RuntimeError("CUDA error: out of memory"), False),
+    ],
+)
+def test_lost_connections_are_told_from_faults(error, ours, capsys):
+    with pytest.raises(SystemExit if ours else RuntimeError), exit_with_one_sentence():
+        raise error
+    assert ("another process of this run ended" in capsys.readouterr().err) == ours
+
+
+def test_synchronised_batch_norm_needs_processes_and_gpus(monkeypatch):
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    options = {"data_parallel": False, "sync_batch_norm": True}
+    assert distributed.wrap_network(network, torch.device("cpu"), **options) is network  # a process alone
+    monkeypatch.setattr(distributed, "is_distributed", lambda: True)
+    with pytest.raises(
+        ValueError, match="sync_batch_norm is True and the device is cpu: it needs GPUs, set it to False"
+    ):
+        distributed.wrap_network(network, torch.device("cpu"), **options)
+    wrapped = []
+    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", lambda network, **o: wrapped.append(type(network[1])))
+    for synchronised in (False, True):
+        options["sync_batch_norm"] = synchronised
+        distributed.wrap_network(network, torch.device("cuda", 0), **options)
+    assert wrapped == [nn.BatchNorm2d, nn.SyncBatchNorm]
