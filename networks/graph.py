@@ -28,7 +28,8 @@ def nearest_neighbours(corners: Tensor, k: int, *, keep_self: bool = False) -> T
     position = corners.detach().long()  # corners are whole pixels: distances are exact, equal ones compare as equal
     squared = ((position[:, :, None] - position[:, None, :]) ** 2).sum(dim=-1)
     if not keep_self:
-        squared.diagonal(dim1=1, dim2=2).fill_(-1)  # nearer than any other: sorts first, and is dropped
+        itself = torch.eye(N, dtype=torch.bool, device=corners.device)
+        squared = squared.masked_fill(itself, -1)  # nearer than any other: sorts first, and is dropped
     nearest = squared.argsort(dim=-1, stable=True)[:, :, 1 : k + 1]
     adjacency = torch.zeros(G, N, N, dtype=torch.bool, device=corners.device)
     return adjacency.scatter(2, nearest, True)

@@ -118,7 +118,7 @@ def greedy_selection(
         candidates = available
         if step < len(restrictions):
             restricted = available & restrictions[step]
-            candidates = torch.where(restricted.any(dim=1, keepdim=True), restricted, available)
+            candidates = restricted | (available & ~restricted.any(dim=1, keepdim=True))
         best = torch.where(candidates, scores, -torch.inf).argmax(dim=1)
         if picks:
             best = torch.where(candidates.any(dim=1), best, picks[-1])

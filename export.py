@@ -1,0 +1,137 @@
+"""Turn a checkpoint into one file that runs without this code: `python export.py --checkpoint FILE --out model.pt2`.
+
+The whole system is in it, from pixels to probabilities: normalisation, boxes, crops, windows. `model.pt2` is a program
+of torch.export, `model.onnx` one of ONNX (needs `pip install onnx onnxscript`). docs/run_exported.py runs either.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from config import Parser
+from datasets import MEAN, STD
+from train import load_trained
+from utils.errors import exit_with_one_sentence
+from utils.metrics import inclusive_to_edges
+
+FORMATS = (".pt2", ".onnx")
+ONNX_PACKAGES = ("onnx", "onnxscript")
+ONNX_TORCH = (2, 6)
+TRACED_WITH = 3  # images; the batch stays free, but torch.export takes 0 and 1 for constants
+BATCH = torch.export.Dim("batch", min=1, max=65536)
+
+
+class Pipeline(nn.Module):
+    """A system from pixels to its answer, with tensors only."""
+
+    def __init__(self, network: nn.Module, *, mask_background: bool) -> None:
+        super().__init__()
+        self.network = network
+        self.mask_background = mask_background
+        self.register_buffer("mean", torch.tensor(MEAN).reshape(3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(STD).reshape(3, 1, 1) * 255, persistent=False)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Map RGB images [B, 3, S, S] uint8 to `probabilities` [B, classes] and, where the system finds objects,
+        `object_boxes` [B, 4]: their edges (x0, y0, x1, y1) as shares of the picture's width and height, 0 to 1.
+        """
+        normalised = (images.float() - self.mean) / self.std
+        output = self.network(normalised, mask_background=self.mask_background, branches=self.network.answer)
+        answer = {"probabilities": self.network.predict_logits(output).float().softmax(dim=1)}
+        if output.object_boxes is not None:
+            answer["object_boxes"] = inclusive_to_edges(output.object_boxes) / self.network.input_size
+        return answer
+
+
+def parse_arguments(arguments: Sequence[str] | None):
+    parser = Parser(description="Turn a checkpoint into one file that runs without this code.", allow_abbrev=False)
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="best.pth or last.pth of a run")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="model.pt2, or model.onnx")
+    parser.add_argument("--device", default="cpu", help="what the file will run on: cpu, cuda ... (%(default)s)")
+    options = parser.parse_args(arguments)
+    if options.out.suffix not in FORMATS:
+        raise ValueError(f"out is {options.out}; expected a file that ends in {' or '.join(FORMATS)}")
+    missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+    if options.out.suffix == ".onnx" and missing:
+        raise ValueError(f"ONNX needs {' and '.join(missing)}: pip install {' '.join(ONNX_PACKAGES)}")
+    if options.out.suffix == ".onnx" and tuple(map(int, torch.__version__.split(".")[:2])) < ONNX_TORCH:
+        raise ValueError(f"ONNX needs PyTorch {'.'.join(map(str, ONNX_TORCH))} or newer; this is {torch.__version__}")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse_arguments(arguments)
+    # In float32 and plainly laid out: what runs the file chooses its own way to compute.
+    plain = {"device": options.device, "precision": "float32", "channels_last": False}
+    trained = load_trained(options.checkpoint, data_root=".", checkpoint_dir=".", **plain)
+    pipeline = (
+        Pipeline(trained.network, mask_background=trained.plan.mask_background).eval().to(trained.execution.device)
+    )
+    facts = {"class_names": trained.saved["class_names"], "image_size": trained.settings.image_size}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    waiting = options.out.with_name(f"{options.out.stem}.part{options.out.suffix}")
+    try:
+        if options.out.suffix == ".pt2":
+            program = trace(pipeline, facts["image_size"])
+            torch.export.save(program, waiting, extra_files={"facts.json": json.dumps(facts)})
+        else:
+            save_onnx(pipeline, waiting, facts)
+        waiting.replace(options.out)
+    finally:
+        waiting.unlink(missing_ok=True)
+    size = facts["image_size"]
+    print(
+        f"{options.out}: {options.out.stat().st_size / 2**20:.0f} MB, takes RGB images [B, 3, {size}, {size}] uint8, "
+        f"gives probabilities of {len(facts['class_names'])} classes"
+    )
+
+
+def trace(pipeline: Pipeline, image_size: int) -> torch.export.ExportedProgram:
+    """Return the pipeline as one graph for batches of any size."""
+    images = torch.zeros(TRACED_WITH, 3, image_size, image_size, dtype=torch.uint8, device=pipeline.mean.device)
+    with torch.no_grad():
+        return torch.export.export(pipeline, (images,), dynamic_shapes=({0: BATCH},))
+
+
+def save_onnx(pipeline: Pipeline, path: Path, facts: dict[str, object]) -> None:
+    """Write the pipeline as an ONNX model with its class names as metadata."""
+    import onnx
+
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    program = trace(pipeline, facts["image_size"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of versions of its own parts
+        program = torch.onnx.export(
+            program,
+            dynamo=True,
+            verbose=False,
+            input_names=["images"],
+            output_names=["probabilities", "object_boxes"][: len(program.graph_signature.user_outputs)],
+            custom_translation_table={torch.ops.aten.sort.stable: stable_sort},
+        )
+    model = program.model_proto
+    for name, value in facts.items():
+        model.metadata_props.add(key=name, value=json.dumps(value))
+    onnx.save(model, path)
+
+
+def stable_sort(values, *, stable: bool = True, dim: int = -1, descending: bool = False):
+    """`torch.sort` in ONNX, whose TopK puts the lower of equal values' indices first, as a stable sort does."""
+    from onnxscript import opset18
+
+    axis = opset18.Constant(value_ints=[dim])
+    count = opset18.Gather(opset18.Shape(values), axis)
+    return opset18.TopK(values, count, axis=dim, largest=int(descending), sorted=1)
+
+
+if __name__ == "__main__":
+    with exit_with_one_sentence():
+        main()
