@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from config import Parser
-from datasets import MEAN, STD
 from train import load_trained
+from utils.augmentation import MEAN, STD
 from utils.errors import exit_with_one_sentence
 from utils.metrics import inclusive_to_edges
 

@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from torch import nn
+import torch
+import torch.nn.functional as F
 
 from config import Parser, Settings, SettingsError, complete, parse_settings
 from datasets import Catalogue, draw_demo_picture, load_picture
@@ -45,6 +46,7 @@ from utils.panels import image_panel
 from utils.pictures import save_png
 from utils.report import Mistake, write_report
 from utils.results import ResultCollector
+from utils.runlog import log_evaluation
 
 PUBLISHED_MODELS = ("mmal", "sgkrl")
 
@@ -139,6 +141,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         overlaps=values.get("box_iou"),
         mistakes=draw_mistakes(trained, catalogue, results.surest_mistakes()),
     )
+    if (folder / "log.jsonl").exists():  # a run's folder, whose curves TensorBoard shows
+        numbers = {name: v for name, v in figures.items() if name.startswith(("accuracy/", "box_iou/"))}
+        numbers["calibration_error"] = report["calibration"]["expected_error"]
+        projected = project(trained, catalogue) if options.embeddings else {}
+        log_evaluation(folder / f"test{ending}", saved["epoch"], numbers, **projected)
     panel = draw_panel(network, catalogue.test, settings, catalogue.class_names, execution, plan)
     save_png(folder / "pictures" / f"test{ending}.png", panel)
     names = (f"report{ending}.html", f"report{ending}.json", f"predictions{ending}.csv", f"pictures/test{ending}.png")
@@ -190,7 +197,7 @@ def rebuild_published(path: Path, content: dict, overrides: dict, more: Sequence
     return trained_network(settings, saved, partial(load_published, path=path)), catalogue
 
 
-def calibrated_exit(network: nn.Module, settings: Settings, catalogue: Catalogue, shared: dict) -> float:
+def calibrated_exit(network: torch.nn.Module, settings: Settings, catalogue: Catalogue, shared: dict) -> float:
     """Print accuracy against compute on the run's validation images; return the threshold that loses nothing there."""
     complete(dataclasses.replace(settings, exit_threshold=0.0))  # refuses systems that cannot exit
     if settings.select_on == "test":
@@ -243,6 +250,27 @@ def draw_mistakes(trained: Trained, catalogue: Catalogue, positions: Sequence[in
             predicted = names[labels[index][0]]
             mistakes.append(Mistake(drawing, batch.paths[index], names[entry.label], predicted, top[index][0]))
     return mistakes
+
+
+def project(trained: Trained, catalogue: Catalogue) -> dict[str, object]:
+    """Return what TensorBoard's projector shows of the test images: an embedding each, its class, a small picture."""
+    network, settings, _, plan, execution = trained
+    embeddings, thumbnails, class_of = [], [], []
+    hook = network.backbone.register_forward_hook(lambda module, inputs, output: passes.append(output.embedding))
+    try:
+        for batch in evaluation_loader(settings, catalogue.test):
+            passes = []
+            with torch.no_grad(), execution.autocast():
+                images = execution.images(batch.images)
+                network(images, mask_background=plan.mask_background, branches=network.answer)
+            # the pass over the object where there is one, over the picture where not
+            seen = [embedding for embedding in passes[:2] if len(embedding) == len(images)]
+            embeddings.append(seen[-1].float().cpu())
+            thumbnails.append(F.interpolate(batch.images.float(), size=(32, 32)) / 255)
+            class_of += [" ".join(catalogue.class_names[label].split()) for label in batch.labels.tolist()]
+    finally:
+        hook.remove()
+    return {"mat": torch.cat(embeddings), "metadata": class_of, "label_img": torch.cat(thumbnails)}
 
 
 def as_text(report: dict) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
 from utils.checkpoint import CheckpointError, save_checkpoint
@@ -31,7 +32,8 @@ def evaluated(tiny_run, tmp_path_factory, evaluation_script) -> dict[str, Path]:
         content = {"settings": train.dataclasses.asdict(settings), "class_names": ["blue", "green", "red"]}
         content |= {"selected_on": "nothing", "epoch": 1, "network": network.state_dict()}
         save_checkpoint(folder / "best.pth", content)
-        evaluation_script.main([str(folder / "best.pth")])
+        (folder / "log.jsonl").touch()  # of a run
+        evaluation_script.main([str(folder / "best.pth"), *(["--embeddings"] if model == "mmal" else [])])
         places[model] = folder
     save_checkpoint(places["mmal"] / "last.pth", content | {"progress": None})
     evaluation_script.main([str(places["mmal"] / "last.pth")])
@@ -45,6 +47,19 @@ def test_reports_are_named_after_their_checkpoints(evaluated):
         assert (evaluated["mmal"] / "pictures" / f"test{ending}.png").is_file()
         report = json.loads((evaluated["mmal"] / f"report{ending}.json").read_text("utf-8"))
         assert report["checkpoint"].endswith(f"{ending.removeprefix('-') or 'best'}.pth")
+
+
+def test_test_figures_and_embeddings_reach_tensorboard(evaluated):
+    events = EventAccumulator(str(evaluated["mmal"] / "test"))
+    events.Reload()
+    report = json.loads((evaluated["mmal"] / "report.json").read_text("utf-8"))
+    (point,) = events.Scalars("accuracy/answer")
+    assert (point.step, point.value) == (1, pytest.approx(report["branches"]["answer"]["top1"]))
+    (table,) = (evaluated["mmal"] / "test").rglob("tensors.tsv")
+    embeddings = numpy.loadtxt(table)
+    assert embeddings.shape == (6, 512)
+    assert numpy.ptp(embeddings, axis=0).max() > 0
+    assert not list((evaluated["resnet"] / "test").rglob("tensors.tsv"))
 
 
 def test_predictions_hold_every_image_and_agree_with_the_report(evaluated, picture_tree):

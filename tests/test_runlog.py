@@ -7,8 +7,9 @@ import json
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import plugin_data_pb2
 
-from utils.runlog import RunLog
+from utils.runlog import RunLog, describe, log_evaluation
 
 
 def _events(folder):
@@ -105,3 +106,59 @@ def test_a_disabled_log_writes_nothing(tmp_path):
         log.log_pictures("pictures/train", torch.zeros(3, 8, 8, dtype=torch.uint8), epoch=1)
         log.log_settings("text")
     assert list(tmp_path.iterdir()) == []
+
+
+CURVES = [
+    *("train/loss/total", "train/loss/raw", "train/loss/ranking", "validation/accuracy/answer", "train/accuracy/graph"),
+    *("validation/box_iou/mean", "validation/box_iou/share_at_0.5", "schedule/learning_rate", "train/images"),
+    *("speed/train_images_per_second", "calibration_error"),
+]
+
+
+def test_every_curve_says_what_it_means(tmp_path):
+    with RunLog(tmp_path) as log:
+        log.log_epoch(1, {"": dict.fromkeys(CURVES, 0.5)})
+    events = _events(tmp_path)
+    assert len(events.Tags()["scalars"]) == len(CURVES)
+    descriptions = [events.SummaryMetadata(f"/{name}").summary_description for name in CURVES]
+    assert all(len(text.splitlines()) == 1 for text in descriptions)
+    assert len(set(descriptions)) == len(CURVES)
+    assert describe("something/else") == ""
+
+
+def _row(folder):
+    metadata = _events(folder).SummaryMetadata("_hparams_/session_start_info")
+    return plugin_data_pb2.HParamsPluginData.FromString(metadata.plugin_data.content).session_start_info
+
+
+def test_a_run_is_a_row_of_the_table_of_runs(tmp_path):
+    settings = {"model": "sgkrl", "epochs": 3, "flip": 0.5, "fresh": False, "classes": None, "windows": ((4, 4), 2)}
+    with RunLog(tmp_path / "demo-sgkrl") as log:
+        log.log_settings(settings)
+    row = _row(tmp_path / "demo-sgkrl")
+    values = {name: getattr(value, value.WhichOneof("kind")) for name, value in row.hparams.items()}
+    assert values == settings | {"classes": "None", "windows": "((4, 4), 2)"}
+    metadata = _events(tmp_path / "demo-sgkrl").SummaryMetadata("_hparams_/experiment")
+    experiment = plugin_data_pb2.HParamsPluginData.FromString(metadata.plugin_data.content).experiment
+    assert ("test", "accuracy/answer") in {(info.name.group, info.name.tag) for info in experiment.metric_infos}
+    assert all(describe(info.name.tag) for info in experiment.metric_infos)
+
+
+def test_an_evaluation_replaces_the_one_before_it(tmp_path):
+    log_evaluation(tmp_path / "test", 4, {"accuracy/answer": 0.25})
+    pictures = torch.rand(3, 3, 8, 8)
+    log_evaluation(
+        tmp_path / "test",
+        5,
+        {"accuracy/answer": 0.5, "box_iou/mean": 0.75},
+        mat=torch.eye(3),
+        metadata=["a", "b", "c"],
+        label_img=pictures,
+    )
+    events = _events(tmp_path / "test")
+    assert [(point.step, point.value) for point in events.Scalars("accuracy/answer")] == [(5, 0.5)]
+    (table,) = (tmp_path / "test").rglob("tensors.tsv")
+    assert table.read_text().splitlines()[1].split() == ["0.0", "1.0", "0.0"]
+    (names,) = (tmp_path / "test").rglob("metadata.tsv")
+    assert names.read_text().splitlines() == ["a", "b", "c"]
+    assert "tensors.tsv" in (tmp_path / "test" / "projector_config.pbtxt").read_text()

@@ -13,10 +13,39 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 
+from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_SCALAR, Summary, SummaryMetadata
+from tensorboard.plugins.hparams import summary_v2 as hparams
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from utils.files import SavingError, write_text
+
+# What a curve means, by the beginning or the end of its name without the group; shown beside it in TensorBoard.
+DESCRIPTIONS = {
+    "loss/total": "Weighted sum of the losses being trained. It rises where warm-up ends, since more is added up.",
+    "loss/ranking": "Whether the regions that classify better are also ranked higher.",
+    "loss/contrastive": "Whether parts of one class are closer to each other than to those of others.",
+    "loss/": "Cross-entropy of this branch. Validation rising while training falls: overfitting.",
+    "accuracy/answer": "Share of images that the system answers rightly (top-1).",
+    "accuracy/": "Share of images that this branch alone classifies rightly (top-1).",
+    "box_iou/mean": "Mean overlap of predicted and true object boxes (intersection over union).",
+    "box_iou/share_at_0.5": "Share of images whose object box overlaps the true one by 0.5 or more. "
+    "Falling while training: the learning rate is too high.",
+    "learning_rate": "Learning rate of the backbone at the beginning of the epoch.",
+    "images_per_second": "Images a second over the whole epoch, loading included.",
+    "images": "Number of images in the epoch.",
+    "calibration_error": "Expected calibration error: how far the answer's probabilities are from its accuracy.",
+}
+
+# What the table of runs (HParams) compares: (group of events within the run, curve, name of the column)
+FINAL_FIGURES = (
+    ("", "validation/accuracy/answer", "validation answer"),
+    ("", "validation/box_iou/share_at_0.5", "validation boxes IoU >= 0.5"),
+    ("", "train/loss/total", "training loss"),
+    ("", "speed/train_images_per_second", "training images/s"),
+    ("test", "accuracy/answer", "test answer"),
+    ("test", "box_iou/share_at_0.5", "test boxes IoU >= 0.5"),
+)
 
 
 class RunLog:
@@ -53,8 +82,7 @@ class RunLog:
         numbers = {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
         line = json.dumps({"epoch": epoch} | {name: _strict(value) for name, value in numbers.items()}, allow_nan=False)
         with self._saying_where():
-            for name, value in numbers.items():
-                self.writer.add_scalar(name, value, epoch)
+            _add_scalars(self.writer, numbers, epoch)
             self.writer.flush()
         # one write of the whole line, on disk before the checkpoint that follows
         with self._saying_where(), self.path.open("a", encoding="utf-8") as file:
@@ -70,12 +98,24 @@ class RunLog:
                 self.writer.flush()
 
     def log_settings(self, settings: str | Mapping[str, object]) -> None:
-        """Show the run's settings under TensorBoard's Text: a mapping as a table, a text as Markdown."""
+        """Show the run's settings under TensorBoard's Text: a mapping as a table, a text as Markdown.
+
+        A mapping is also the run's row under HParams, beside its final figures.
+        """
         if self.enabled:
             text = settings if isinstance(settings, str) else _markdown_table(settings)
             with self._saying_where():
                 self.writer.add_text("settings", text, self.first_epoch)
+                if not isinstance(settings, str):
+                    self._log_row(settings)
                 self.writer.flush()
+
+    def _log_row(self, settings: Mapping[str, object]) -> None:
+        values = {name: v if isinstance(v, bool | int | float | str) else str(v) for name, v in settings.items()}
+        columns = [hparams.HParam(name) for name in values]
+        figures = [hparams.Metric(tag, group=group, display_name=name) for group, tag, name in FINAL_FIGURES]
+        self.writer.file_writer.add_summary(hparams.hparams_config_pb(hparams=columns, metrics=figures))
+        self.writer.file_writer.add_summary(hparams.hparams_pb(values, trial_id=self.path.parent.name))
 
     def close(self) -> None:
         """Write what is still waiting and close the events file."""
@@ -97,6 +137,42 @@ class RunLog:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         with contextlib.suppress(OSError) if error else contextlib.nullcontext():  # that error is the one to tell
             self.close()
+
+
+def log_evaluation(folder: str | Path, epoch: int, numbers: Mapping[str, float], **embeddings: object) -> None:
+    """Write the figures of an evaluation to a folder of their own, in place of earlier ones.
+
+    `embeddings` go to TensorBoard's projector: see `SummaryWriter.add_embedding`.
+    """
+    folder = Path(folder)
+    for old in folder.glob("events.out.tfevents.*"):
+        old.unlink()
+    with SummaryWriter(str(folder)) as writer:
+        _add_scalars(writer, numbers, epoch)
+        if embeddings:
+            writer.add_embedding(global_step=epoch, tag="test", **embeddings)
+
+
+def _add_scalars(writer: SummaryWriter, numbers: Mapping[str, float], epoch: int) -> None:
+    """What SummaryWriter.add_scalar writes, each with its description."""
+    for name, value in numbers.items():
+        metadata = SummaryMetadata(
+            display_name=name,
+            summary_description=describe(name),
+            data_class=DATA_CLASS_SCALAR,  # without it TensorBoard's fast reader drops the description
+            plugin_data=SummaryMetadata.PluginData(plugin_name="scalars"),
+        )
+        summary = Summary(value=[Summary.Value(tag=name, simple_value=float(value), metadata=metadata)])
+        writer.file_writer.add_summary(summary, epoch)
+    writer.flush()
+
+
+def describe(name: str) -> str:
+    """Return a line on what the curve of this name means, "" where nothing is known."""
+    for known, description in DESCRIPTIONS.items():
+        if name.endswith(known) or (known.endswith("/") and known in name):
+            return description
+    return ""
 
 
 def _drop_later_epochs(path: Path, last_epoch: int | None) -> None:
