@@ -504,9 +504,9 @@ def test_a_skipped_step_changes_nothing_but_the_schedule(tiny_run, tmp_path, mon
     execution = train.Execution.images
     calls = []
 
-    def poisoned(self, images):
+    def poisoned(self, images, augmentation=None):
         calls.append(1)
-        images = execution(self, images)
+        images = execution(self, images, augmentation)
         return images * math.nan if len(calls) == 3 else images  # the last step of the epoch
 
     monkeypatch.setattr(train.Execution, "images", poisoned)
