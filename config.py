@@ -3,7 +3,8 @@
     python train.py                                                        # the drawn demo birds, ResNet-18, CPU, 3 min
     python train.py --dataset cub --data_root DIR                          # SG-KRL on CUB-200-2011, ResNet-50 at 448
     python train.py --dataset cub --data_root DIR --model mmal --name try1 # another system, a folder of its own
-    python train.py --help                                                 # all settings
+    python train.py --help                                                 # all settings and their values
+    python train.py --help_all                                             # the same with explanations
 
 A value of None takes the data set's or the model's own value from the tables below, so an edit here always wins.
 """
@@ -21,6 +22,7 @@ import inspect
 import math
 import re
 import stat
+import textwrap
 import types
 import typing
 from collections.abc import Sequence
@@ -220,7 +222,7 @@ class SettingsError(ValueError):
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence, without printing the usage first."""
+    """Says what is wrong in one sentence, without printing the usage first. Raises SettingsError."""
 
     def error(self, message: str) -> typing.NoReturn:
         printable = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
@@ -237,7 +239,13 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
         usage="%(prog)s [--setting value ...]",
         argument_default=argparse.SUPPRESS,  # what is not given stays out: the defaults are checked as they are
         allow_abbrev=False,
+        add_help=False,
     )
+    parser.add_argument("-h", "--help", action=_Overview, help="all settings and their values, on one screen")
+    parser.add_argument("--help_all", action="help", help="the same with explanations")
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for title, names in _blocks().items():
+        groups |= dict.fromkeys(names, parser.add_argument_group(title))
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Settings), flags=re.MULTILINE))
     for name, hint in HINTS.items():
         default = _shown(getattr(Settings(), name))
@@ -248,7 +256,7 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
             options |= {"type": _converter(hint), "metavar": "VALUE"}
             if _takes_several_words(hint):
                 options["nargs"] = "*"
-        parser.add_argument(f"--{name}", **options)
+        groups.get(name, parser).add_argument(f"--{name}", **options)
     given, unknown = parser.parse_known_args(arguments)
     if unknown:
         near = difflib.get_close_matches(unknown[0].partition("=")[0], [f"--{name}" for name in HINTS], n=1)
@@ -258,6 +266,35 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
     if "loss_weights" in values:
         values["loss_weights"] = dict(values["loss_weights"])
     return complete(dataclasses.replace(Settings(), **values))
+
+
+def _blocks() -> dict[str, list[str]]:
+    """The settings by the headed blocks they stand in."""
+    blocks: dict[str, list[str]] = {}
+    for title, name in re.findall(r"^    (?:# ---- (.*?) -+|(\w+): .*)$", inspect.getsource(Settings), re.MULTILINE):
+        if title:
+            blocks[title] = names = []
+        else:
+            names.append(name)
+    return blocks
+
+
+class _Overview(argparse.Action):
+    """Prints the settings with their values, without explanations, and ends the program."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **options: object):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, **options)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> typing.NoReturn:
+        lines = [f"usage: {parser.usage % {'prog': parser.prog}}", "", parser.description, ""]
+        for title, names in _blocks().items():
+            values = (f"--{name} {_shown(getattr(Settings(), name))}".replace(" ", "\0") for name in names)
+            text = textwrap.fill("  ".join(values), 118, initial_indent="  ", subsequent_indent="  ")
+            lines += [f"{title}:", text.replace("\0", " ")]
+        lines += ["", "None: the value of the data set or the model. --no-NAME switches off what is True."]
+        lines += ["--help_all explains every setting."]
+        print("\n".join(lines))
+        parser.exit()
 
 
 def _members(hint: object) -> tuple[object, ...]:

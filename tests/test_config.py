@@ -248,13 +248,28 @@ def test_a_list_without_words_is_empty():
     assert (settings.milestones, settings.loss_weights) == ((), {})
 
 
-def test_help_mentions_every_field(capsys):
+@pytest.mark.parametrize("flag", ["-h", "--help", "--help_all"])
+def test_help_mentions_every_field_with_its_default_under_its_heading(flag, capsys):
     with pytest.raises(SystemExit) as ending:
-        parse_settings(["--help"])
+        parse_settings([flag])
     assert ending.value.code == 0
     text = capsys.readouterr().out
     for name in NAMES:
         assert re.search(rf"--{name}\b", text), name
+    assert "'sgkrl'" in text
+    headings = re.findall(r"^    # ---- (.*?) -+$", Path(config.__file__).read_text("utf-8"), flags=re.MULTILINE)
+    places = [text.index(f"\n{heading}:") for heading in headings]
+    assert len(places) == 7
+    assert places == sorted(places)
+    assert places[-2] < text.index("--device") > places[-1]
+
+
+def test_help_fits_a_screen(capsys):
+    with pytest.raises(SystemExit):
+        parse_settings(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 120
 
 
 def test_every_field_is_commented_where_it_stands_and_in_the_help(capsys):
@@ -262,7 +277,7 @@ def test_every_field_is_commented_where_it_stands_and_in_the_help(capsys):
     uncommented = [name for name in NAMES if not re.search(rf"^    {name}: .*  # \S", text, flags=re.MULTILINE)]
     assert set(uncommented) <= {"epochs", "momentum", "weight_decay", "evaluation_batch_size"}  # these say it all
     with pytest.raises(SystemExit):
-        parse_settings(["--help"])
+        parse_settings(["--help_all"])
     text = " ".join(capsys.readouterr().out.split())
     assert "what the backbone sees: a multiple of 32" in text  # input_size's comment
 
