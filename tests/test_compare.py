@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train
 from utils.checkpoint import CheckpointError, save_checkpoint
 from utils.compare import ComparisonError, compare, paired_bootstrap
+from utils.engine import Execution
 from utils.errors import exit_with_one_sentence
 from utils.results import read_predictions
 
@@ -196,6 +197,7 @@ def test_published_checkpoints_are_evaluated_directly(picture_tree, tmp_path, ev
     torch.manual_seed(1)
     words = ["--dataset", "folder", "--data_root", str(picture_tree), "--backbone", "resnet18", "--input_size", "96"]
     words += ["--windows", "((((5, 5),), 2),)", "--test_fraction", "0.25", "--device", "cpu", "--workers", "0"]
+    words += ["--precision", "float32"]
     settings = train.parse_settings([*words, "--model", "sgkrl", "--wiring", "published"])
     network = train.network_of(settings, 3, pretrained=False).eval()
     state = {f"module.{_published_name_of(name)}": value for name, value in network.state_dict().items()}
@@ -210,7 +212,8 @@ def test_published_checkpoints_are_evaluated_directly(picture_tree, tmp_path, ev
     right = 0
     for entry, sample in zip(catalogue.test, train.Pictures(catalogue.test, image_size=96), strict=True):
         with torch.no_grad():  # epoch 50 masks the background
-            output = network(train.collate([sample]).images, mask_background=True)
+            images = Execution(torch.device("cpu")).images(train.collate([sample]).images)
+            output = network(images, mask_background=True)
         right += output.logits["object"].argmax().item() == entry.label
     assert report["branches"]["object"]["top1"] == pytest.approx(right / len(catalogue.test))
 

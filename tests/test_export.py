@@ -71,7 +71,7 @@ def test_graphs_answer_as_the_eager_systems_do(model, options):
 def checkpoint(tiny_run, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("exported")
     torch.manual_seed(0)
-    settings = train.parse_settings(tiny_run(folder, model="mmal"))
+    settings = train.parse_settings(tiny_run(folder, "--precision", "float32", model="mmal"))
     network = train.network_of(settings, 3, pretrained=False)
     values = train.dataclasses.asdict(settings)
     content = {"settings": values, "class_names": NAMES, "selected_on": "nothing", "epoch": 1}

@@ -30,7 +30,7 @@ def checkpoints(tiny_run, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoints")
     torch.manual_seed(0)
     for model in MODELS:
-        settings = train.parse_settings(tiny_run(folder, model=model))
+        settings = train.parse_settings(tiny_run(folder, "--precision", "float32", model=model))
         network = train.network_of(settings, 3, pretrained=False)
         values = train.dataclasses.asdict(settings) | {"data_root": "~nobody_of_that_name/birds"}
         content = {"settings": values, "class_names": ["blue", "green", "red <b>"], "selected_on": "nothing"}

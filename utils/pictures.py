@@ -197,20 +197,20 @@ def save_png(path: str | Path, image: Tensor) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as file:
-        _to_pillow(image).save(file, format="PNG")
+        to_pillow(image).save(file, format="PNG")
 
 
 def _item(values: Tensor | None, index: int) -> Tensor | None:
     return None if values is None else values[index].detach().cpu()
 
 
-def _to_pillow(image: Tensor) -> Image.Image:
+def to_pillow(image: Tensor) -> Image.Image:
     return Image.fromarray(image.detach().cpu().permute(1, 2, 0).contiguous().numpy())
 
 
 def _scaled(image: Tensor, height: int) -> tuple[Image.Image, float]:
     """The image at a height, and the factor from its pixels to the tile's."""
-    picture = _to_pillow(image)
+    picture = to_pillow(image)
     scale = height / picture.height
     if scale != 1:
         picture = picture.resize((max(1, round(picture.width * scale)), height), Image.Resampling.BICUBIC)
