@@ -70,7 +70,7 @@ def parse_arguments(arguments: Sequence[str] | None):
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     # In float32 and plainly laid out: what runs the file chooses its own way to compute.
-    plain = {"device": options.device, "precision": "float32", "channels_last": False}
+    plain = {"device": options.device, "precision": "float32", "channels_last": False, "compile": False}
     trained = load_trained(options.checkpoint, data_root=".", checkpoint_dir=".", **plain)
     pipeline = (
         Pipeline(trained.network, mask_background=trained.plan.mask_background).eval().to(trained.execution.device)

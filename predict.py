@@ -55,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     # Rebuild. Only the network is wanted: the data set's folder need not be possible on this machine.
     machine = {"device": options.device, "workers": options.workers, "evaluation_batch_size": options.batch_size}
+    machine["compile"] = False  # it takes longer than a folder of pictures
     trained = load_trained(options.checkpoint, data_root=".", checkpoint_dir=".", **machine)
     network, class_names = trained.network, trained.saved["class_names"]
     loader = DataLoader(

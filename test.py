@@ -217,8 +217,10 @@ def draw_mistakes(trained: Trained, catalogue: Catalogue, positions: Sequence[in
     """Run the network once more on a few test images and draw what it found in each."""
     network, settings, saved, plan, execution = trained
     names, mistakes = saved["class_names"], []
-    for start in range(0, len(positions), settings.evaluation_batch_size):
-        entries = [catalogue.test[p] for p in positions[start : start + settings.evaluation_batch_size]]
+    # with an early exit, passes differ from image to image
+    step = settings.evaluation_batch_size if getattr(network, "exit_threshold", 1) >= 1 else 1
+    for start in range(0, len(positions), step):
+        entries = [catalogue.test[p] for p in positions[start : start + step]]
         batch = collate(list(evaluation_loader(settings, entries).dataset))
         with execution.autocast():
             output, evidence = forward_with_evidence(

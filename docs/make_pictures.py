@@ -103,7 +103,8 @@ def draw_windows() -> Image.Image:
             x, y = left + column * cell, top + row * cell
             box = (round(x), round(y), round(x + width * cell) - 1, round(y + height * cell) - 1)
             draw.rectangle(box, outline=WINDOWS[place], width=3)
-            draw.text((box[0] + 6, box[1] + 12), f"{height}x{width}", fill=WINDOWS[place], font=_font(13), anchor="lm")
+            draw.rectangle((box[0], box[1], box[0] + 40, box[1] + 18), fill=WINDOWS[place])
+            draw.text((box[0] + 20, box[1] + 9), f"{height}x{width}", fill=INK, font=_font(13), anchor="mm")
     return figure
 
 
@@ -115,7 +116,7 @@ def draw_curves(run: Path) -> Image.Image:
     charts = [
         ("validation/accuracy", [t for t in sorted(tags) if t.startswith("validation/accuracy/")], True),
         (
-            "loss/total (train) and loss/object",
+            "loss",
             ["train/loss/total", "train/loss/object", "validation/loss/object"],
             False,
         ),
