@@ -56,6 +56,7 @@ def tiny_run(picture_tree):
             "workers": 0,
             "pictures_every": 0,
             "device": "cpu",
+            "precision": "float32",  # the same wherever the tests run
         }
         return [word for name, value in values.items() for word in (f"--{name}", str(value))] + list(more)
 

@@ -70,6 +70,8 @@ POSSIBLE = {
     "dropout": SHARES,
     "windows": WINDOWS | st.sampled_from(["birds", "vehicles"]),
     "wiring": st.sampled_from(["trained", "published"]),
+    "localization_stride": st.sampled_from([32, 16]),
+    "localization_threshold": st.floats(0, 10, exclude_min=True),
     "suppression": st.just("learnable") | st.floats(0, 1, exclude_min=True),
     "box_agreement": st.booleans(),
     "jigsaw_blocks": st.integers(1, 3),
