@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 
-from benchmarks import ablation
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import ablation  # noqa: E402
 
 ACCURACIES = {"resnet": (0.5, 0.6), "mmal": (0.75, 0.85)}  # by seed
 
