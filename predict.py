@@ -35,7 +35,7 @@ def parse_arguments(arguments: Sequence[str] | None):
     parser.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE_OR_FOLDER", help="folders with all below")
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="best.pth or last.pth of a run")
     parser.add_argument("--out", type=Path, default=Path("predictions"), metavar="DIR", help="drawings (%(default)s)")
-    parser.add_argument("--no_drawings", action="store_true", help="names only, several times as fast")
+    parser.add_argument("--no_drawings", action="store_true", help="names only, which is faster")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of text")
     parser.add_argument("--top", type=int, default=5, metavar="N", help="names per picture (%(default)s)")
     parser.add_argument("--batch_size", type=int, default=8, metavar="N", help="pictures at a time (%(default)s)")
@@ -50,6 +50,7 @@ def parse_arguments(arguments: Sequence[str] | None):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names may be of bytes that are no text
     pictures = find_pictures(options.pictures, leave_out=options.out)
     drawings = drawing_paths(pictures, options.out)
 
@@ -90,7 +91,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for index, sample in enumerate(good):
             names = [class_names[label] for label in labels[index]]
             drawing = None if options.no_drawings else drawings[Path(sample.path)]
-            picture, _ = load_picture(sample.path)  # again, for its own size and all its detail
+            box = None
+            if drawing is not None or options.json:
+                picture, _ = load_picture(sample.path)  # again, for its own size and all its detail
+                box = box_in(picture.size, output, index, network)
             if drawing is not None:
                 panel = image_panel(
                     picture,
@@ -104,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 )
                 save_png(drawing, panel)
             tqdm.write(
-                as_json(sample.path, names, values[index], box_in(picture.size, output, index, network), drawing)
+                as_json(sample.path, names, values[index], box, drawing)
                 if options.json
                 else f"{sample.path}: {', '.join(f'{n} {v:.1%}' for n, v in zip(names, values[index], strict=True))}"
             )

@@ -185,6 +185,20 @@ def test_what_cannot_be_is_said_in_one_sentence(evaluated, tmp_path, capsys, eva
     assert len(shown.err.splitlines()) == 1
 
 
+@pytest.mark.parametrize("threshold", ["0.34", "0.4", "1"])
+def test_mistakes_are_drawn_with_an_early_exit_too(tiny_run, tmp_path, evaluation_script, threshold):
+    torch.manual_seed(2)
+    settings = train.parse_settings(tiny_run(tmp_path, model="sgkrl"))
+    network = train.network_of(settings, 3, pretrained=False)
+    content = {"settings": train.dataclasses.asdict(settings), "class_names": ["blue", "green", "red"]}
+    content |= {"selected_on": "nothing", "epoch": 1, "network": network.state_dict()}
+    save_checkpoint(tmp_path / "best.pth", content)
+    evaluation_script.main([str(tmp_path / "best.pth"), "--exit_threshold", threshold])
+    report = json.loads((tmp_path / "report.json").read_text("utf-8"))
+    wrong = round((1 - report["branches"]["answer"]["top1"]) * 6)
+    assert (tmp_path / "report.html").read_text("utf-8").count("<figure>") == wrong > 0
+
+
 def test_a_report_that_is_missing_is_named(tmp_path):
     with pytest.raises(ComparisonError, match=r"report\.json"):
         compare([tmp_path, tmp_path])

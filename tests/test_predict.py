@@ -235,3 +235,17 @@ def test_checkpoints_are_planned_for_the_epoch_they_were_saved_in(checkpoints, t
         trained = train.load_trained(tmp_path / "last.pth", data_root=".")
         assert trained.plan.mask_background is masked
         assert not trained.network.training
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are any bytes on Linux only")
+@pytest.mark.parametrize("form", [["--json"], []], ids=str)
+def test_names_that_are_no_text_are_written_out(checkpoints, tmp_path, form):
+    folder = tmp_path / "album"
+    folder.mkdir()
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "red.png")
+    (tmp_path / "red.png").rename(folder / os.fsdecode(b"br\xf8d.png"))
+    command = [sys.executable, str(PROJECT / "predict.py"), *run(checkpoints / "resnet.pth", folder, *form)]
+    ended = subprocess.run(command, capture_output=True, cwd=tmp_path, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert rb"\udcf8d.png" in ended.stdout
+    assert len(list((tmp_path / "predictions").iterdir())) == 1
