@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from assembly import load_trained
 from config import Parser
-from train import load_trained
 from utils.augmentation import MEAN, STD
 from utils.errors import exit_with_one_sentence
 from utils.metrics import inclusive_to_edges

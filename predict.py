@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
+from assembly import load_trained
 from config import Parser
 from datasets import DataError, Entry, Pictures, Sample, collate, load_picture
 from networks.evidence import forward_with_evidence
-from train import load_trained
 from utils.errors import exit_with_one_sentence
 from utils.interruption import leave_run_to_the_main_process
 from utils.metrics import inclusive_to_edges

@@ -20,11 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from config import Parser, Settings, SettingsError, complete, parse_settings
-from datasets import Catalogue, draw_demo_picture, load_picture
-from networks.evidence import forward_with_evidence
-from networks.losses import loss_terms
-from train import (
+from assembly import (
     Trained,
     catalogue_of,
     choose_split,
@@ -34,6 +30,10 @@ from train import (
     load_trained,
     trained_network,
 )
+from config import Parser, Settings, SettingsError, complete, parse_settings
+from datasets import Catalogue, draw_demo_picture, load_picture
+from networks.evidence import forward_with_evidence
+from networks.losses import loss_terms
 from utils.allocator import keep_freed_memory
 from utils.checkpoint import CheckpointError, load_checkpoint, load_published
 from utils.compare import compare
@@ -103,9 +103,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     if options.exit_curve:
         settings = dataclasses.replace(settings, exit_threshold=calibrated_exit(network, settings, catalogue, shared))
+    copied = ()
     if settings.exit_threshold < 1:
         network.exit_threshold = settings.exit_threshold
-    results = ResultCollector(network.input_size)
+        copied = ("window", "graph")  # where images exit these repeat other branches, so that no figure is theirs
+    results = ResultCollector(network.input_size, leave_out=copied)
     figures = evaluate(
         network,
         evaluation_loader(settings, catalogue.test),
@@ -142,7 +144,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         mistakes=draw_mistakes(trained, catalogue, results.surest_mistakes()),
     )
     if (folder / "log.jsonl").exists():  # a run's folder, whose curves TensorBoard shows
-        numbers = {name: v for name, v in figures.items() if name.startswith(("accuracy/", "box_iou/"))}
+        shown = {name: v for name, v in figures.items() if name.startswith(("accuracy/", "box_iou/"))}
+        numbers = {name: v for name, v in shown.items() if name.removeprefix("accuracy/") not in copied}
         numbers["calibration_error"] = report["calibration"]["expected_error"]
         projected = project(trained, catalogue) if options.embeddings else {}
         log_evaluation(folder / f"test{ending}", saved["epoch"], numbers, **projected)

@@ -21,9 +21,9 @@ from measuring import PROJECT, machine, write_json
 from torch import Tensor
 from tqdm import tqdm
 
+from assembly import catalogue_of, evaluation_loader, network_of
 from config import complete, parse_settings
 from networks.folding import fold_batch_norm
-from train import catalogue_of, evaluation_loader, network_of
 from utils.checkpoint import load_checkpoint
 from utils.distributed import choose_device
 from utils.engine import Execution

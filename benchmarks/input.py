@@ -28,9 +28,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from assembly import cache_of, training_loader
 from config import Settings, complete
 from datasets import Entry, read_catalogue
-from train import cache_of, training_loader
 from utils.augmentation import MEAN, STD
 from utils.distributed import choose_device
 from utils.engine import Execution

@@ -21,10 +21,10 @@ sys.path.insert(0, str(DOCS.parent))
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
 
+from assembly import load_trained  # noqa: E402
 from datasets import Pictures, collate, draw_demo_picture, read_catalogue  # noqa: E402
 from networks.evidence import forward_with_evidence  # noqa: E402
 from networks.windows import REFERENCE_GRID, WINDOW_SETS  # noqa: E402
-from train import load_trained  # noqa: E402
 from utils.panels import image_panel  # noqa: E402
 from utils.pictures import INK, PAPER, TRACK, WINDOWS, to_pillow  # noqa: E402
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -12,7 +13,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import train
+import assembly
+import config
 from utils.checkpoint import CheckpointError, save_checkpoint
 from utils.compare import ComparisonError, compare, paired_bootstrap
 from utils.engine import Execution
@@ -28,9 +30,9 @@ def evaluated(tiny_run, tmp_path_factory, evaluation_script) -> dict[str, Path]:
     for model in ("mmal", "resnet"):
         folder = tmp_path_factory.mktemp("runs") / f"folder-{model}"
         folder.mkdir()
-        settings = train.parse_settings(tiny_run(folder, model=model))
-        network = train.network_of(settings, 3, pretrained=False)
-        content = {"settings": train.dataclasses.asdict(settings), "class_names": ["blue", "green", "red"]}
+        settings = config.parse_settings(tiny_run(folder, model=model))
+        network = assembly.network_of(settings, 3, pretrained=False)
+        content = {"settings": dataclasses.asdict(settings), "class_names": ["blue", "green", "red"]}
         content |= {"selected_on": "nothing", "epoch": 1, "network": network.state_dict()}
         save_checkpoint(folder / "best.pth", content)
         (folder / "log.jsonl").touch()  # of a run
@@ -188,9 +190,9 @@ def test_what_cannot_be_is_said_in_one_sentence(evaluated, tmp_path, capsys, eva
 @pytest.mark.parametrize("threshold", ["0.34", "0.4", "1"])
 def test_mistakes_are_drawn_with_an_early_exit_too(tiny_run, tmp_path, evaluation_script, threshold):
     torch.manual_seed(2)
-    settings = train.parse_settings(tiny_run(tmp_path, model="sgkrl"))
-    network = train.network_of(settings, 3, pretrained=False)
-    content = {"settings": train.dataclasses.asdict(settings), "class_names": ["blue", "green", "red"]}
+    settings = config.parse_settings(tiny_run(tmp_path, model="sgkrl"))
+    network = assembly.network_of(settings, 3, pretrained=False)
+    content = {"settings": dataclasses.asdict(settings), "class_names": ["blue", "green", "red"]}
     content |= {"selected_on": "nothing", "epoch": 1, "network": network.state_dict()}
     save_checkpoint(tmp_path / "best.pth", content)
     evaluation_script.main([str(tmp_path / "best.pth"), "--exit_threshold", threshold])
@@ -212,8 +214,8 @@ def test_published_checkpoints_are_evaluated_directly(picture_tree, tmp_path, ev
     words = ["--dataset", "folder", "--data_root", str(picture_tree), "--backbone", "resnet18", "--input_size", "96"]
     words += ["--windows", "((((5, 5),), 2),)", "--test_fraction", "0.25", "--device", "cpu", "--workers", "0"]
     words += ["--precision", "float32"]
-    settings = train.parse_settings([*words, "--model", "sgkrl", "--wiring", "published"])
-    network = train.network_of(settings, 3, pretrained=False).eval()
+    settings = config.parse_settings([*words, "--model", "sgkrl", "--wiring", "published"])
+    network = assembly.network_of(settings, 3, pretrained=False).eval()
     state = {f"module.{_published_name_of(name)}": value for name, value in network.state_dict().items()}
     path = tmp_path / "published.pth"
     save_checkpoint(path, {"epoch": 50, "model_state_dict": state, "learning_rate": 0.001})
@@ -222,11 +224,11 @@ def test_published_checkpoints_are_evaluated_directly(picture_tree, tmp_path, ev
     assert (report["epoch"], report["answer"]) == (50, "object")
     assert report["settings"]["wiring"] == "published"
     assert report["settings"]["graph_scope"] == "batch"
-    catalogue, _ = train.catalogue_of(settings)
+    catalogue, _ = assembly.catalogue_of(settings)
     right = 0
-    for entry, sample in zip(catalogue.test, train.Pictures(catalogue.test, image_size=96), strict=True):
+    for entry, sample in zip(catalogue.test, assembly.Pictures(catalogue.test, image_size=96), strict=True):
         with torch.no_grad():  # epoch 50 masks the background
-            images = Execution(torch.device("cpu")).images(train.collate([sample]).images)
+            images = Execution(torch.device("cpu")).images(assembly.collate([sample]).images)
             output = network(images, mask_background=True)
         right += output.logits["object"].argmax().item() == entry.label
     assert report["branches"]["object"]["top1"] == pytest.approx(right / len(catalogue.test))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -15,8 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
+import assembly
+import config
 import export
-import train
 from datasets import Entry, Pictures, collate
 from networks import MODELS, build_network
 from utils.checkpoint import save_checkpoint
@@ -71,9 +73,9 @@ def test_graphs_answer_as_the_eager_systems_do(model, options):
 def checkpoint(tiny_run, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("exported")
     torch.manual_seed(0)
-    settings = train.parse_settings(tiny_run(folder, "--precision", "float32", model="mmal"))
-    network = train.network_of(settings, 3, pretrained=False)
-    values = train.dataclasses.asdict(settings)
+    settings = config.parse_settings(tiny_run(folder, "--precision", "float32", model="mmal"))
+    network = assembly.network_of(settings, 3, pretrained=False)
+    values = dataclasses.asdict(settings)
     content = {"settings": values, "class_names": NAMES, "selected_on": "nothing", "epoch": 1}
     save_checkpoint(folder / "best.pth", content | {"network": network.state_dict()})
     return folder / "best.pth"
@@ -92,7 +94,7 @@ def pictures(tmp_path_factory) -> list[Path]:
 
 def answers_of(checkpoint: Path, pictures: list[Path]) -> list[tuple[str, float]]:
     """The likeliest name and its probability by the code base itself, from the files."""
-    trained = train.load_trained(checkpoint)
+    trained = assembly.load_trained(checkpoint)
     batch = collate(list(Pictures([Entry(path, 0) for path in pictures], image_size=96)))
     with torch.no_grad():
         output = trained.network(trained.execution.images(batch.images))

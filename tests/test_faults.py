@@ -20,6 +20,7 @@ import pytest
 import torch
 from test_train import FOUR_EPOCHS, PROJECT, assert_same_run, read_log, run_script
 
+import assembly
 import train
 from utils import checkpoint, engine, files, resume
 from utils.checkpoint import CheckpointError, SavingError, load_checkpoint, load_last, save_last
@@ -520,11 +521,11 @@ def test_a_skipped_step_changes_nothing_but_the_schedule(tiny_run, tmp_path, mon
 
 
 def test_a_worker_that_dies_ends_the_run_with_a_sentence(tiny_run, tmp_path, monkeypatch, capsys):
-    class Dying(train.Pictures):
+    class Dying(assembly.Pictures):
         def __getitem__(self, key):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(train, "Pictures", Dying)
+    monkeypatch.setattr(assembly, "Pictures", Dying)
     with pytest.raises(SystemExit) as ending, exit_with_one_sentence():
         train.main(tiny_run(tmp_path, "--workers", "1"))
     assert ending.value.code == 1

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = frozenset({"train", "test", "predict", "export"})
+PAGES = frozenset({"assembly", "train", "test", "predict", "export"})
 SYSTEMS = frozenset({"sgkrl", "mmal", "flrdf", "scrim", "resnet"})
 PROJECT = PAGES | {"config", "datasets", "networks", "utils", "tests", "benchmarks"}
 STANDARD_LIBRARY = frozenset(sys.stdlib_module_names) - PROJECT  # the standard library has a `test` too

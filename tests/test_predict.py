@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,8 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
+import assembly
+import config
 import predict
-import train
 from datasets import DataError, Entry, Pictures
 from networks import MODELS
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
@@ -30,9 +32,9 @@ def checkpoints(tiny_run, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoints")
     torch.manual_seed(0)
     for model in MODELS:
-        settings = train.parse_settings(tiny_run(folder, "--precision", "float32", model=model))
-        network = train.network_of(settings, 3, pretrained=False)
-        values = train.dataclasses.asdict(settings) | {"data_root": "~nobody_of_that_name/birds"}
+        settings = config.parse_settings(tiny_run(folder, "--precision", "float32", model=model))
+        network = assembly.network_of(settings, 3, pretrained=False)
+        values = dataclasses.asdict(settings) | {"data_root": "~nobody_of_that_name/birds"}
         content = {"settings": values, "class_names": ["blue", "green", "red <b>"], "selected_on": "nothing"}
         save_checkpoint(folder / f"{model}.pth", content | {"epoch": 1, "network": network.state_dict()})
     return folder
@@ -93,9 +95,9 @@ def test_a_folder_streams_json_and_skips_what_is_no_picture(checkpoints, picture
 def test_predictions_equal_the_network_on_the_data_sets_own_pictures(model, checkpoints, pictures, tmp_path, capsys):
     predict.main(run(checkpoints / f"{model}.pth", pictures / "one" / "same name.png", "--json", "--out", tmp_path))
     (line,) = map(json.loads, capsys.readouterr().out.splitlines())
-    trained = train.load_trained(checkpoints / f"{model}.pth", data_root=".")
+    trained = assembly.load_trained(checkpoints / f"{model}.pth", data_root=".")
     sample = Pictures([Entry(pictures / "one" / "same name.png", 0)], image_size=96)[0]
-    images = trained.execution.images(train.collate([sample]).images)
+    images = trained.execution.images(assembly.collate([sample]).images)
     with torch.no_grad():
         output = trained.network(images)
         expected = trained.network.predict_logits(output).softmax(dim=1)[0]
@@ -207,7 +209,7 @@ def test_nothing_but_json_is_on_standard_output(checkpoints, pictures, tmp_path)
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("size", [(90, 60), (4, 400), (400, 4)], ids=str)
 def test_drawings_show_what_there_is(model, size, checkpoints):
-    trained = train.load_trained(checkpoints / f"{model}.pth", data_root=".")
+    trained = assembly.load_trained(checkpoints / f"{model}.pth", data_root=".")
     images = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(1))
     output, evidence = predict.forward_with_evidence(trained.network, images, size=16)
     panel = image_panel(
@@ -232,7 +234,7 @@ def test_checkpoints_are_planned_for_the_epoch_they_were_saved_in(checkpoints, t
     content["settings"]["mask_from_epoch"] = 3
     for epoch, progress, masked in ((2, None, False), (3, None, True), (2, {"epoch": 3}, True)):
         save_checkpoint(tmp_path / "last.pth", content | {"epoch": epoch, "progress": progress})
-        trained = train.load_trained(tmp_path / "last.pth", data_root=".")
+        trained = assembly.load_trained(tmp_path / "last.pth", data_root=".")
         assert trained.plan.mask_background is masked
         assert not trained.network.training
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import assembly
 import config
 import datasets
 import train
@@ -740,7 +741,7 @@ def test_two_processes_train_and_evaluate_together(model, tiny_run, picture_tree
 
 
 def test_a_batch_that_processes_cannot_share_is_refused(tiny_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "world_size", lambda: 4)
+    monkeypatch.setattr(assembly, "world_size", lambda: 4)
     for options, words in (
         (("--batch_size", "6"), ["6", "4"]),
         (("--images_per_class", "2"), ["4", "images_per_class 2"]),
@@ -753,7 +754,7 @@ def test_a_batch_that_processes_cannot_share_is_refused(tiny_run, tmp_path, monk
 
 def test_a_broken_picture_met_by_a_worker_ends_with_one_line(tiny_run, picture_tree, tmp_path, capsys, monkeypatch):
     """One that was whole when the run began."""
-    monkeypatch.setattr(train, "find_bad_pictures", lambda entries, **options: {})
+    monkeypatch.setattr(assembly, "find_bad_pictures", lambda entries, **options: {})
     tree = Path(shutil.copytree(picture_tree, tmp_path / "tree"))
     for path in tree.glob("red/*.png"):
         path.write_bytes(b"not a picture")
@@ -797,7 +798,7 @@ def test_of_several_processes_each_tells_its_own_error_and_one_what_all_agreed_o
             raise error
     assert capsys.readouterr().err == "[process 2] error: no GPU of its own\n"
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(SystemExit), exit_with_one_sentence():
+    with pytest.raises(SystemExit), exit_with_one_sentence(training=True):
         raise Stopped
     assert capsys.readouterr().err.endswith("with the same command, without --fresh\n")
 

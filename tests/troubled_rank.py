@@ -37,5 +37,5 @@ def troubled(*positional: object, **options: object) -> dict[str, torch.Tensor]:
 
 train.loss_terms = troubled
 train.STEPS_BETWEEN_READINGS = 2
-with exit_with_one_sentence():
+with exit_with_one_sentence(training=True):
     train.main(arguments)

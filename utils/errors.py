@@ -25,11 +25,12 @@ MENDABLE = {
 
 
 @contextlib.contextmanager
-def exit_with_one_sentence() -> Iterator[None]:
+def exit_with_one_sentence(*, training: bool = False) -> Iterator[None]:
     """End the program with `error: <sentence>` and exit code 2 (bad input) or 1 (the run itself went wrong).
 
     Errors that this code did not raise on purpose keep their traceback: they are faults to be reported. Of several
-    processes each tells its own error, since another may not have it; what all agreed on is told once.
+    processes each tells its own error, since another may not have it; what all agreed on is told once. `training`: an
+    interruption says how the run goes on.
     """
     rank = int(os.environ.get("RANK", "0"))  # torchrun's
     process = f"[process {rank}] " if rank else ""
@@ -64,9 +65,12 @@ def exit_with_one_sentence() -> Iterator[None]:
         )
         sys.exit(1)
     except (KeyboardInterrupt, Stopped) as stop:
-        saved = "where it stopped" if isinstance(stop, Stopped) else "its last checkpoint"
+        goes_on = ""
+        if training:
+            saved = "where it stopped" if isinstance(stop, Stopped) else "its last checkpoint"
+            goes_on = f"; a training run continues from {saved} {again}"
         if rank == 0:
-            print(f"interrupted; a training run continues from {saved} {again}", file=sys.stderr)
+            print(f"interrupted{goes_on}", file=sys.stderr)
         sys.exit(130)
 
 

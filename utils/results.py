@@ -29,10 +29,12 @@ class ResultCollector:
 
     Args:
         input_size: side of the picture that object boxes are in pixels of.
+        leave_out: branches to say nothing of.
     """
 
-    def __init__(self, input_size: int) -> None:
+    def __init__(self, input_size: int, leave_out: Sequence[str] = ()) -> None:
         self.input_size = input_size
+        self.leave_out = leave_out
         self.paths: list[str] = []
         self._batches: dict[str, list[Tensor]] = {}
 
@@ -41,6 +43,8 @@ class ResultCollector:
         probabilities, predictions = answer.float().softmax(dim=1).max(dim=1)
         values = {"label": labels, "prediction": predictions, "probability": probabilities}
         for name, logits in {"answer": answer, **output.logits}.items():
+            if name in self.leave_out:
+                continue
             logits = logits.mean(dim=1) if logits.ndim == 3 else logits
             values[f"top1/{name}"] = topk_correct(logits, labels, 1)
             values[f"top5/{name}"] = topk_correct(logits, labels, 5)

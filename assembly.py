@@ -1,0 +1,257 @@
+"""What the scripts put together from settings: data, loaders, networks, and networks out of checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch.utils.data import DataLoader
+
+from config import Settings, SettingsError, complete
+from datasets import (
+    Augmentation,
+    BalancedSampler,
+    Catalogue,
+    DataError,
+    Entry,
+    Pictures,
+    ShuffledSampler,
+    collate,
+    find_bad_pictures,
+    fingerprint,
+    leave_out,
+    load_pixels,
+    read_catalogue,
+    split_validation,
+)
+from networks import build_network
+from networks.folding import cast_for_autocast, fold_batch_norm
+from utils.checkpoint import CheckpointError, load_checkpoint
+from utils.compilation import compile_backbone
+from utils.distributed import (
+    choose_device,
+    rank,
+    unwrap,
+    world_size,
+)
+from utils.engine import (
+    Execution,
+)
+from utils.interruption import leave_run_to_the_main_process
+from utils.panels import output_panel
+from utils.picture_cache import PictureCache, cache_in_memory, cache_on_disk
+from utils.precision import resolve_precision
+from utils.schedule import EpochPlan, plan_epoch
+
+
+def catalogue_of(settings: Settings) -> tuple[Catalogue, dict[str, str]]:
+    """Return the data set without the unreadable pictures, and those with the reason; without leave to skip, refuse."""
+    catalogue = read_catalogue(
+        settings.dataset,
+        settings.data_root,
+        classes=settings.classes,
+        seed=settings.seed,
+        test_fraction=settings.test_fraction,
+    )
+    skip = settings.on_bad_image == "skip"
+    bad = find_bad_pictures(catalogue.train + catalogue.test, thorough=skip)
+    if not bad:
+        return catalogue, bad
+    if not skip:
+        path, reason = next(iter(bad.items()))
+        raise DataError(
+            f"{len(bad)} of {len(catalogue.train + catalogue.test)} pictures cannot be read, the first is {path} "
+            f"({reason}): repair them, or set on_bad_image to skip"
+        )
+    return leave_out(catalogue, bad), bad
+
+
+def choose_split(settings: Settings, catalogue: Catalogue) -> tuple[list[Entry], list[Entry], str]:
+    """Return the training images, those that choose the best epoch, and the latter in words."""
+    if settings.select_on == "test":
+        return catalogue.train, catalogue.test, f"the {len(catalogue.test)} TEST images: test figures are optimistic"
+    train, validation = split_validation(catalogue.train, settings.validation, settings.seed)
+    if not validation:
+        raise SettingsError("no class has an image to spare for validation: raise validation, or set select_on to test")
+    share = f"{settings.validation:.0%} of the training images, by class, seed {settings.seed}"
+    return train, validation, f"{len(validation)} validation images ({share})"
+
+
+def training_loader(settings: Settings, entries: list[Entry]) -> DataLoader:
+    processes = {"seed": settings.seed, "rank": rank(), "world_size": world_size()}
+    if settings.batch_size % (world_size() * max(settings.images_per_class, 1)):
+        per_class = f" in groups of images_per_class {settings.images_per_class}" if settings.images_per_class else ""
+        raise SettingsError(
+            f"batch_size {settings.batch_size} cannot be shared equally by {world_size()} processes{per_class}"
+        )
+    batch_size = settings.batch_size // world_size()
+    if settings.images_per_class:
+        labels = [entry.label for entry in entries]
+        groups = {"batch_size": settings.batch_size, "images_per_class": settings.images_per_class}
+        sampler = BalancedSampler(labels, **groups, **processes)
+    else:
+        sampler = ShuffledSampler(len(entries), **processes)
+    augment = Augmentation(settings.flip, settings.brightness, settings.contrast)
+    return DataLoader(
+        Pictures(entries, image_size=settings.image_size, augment=augment),
+        batch_size=batch_size,
+        sampler=sampler,
+        drop_last=len(sampler) > batch_size,  # a last batch of a few images has poor batch-norm statistics
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        **workers_of(settings),
+        generator=torch.Generator(),  # the loader's own, so that it draws nothing from the network's
+    )
+
+
+def evaluation_loader(settings: Settings, entries: list[Entry]) -> DataLoader:
+    return DataLoader(
+        Pictures(entries, image_size=settings.image_size),
+        batch_size=settings.evaluation_batch_size,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        **workers_of(settings),
+        generator=torch.Generator(),
+    )
+
+
+def workers_of(settings: Settings) -> dict[str, object]:
+    """Return how a loader shares its work among processes, which stay between epochs."""
+    if settings.workers == 0:
+        return {}
+    return {
+        "num_workers": settings.workers,
+        "prefetch_factor": settings.prefetch,
+        "persistent_workers": True,
+        "worker_init_fn": leave_run_to_the_main_process,
+    }
+
+
+def cache_of(settings: Settings, entries: list[Entry]) -> PictureCache | None:
+    """Return the pictures decoded, if they are to be: in memory, or in a file below checkpoint_dir."""
+
+    def decode(row: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return load_pixels(entries[row], settings.image_size)
+
+    sources = [entry.source for entry in entries]
+    if settings.cache == "ram":
+        return cache_in_memory(sources, settings.image_size, decode)
+    if settings.cache == "disk":
+        name, digest = fingerprint(entries, settings.image_size)
+        folder = Path(settings.checkpoint_dir).expanduser() / "cache"
+        return cache_on_disk(
+            folder / f"{settings.dataset}-{name}.pictures", digest, sources, settings.image_size, decode
+        )
+    return None
+
+
+def network_of(settings: Settings, num_classes: int, *, pretrained: bool) -> torch.nn.Module:
+    """Build the network of the settings; `pretrained=False` where a checkpoint's weights follow."""
+    return build_network(
+        settings.model,
+        num_classes=num_classes,
+        backbone=settings.backbone,
+        pretrained=settings.pretrained if pretrained and settings.pretrained != "none" else None,
+        stride_on_first_conv=settings.stride_on_first_conv,
+        input_size=settings.input_size,
+        dropout=settings.dropout,
+        answer=settings.answer,
+        windows=settings.windows,
+        wiring=settings.wiring,
+        graph_scope=settings.graph_scope,
+        localization_stride=settings.localization_stride,
+        localization_threshold=settings.localization_threshold,
+        suppression=settings.suppression,
+        classify_suppressed=settings.classify_suppressed,
+        box_agreement=settings.box_agreement,
+        jigsaw_blocks=settings.jigsaw_blocks,
+        coarse_channels=settings.coarse_channels,
+        part_proposals=settings.part_proposals,
+        parts_in_answer=settings.parts_in_answer,
+        part_max_iou=settings.part_max_iou,
+        parts_of_every_level=settings.parts_of_every_level,
+        anchor_sizes=settings.anchor_sizes,
+    )
+
+
+class Trained(NamedTuple):
+    """A network out of a checkpoint, ready to evaluate (its batch norms are folded), and what it was trained with."""
+
+    network: torch.nn.Module
+    settings: Settings
+    saved: dict[str, object]  # the checkpoint's content
+    plan: EpochPlan  # that of the epoch it was saved in
+    execution: Execution
+
+
+def load_trained(path: Path, **overrides: object) -> Trained:
+    """Rebuild a network from the settings saved in its checkpoint, not from config.py, with some of them changed.
+
+    Raises CheckpointError where the file is no checkpoint of a run, SettingsError for impossible overrides.
+    """
+    saved = load_checkpoint(path)
+    if not {"settings", "class_names", "network", "epoch", "selected_on"} <= saved.keys():
+        raise CheckpointError(f"{path} was not written by train.py: it lacks settings or weights")
+    unknown = saved["settings"].keys() - {field.name for field in dataclasses.fields(Settings)}
+    if unknown:
+        raise CheckpointError(f"{path} has settings that this version does not know: {', '.join(sorted(unknown))}")
+    settings = complete(Settings(**saved["settings"] | overrides))
+    return trained_network(settings, saved, lambda network: network.load_state_dict(saved["network"]))
+
+
+def trained_network(settings: Settings, saved: dict[str, object], load: Callable[[torch.nn.Module], object]) -> Trained:
+    """Build the network of `settings`, fill it with `load`, and make it ready to evaluate."""
+    device = choose_device(settings.device)
+    execution = Execution(device, resolve_precision(settings.precision, device), settings.channels_last)
+    network = network_of(settings, len(saved["class_names"]), pretrained=False)
+    load(network)
+    if settings.channels_last:
+        network = network.to(memory_format=torch.channels_last)
+    network = fold_batch_norm(network.to(device))
+    if execution.precision == "bf16":
+        cast_for_autocast(network, torch.bfloat16)
+    if settings.compile:
+        compile_backbone(network)
+    progress = saved.get("progress")  # of an epoch that is not done
+    plan = plan_epoch(
+        progress["epoch"] if progress else saved["epoch"],
+        network.branches,
+        weights_of_losses(settings, network),
+        warmup_epochs=settings.warmup_epochs,
+        mask_from_epoch=settings.mask_from_epoch,
+    )
+    return Trained(network, settings, saved, plan, execution)
+
+
+def weights_of_losses(settings: Settings, network: torch.nn.Module) -> dict[str, float]:
+    """Return the network's own weights of its loss terms, with those that the settings change."""
+    own, changed = network.loss_weights, settings.loss_weights or {}
+    if not changed.keys() <= own.keys():
+        raise SettingsError(f"loss_weights names {', '.join(changed)}; {settings.model} has {', '.join(own)}")
+    weights = own | changed
+    if not any(weights.values()):
+        raise SettingsError("loss_weights are all 0: leave at least one term to train")
+    return weights
+
+
+def draw_panel(network, entries, settings, class_names, execution, plan) -> torch.Tensor:
+    """Draw boxes, masks and windows on up to eight images spread over `entries`."""
+    spread = torch.linspace(0, len(entries) - 1, min(8, len(entries))).long().tolist()
+    batch = collate([Pictures([entries[i]], image_size=settings.image_size)[0] for i in spread])
+    network = unwrap(network).eval()
+    with torch.no_grad(), execution.autocast():
+        output = network(
+            execution.images(batch.images), mask_background=plan.mask_background, branches=network.evaluated
+        )
+    return output_panel(
+        batch.images,
+        output,
+        network.predict_logits(output),
+        input_size=settings.input_size,
+        class_names=class_names,
+        labels=batch.labels,
+        true_boxes=batch.boxes,
+    )
