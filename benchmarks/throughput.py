@@ -3,7 +3,7 @@
 Interleaved in one process, pictures from memory: a training step (`utils.engine.train_one_epoch`: loss, gradients,
 optimizer, figures) and inference (`evaluated` branches and the answer), each
 
-    off       float32, NCHW memory layout, batch norm as it is: what published code does
+    off       float32, NCHW memory layout, batch norm as it is, the C library's allocator: what published code does
     on        the chosen precision, channels_last; inference with batch norm folded into the convolutions
     compiled  with --compile: `on`, its backbone through torch.compile
     floor     the backbone passes of `on` alone, on random pictures of the same shapes; in training with the backward
@@ -29,7 +29,7 @@ from datasets import Batch
 from networks import MODELS, build_network
 from networks.folding import cast_for_autocast, fold_batch_norm
 from networks.losses import loss_terms
-from utils.allocator import keep_freed_memory
+from utils.allocator import GLIBC_DEFAULT, keep_freed_memory
 from utils.distributed import choose_device
 from utils.engine import Execution, train_one_epoch
 from utils.precision import resolve_precision
@@ -50,8 +50,6 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     options = parse_arguments(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    if not options.default_allocator:
-        keep_freed_memory()  # as train.py and test.py do; it is the whole process's, so `off` and `floor` have it, too
     torch.manual_seed(0)
     device = choose_device(options.device)
     on = Execution(device, resolve_precision(options.precision, device), channels_last=True)
@@ -93,7 +91,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--clock", choices=tuple(CLOCKS), default="wall", help="cpu: for --threads 1 on a shared machine"
     )
-    parser.add_argument("--default_allocator", action="store_true", help="without utils.allocator.keep_freed_memory")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there, too")
     return parser.parse_args(arguments)
 
@@ -268,7 +265,8 @@ def measure(
     device: torch.device,
 ) -> dict:
     floor = variants["on"].floor(shapes)
-    timings = interleaved({**variants, "floor": floor}, options.rounds, device, options.clock)
+    timed = {name: with_allocator(call, name) for name, call in {**variants, "floor": floor}.items()}
+    timings = interleaved(timed, options.rounds, device, options.clock)
     flops = backbone_flops(variants["off"].network.backbone, shapes, training=mode == "train")
     result = {
         "mode": mode,
@@ -286,6 +284,16 @@ def measure(
         result["host_synchronisations_per_forward"] = host_synchronisations(forward_only(variants["on"]))
     print(as_table(result), flush=True)
     return result
+
+
+def with_allocator(call: Callable[[], object], name: str) -> Callable[[], object]:
+    """Let a variant run with the memory allocator as train.py and test.py set it, `off` as the C library has it."""
+
+    def wrapped() -> None:
+        keep_freed_memory(*((GLIBC_DEFAULT,) if name == "off" else ()))
+        call()
+
+    return wrapped
 
 
 def as_heading(report: dict) -> str:

@@ -30,7 +30,7 @@ def test_throughput_of_every_system(model: str, benchmark, tmp_path: Path, capsy
     path = tmp_path / "folder" / "figures.json"
     words = f"--model {model} --backbone resnet18 --input_size 96 --classes 5 --device cpu --rounds 1 --precision bf16"
     benchmark("throughput").main(
-        [*words.split(), "--inference_batches", "1", "--train_batches", "2", "--default_allocator", "--json", str(path)]
+        [*words.split(), "--inference_batches", "1", "--train_batches", "2", "--json", str(path)]
     )
     report = json.loads(path.read_text(encoding="utf-8"))
     assert report["machine"]["torch"] == torch.__version__ and report["machine"]["date"]
