@@ -187,6 +187,14 @@ class Trained(NamedTuple):
     execution: Execution
 
 
+def settings_of(saved: dict[str, object], path: Path) -> Settings:
+    """Return the settings a checkpoint was trained with. Raises CheckpointError for settings of another version."""
+    unknown = saved["settings"].keys() - {field.name for field in dataclasses.fields(Settings)}
+    if unknown:
+        raise CheckpointError(f"{path} has settings that this version does not know: {', '.join(sorted(unknown))}")
+    return Settings(**saved["settings"])
+
+
 def load_trained(path: Path, **overrides: object) -> Trained:
     """Rebuild a network from the settings saved in its checkpoint, not from config.py, with some of them changed.
 
@@ -195,10 +203,7 @@ def load_trained(path: Path, **overrides: object) -> Trained:
     saved = load_checkpoint(path)
     if not {"settings", "class_names", "network", "epoch", "selected_on"} <= saved.keys():
         raise CheckpointError(f"{path} was not written by train.py: it lacks settings or weights")
-    unknown = saved["settings"].keys() - {field.name for field in dataclasses.fields(Settings)}
-    if unknown:
-        raise CheckpointError(f"{path} has settings that this version does not know: {', '.join(sorted(unknown))}")
-    settings = complete(Settings(**saved["settings"] | overrides))
+    settings = complete(dataclasses.replace(settings_of(saved, path), **overrides))
     return trained_network(settings, saved, lambda network: network.load_state_dict(saved["network"]))
 
 

@@ -12,16 +12,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from measuring import PROJECT, machine, write_json
+from measuring import machine, write_json
 from torch import Tensor
 from tqdm import tqdm
 
-from assembly import catalogue_of, evaluation_loader, network_of
+from assembly import catalogue_of, evaluation_loader, network_of, settings_of
 from config import complete, parse_settings
 from networks.folding import fold_batch_norm
 from utils.checkpoint import load_checkpoint
@@ -83,14 +82,6 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     if options.json is not None:
         write_json(options.json, report)
     return report
-
-
-def settings_of(saved: dict, path: Path):
-    """test.py's, loaded by its path: the standard library has a module of that name."""
-    specification = importlib.util.spec_from_file_location("evaluation_script", PROJECT / "test.py")
-    script = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(script)
-    return script.settings_of(saved, path)
 
 
 def outcome(network: torch.nn.Module, images: Tensor, execution: Execution) -> dict[str, Tensor | None]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import train
 from networks import MODELS
 from networks.backbone import Backbone
 
@@ -89,3 +90,7 @@ def test_agreement_of_folded_float32_is_complete(benchmark, tiny_run, tmp_path: 
     assert values["same box"] == 1 and values["same windows"] == 1 and values["same answer"] == 1
     assert report["images"] == 6
     assert benchmark("agreement").main([*words, "--images", "2"])["images"] == 2
+    train.main(words)
+    report = benchmark("agreement").main(["--checkpoint", str(tmp_path / "folder-sgkrl" / "last.pth"), "--images", "2"])
+    assert report["settings"]["model"] == "sgkrl"
+    assert report["agreement"]["folded, channels_last, float32"]["same answer"] == 1
