@@ -86,7 +86,7 @@ def paired_bootstrap(first: Sequence[bool], second: Sequence[bool], *, seed: int
 
 
 def _read_run(place: Path) -> EvaluatedRun:
-    path = place / "report.json" if place.is_dir() else place
+    path = place / "report.json" if place.is_dir() or not place.suffix else place
     if path.suffix == ".pth":
         ending = "" if path.stem == "best" else f"-{path.stem}"
         path = path.with_name(f"report{ending}.json")
