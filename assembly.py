@@ -31,15 +31,8 @@ from networks import build_network
 from networks.folding import cast_for_autocast, fold_batch_norm
 from utils.checkpoint import CheckpointError, load_checkpoint
 from utils.compilation import compile_backbone
-from utils.distributed import (
-    choose_device,
-    rank,
-    unwrap,
-    world_size,
-)
-from utils.engine import (
-    Execution,
-)
+from utils.distributed import choose_device, rank, unwrap, world_size
+from utils.engine import Execution
 from utils.interruption import leave_run_to_the_main_process
 from utils.panels import output_panel
 from utils.picture_cache import PictureCache, cache_in_memory, cache_on_disk

@@ -66,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder = Path(settings.checkpoint_dir).expanduser() / run_name(settings)
 
     keep_freed_memory()
+
     # Build: data, network, optimizer. Nothing is written before all of it stands.
     catalogue, bad_pictures = catalogue_of(settings)
     train_entries, selection_entries, selected_on = choose_split(settings, catalogue)

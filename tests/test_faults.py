@@ -516,6 +516,29 @@ def test_a_skipped_step_changes_nothing_but_the_schedule(tiny_run, tmp_path, mon
     assert network["backbone.trunk.bn1.num_batches_tracked"] == 2
 
 
+def test_a_save_that_falls_on_a_skipped_step_is_left_out(tiny_run, tmp_path, monkeypatch):
+    """Its images are NaN for whole weights, too: that must not be taken for broken weights."""
+    execution = train.Execution.images
+    calls, saves = [], []
+
+    def poisoned(self, images, augmentation=None):
+        calls.append(1)
+        images = execution(self, images, augmentation)
+        return images * math.nan if len(calls) == 2 else images
+
+    save_last = train.save_last
+
+    def recorded(folder, content):
+        saves.append((content["progress"] or {"step": "end"})["step"])
+        save_last(folder, content)
+
+    monkeypatch.setattr(train.Execution, "images", poisoned)
+    monkeypatch.setattr(train, "save_last", recorded)
+    train.main(tiny_run(tmp_path, "--skip_nonfinite", "1", "--save_every_steps", "1"))
+    assert saves == [1, "end"]
+    assert load_checkpoint(tmp_path / "folder-resnet" / "last.pth")["skipped_steps"] == 1
+
+
 # ---- Processes ------------------------------------------------------------------------------------------------------
 
 

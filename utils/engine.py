@@ -83,7 +83,7 @@ def train_one_epoch(
 
     An epoch begun before goes on with `meter`, which holds its sums, and `batches` that leave out what came before
     `first_step`. Steps count from 1 and are told to `before_step`; where `save_after` asks for it, `save` is called
-    once it is sure that the step has not broken the weights.
+    once it is sure that the step has not broken the weights (after a skipped step it is not asked).
 
     Raises NonFiniteLossError, with the terms, the step and its images, where the loss shows NaN or infinity: before
     the weights are touched on a CPU, at one of the readings every few steps on a GPU.
@@ -135,7 +135,7 @@ def train_one_epoch(
             bar.update(len(labels))
             if not unread:
                 _show(bar, meter)
-            if save_after(step):
+            if not skipped and save_after(step):  # skipped images would be computed again, and not be finite again
                 _check_losses(unread, None)
                 unread.clear()
                 with torch.no_grad():  # the same images again: the step's own loss was of the weights before it
