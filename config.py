@@ -70,6 +70,7 @@ class Settings:
     backbone: str | None = None  # resnet18, resnet34, resnet50, resnet101 or resnet152
     pretrained: str | None = None  # torchvision weights such as IMAGENET1K_V2, a .pth file, or none: random weights
     stride_on_first_conv: bool = False  # for .pth files of the ResNet variant with the stride on the 1x1 convolution
+    batch_norm: str = "shared"  # running statistics: shared by all passes, per_pass, or frozen (the pretrained ones)
     answer: tuple[str, ...] | None = None  # branches whose mean probability is the prediction; None: the model's own
     dropout: float | None = None  # before every classifier; the attention of the fusion keeps its published 0.2
     # sgkrl, mmal: 'birds', 'vehicles', or groups of ((height, width), ...), quota in cells of a 14-cell grid, such as
@@ -77,6 +78,9 @@ class Settings:
     windows: str | Windows | None = None  # which windows of the object are looked at
     wiring: str = "trained"  # sgkrl: trained (every part learns) or published (fusion and weighting stay random)
     graph_scope: str = "image"  # sgkrl, published wiring: image, or batch (windows of other images are linked)
+    graph_neighbours: int = 3  # sgkrl: how many of the nearest windows a window is linked to
+    graph_edges: str = "equal"  # sgkrl: what a link weighs: equal, distance (near ones more) or overlap
+    crop_gradient: bool = False  # sgkrl, trained wiring: the losses of what is cut out move the object box, too
     # sgkrl, mmal, flrdf: where the object is. At 16 the last stage of the first pass is computed at twice the
     # resolution, which makes that pass 1.6 times as long, and boxes finer, which small inputs (224) need most.
     localization_stride: int = 32  # pixels of the input for a cell of the map that boxes are drawn round: 32 or 16
@@ -430,14 +434,13 @@ def _check_values(settings: Settings) -> None:
     require = functools.partial(_require, settings)
     for name in ("epochs", "batch_size", "evaluation_batch_size"):
         require(name, getattr(settings, name) >= 1, "a whole number of at least 1")
-    for name in ("jigsaw_blocks", "coarse_channels", "part_proposals", "parts_in_answer"):
+    for name in ("graph_neighbours", "jigsaw_blocks", "coarse_channels", "part_proposals", "parts_in_answer"):
         require(name, getattr(settings, name) >= 1, "a whole number of at least 1")
     for name in ("pictures_every", "warmup_epochs", "seed", "images_per_class"):
         require(name, getattr(settings, name) >= 0, "a whole number of at least 0")
     for name in ("save_every_steps", "keep_checkpoints", "skip_nonfinite"):
         require(name, getattr(settings, name) >= 0, "a whole number of at least 0")
     require("prefetch", 1 <= settings.prefetch <= 1024, "a whole number from 1 to 1024")
-    require("cache", settings.cache in ("none", "ram", "disk"), "'none', 'ram' or 'disk'")
     require("workers", 0 <= settings.workers <= 1024, "a whole number from 0 to 1024, as each is a process")
     for name in ("brightness", "contrast", "dropout", "label_smoothing", "validation", "momentum", "part_max_iou"):
         require(name, 0 <= getattr(settings, name) < 1, "a number from 0 to less than 1")
@@ -462,13 +465,17 @@ def _check_values(settings: Settings) -> None:
     choices = {
         "wiring": ("trained", "published"),
         "graph_scope": ("image", "batch"),
+        "graph_edges": ("equal", "distance", "overlap"),
+        "batch_norm": ("shared", "per_pass", "frozen"),
         "select_on": ("validation", "test"),
         "schedule": ("steps", "one_cycle"),
         "on_bad_image": ("stop", "skip"),
+        "precision": ("auto", "float32", "bf16"),
+        "cache": ("none", "ram", "disk"),
     }
-    for name, (one, other) in choices.items():
-        require(name, getattr(settings, name) in (one, other), f"'{one}' or '{other}'")
-    require("precision", settings.precision in ("auto", "float32", "bf16"), "'auto', 'float32' or 'bf16'")
+    for name, possible in choices.items():
+        *most, last = map(repr, possible)
+        require(name, getattr(settings, name) in possible, f"{', '.join(most)} or {last}")
     require("exit_threshold", 0 <= settings.exit_threshold <= 1, "a probability from 0 to 1")
     is_share = not isinstance(settings.suppression, str) and 0 < settings.suppression <= 1
     require("localization_stride", settings.localization_stride in (32, 16), "32 or 16")
@@ -520,6 +527,15 @@ def _check_together(settings: Settings) -> None:
         settings.images_per_class == 0 or settings.batch_size % settings.images_per_class == 0,
         f"0, or a number that divides batch_size, {settings.batch_size}",
     )
+    has_statistics = settings.batch_norm != "frozen" or settings.pretrained != "none"
+    require(
+        "batch_norm", has_statistics, "'shared' or 'per_pass' where pretrained is 'none': frozen ones must be learnt"
+    )
+    require(
+        "sync_batch_norm",
+        not (settings.sync_batch_norm and settings.batch_norm == "per_pass"),
+        "False where batch_norm is 'per_pass', whose statistics each process takes from its own images",
+    )
     # What only one system minds
     if settings.model == "scrim" and (settings.loss_weights or {}).get("contrastive") != 0:
         require(
@@ -533,6 +549,16 @@ def _check_together(settings: Settings) -> None:
             "graph_scope",
             settings.graph_scope == "image" or settings.wiring == "published",
             "'image', unless wiring is 'published': the trained wiring links windows of one image only",
+        )
+        require(
+            "graph_edges",
+            settings.graph_edges == "equal" or settings.graph_scope == "image",
+            "'equal' where graph_scope is 'batch': windows of two images have no distance and no overlap",
+        )
+        require(
+            "crop_gradient",
+            not settings.crop_gradient or settings.wiring == "trained",
+            "False where wiring is 'published', whose fusion never learns",
         )
     can_exit = settings.model == "sgkrl" and settings.graph_scope == "image"
     require(

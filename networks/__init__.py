@@ -35,12 +35,16 @@ def build_network(
     backbone: str = "resnet50",
     pretrained: str | None = None,
     stride_on_first_conv: bool = False,
+    batch_norm: str = "shared",
     input_size: int = 448,
     dropout: float = 0.5,
     answer: tuple[str, ...] | None = None,
     windows: str | tuple = "birds",
     wiring: str = "trained",
     graph_scope: str = "image",
+    graph_neighbours: int = 3,
+    graph_edges: str = "equal",
+    crop_gradient: bool = False,
     localization_stride: int = STRIDE,
     localization_threshold: float = 1.0,
     suppression: str | float = "learnable",
@@ -69,7 +73,7 @@ def build_network(
         raise ValueError(f"input_size {input_size} came; a multiple of {STRIDE} from {3 * STRIDE} up is needed")
     if model in ("mmal", "sgkrl"):
         resolve_window_set(windows)  # before weights are downloaded
-    trunk = Backbone(backbone, pretrained=pretrained, stride_on_first_conv=stride_on_first_conv)
+    trunk = Backbone(backbone, pretrained=pretrained, stride_on_first_conv=stride_on_first_conv, batch_norm=batch_norm)
     common = {"input_size": input_size, "dropout": dropout}
     located = common | {"localization_stride": localization_stride, "localization_threshold": localization_threshold}
     if model == "resnet":
@@ -77,7 +81,17 @@ def build_network(
     elif model == "mmal":
         network = MMALNet(trunk, num_classes, windows=windows, **located)
     elif model == "sgkrl":
-        network = SGKRL(trunk, num_classes, windows=windows, wiring=wiring, graph_scope=graph_scope, **located)
+        network = SGKRL(
+            trunk,
+            num_classes,
+            windows=windows,
+            wiring=wiring,
+            graph_scope=graph_scope,
+            graph_neighbours=graph_neighbours,
+            graph_edges=graph_edges,
+            crop_gradient=crop_gradient,
+            **located,
+        )
     elif model == "flrdf":
         network = FLRDF(
             trunk,

@@ -14,6 +14,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck
 
+from networks.batch_norm import BATCH_NORMS, freeze_statistics, look_at, separate_statistics
 from networks.outputs import Features
 
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
@@ -31,11 +32,23 @@ class Backbone(nn.Module):
     weights have it, instead of on the 3x3 convolution (torchvision, "v1.5"). Weights trained one way lose a little
     accuracy the other way.
 
+    `batch_norm`: the running statistics are `shared` by all passes, kept `per_pass` (see `networks.batch_norm.KINDS`),
+    or `frozen`, that is, those of the pretrained weights are used in training as in evaluation and never change.
+
     `channels` holds the channel count of each map, `embedding_channels` that of the last one.
     """
 
-    def __init__(self, name: str = "resnet50", *, pretrained: str | None = None, stride_on_first_conv: bool = False):
+    def __init__(
+        self,
+        name: str = "resnet50",
+        *,
+        pretrained: str | None = None,
+        stride_on_first_conv: bool = False,
+        batch_norm: str = "shared",
+    ):
         super().__init__()
+        if batch_norm not in BATCH_NORMS:
+            raise ValueError(f"unknown batch_norm {batch_norm!r}; choose one of {', '.join(BATCH_NORMS)}")
         if name not in BACKBONES:
             raise ValueError(f"unknown backbone {name!r}; choose one of {', '.join(BACKBONES)}")
         weights = None if pretrained is None or is_weights_file(pretrained) else _torchvision_weights(name, pretrained)
@@ -58,15 +71,29 @@ class Backbone(nn.Module):
             _move_stride_to_first_conv(trunk, name)
         if pretrained is not None and is_weights_file(pretrained):
             load_trunk_weights(trunk, pretrained)
+        self.batch_norm = batch_norm
+        if batch_norm == "per_pass":
+            separate_statistics(trunk)
 
-    def forward(self, images: Tensor, *, dense: bool = False) -> Features:
+    def train(self, mode: bool = True) -> Backbone:
+        """Switch between training and evaluation; frozen batch norms stay as in evaluation."""
+        super().train(mode)
+        if self.batch_norm == "frozen":
+            freeze_statistics(self.trunk)
+        return self
+
+    def forward(self, images: Tensor, *, kind: str = "picture", dense: bool = False) -> Features:
         """Map images [B, 3, H, W], normalised with ImageNet's mean and deviation, to their `Features`.
+
+        `kind` of images, one of `networks.batch_norm.KINDS`: whose statistics are used where they are kept per pass.
 
         `dense` computes the last stage at every cell of the one before it, so that its maps are [B, C, H/16, W/16]:
         every other cell of every other row is what it is without (Yu & Koltun, "Multi-Scale Context Aggregation by
         Dilated Convolutions", ICLR 2016).
         """
         trunk = self.trunk
+        if self.batch_norm == "per_pass":
+            look_at(trunk, kind)
         x = trunk.maxpool(trunk.relu(trunk.bn1(trunk.conv1(images))))
         stage2 = trunk.layer2(trunk.layer1(x))
         stage3 = trunk.layer3(stage2)

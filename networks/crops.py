@@ -15,13 +15,13 @@ def crop_and_resize(images: Tensor, boxes: Tensor, size: int, *, outside: str = 
 
     Shapes: images [B, 3, H, W]; boxes [B, 4], giving [B, 3, size, size], or [B, N, 4], giving [B*N, 3, size, size] in
     the order of the boxes. Equals `F.interpolate(image[:, y0:y1+1, x0:x1+1], size, mode="bilinear",
-    align_corners=True)` box by box. Boxes may have fractional corners; no gradient flows into them. Where they reach
-    beyond the image it goes on with its border pixels ("border") or with zeros, the mean colour ("zeros").
+    align_corners=True)` box by box. Boxes may have fractional corners, and get a gradient if they ask for one. Where
+    they reach beyond the image it goes on with its border pixels ("border") or with zeros, the mean colour ("zeros").
     """
     B, C, H, W = images.shape
     # Half precision tells pixels apart only up to a few hundred: coordinates, and with them the sampling, are float32.
     precise = torch.promote_types(images.dtype, torch.float32)
-    boxes = boxes.detach().reshape(B, -1, 4).to(precise)
+    boxes = boxes.reshape(B, -1, 4).to(precise)
     N = boxes.shape[1]
     steps = torch.linspace(0, 1, size, device=images.device, dtype=precise)
     x = boxes[..., 0, None] + (boxes[..., 2] - boxes[..., 0])[..., None] * steps  # [B, N, size] pixels

@@ -89,11 +89,11 @@ class FLRDF(nn.Module):
         crops = crop_objects(images, object_boxes, input_size=self.input_size)
         crops = resize_images(crops, self.input_size)
         if "object" in wanted:
-            logits["object"] = self.classifier(self.dropout(self.backbone(crops).embedding))
+            logits["object"] = self.classifier(self.dropout(self.backbone(crops, kind="object").embedding))
         if "jigsaw" in wanted:
             permutations = random_permutations(len(crops), self.jigsaw_blocks**2, crops.device)
             shuffled = permute_blocks(crops, permutations, self.jigsaw_blocks)
-            logits["jigsaw"] = self.classifier(self.dropout(self.backbone(shuffled).embedding))
+            logits["jigsaw"] = self.classifier(self.dropout(self.backbone(shuffled, kind="part").embedding))
         return NetworkOutput(logits, object_boxes)
 
     def predict_logits(self, output: NetworkOutput) -> Tensor:

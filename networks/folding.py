@@ -17,8 +17,9 @@ def fold_batch_norm(network: Network) -> Network:
     """Return a copy in evaluation mode whose convolutions contain the batch norms that follow them.
 
     A batch norm is taken to follow the convolution registered just before it in the same module, as in torchvision's
-    ResNets; one that normalises anything else stays as it is. The copy computes the same up to rounding and cannot be
-    trained any more: its parameters need no gradient. The weights keep device, precision and memory layout.
+    ResNets; one that normalises anything else, or each pass in its own way, stays as it is. The copy computes the same
+    up to rounding and cannot be trained any more: its parameters need no gradient. The weights keep device, precision
+    and memory layout.
     """
     folded = copy.deepcopy(network).eval().requires_grad_(False)
     for module in folded.modules():

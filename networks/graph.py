@@ -13,6 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from networks.classifier import Classifier
+from networks.windows import pairwise_iou
+
+EDGES = ("equal", "distance", "overlap")  # what an edge weighs, see `edge_weights`
 
 
 def nearest_neighbours(corners: Tensor, k: int, *, keep_self: bool = False) -> Tensor:
@@ -35,13 +38,31 @@ def nearest_neighbours(corners: Tensor, k: int, *, keep_self: bool = False) -> T
     return adjacency.scatter(2, nearest, True)
 
 
-def propagation_matrix(adjacency: Tensor) -> Tensor:
+def edge_weights(boxes: Tensor, rule: str) -> Tensor:
+    """Return what an edge between windows [G, N, 4] weighs, [G, N, N] float32, one on the diagonal.
+
+    `rule`: `distance`, exp(-d^2 / (a + b)) with the distance d of the centres and the areas a and b; `overlap`, the
+    intersection over union.
+    """
+    boxes = boxes.detach().float()
+    if rule == "overlap":
+        return pairwise_iou(boxes)
+    centres = (boxes[..., :2] + boxes[..., 2:]) / 2
+    areas = (boxes[..., 2:] - boxes[..., :2] + 1).prod(dim=-1)  # both ends belong to a box
+    squared = (centres[..., :, None, :] - centres[..., None, :, :]).square().sum(dim=-1)
+    return torch.exp(-squared / (areas[..., :, None] + areas[..., None, :]))
+
+
+def propagation_matrix(adjacency: Tensor, weights: Tensor | None = None) -> Tensor:
     """Return [G, N, N] float32 P = D^-1/2 (A + I) D^-1/2, transposed so that `P @ nodes` sums over incoming edges.
 
-    D is a node's in-degree plus one. A node that has an edge to itself gets no second one.
+    A is the adjacency [G, N, N] bool, times `weights` of the same shape if given (one on the diagonal), D a node's
+    in-degree (the sum of its incoming weights) plus one. A node that has an edge to itself gets no second one.
     """
     N = adjacency.shape[-1]
     with_self = (adjacency | torch.eye(N, dtype=torch.bool, device=adjacency.device)).float()
+    if weights is not None:
+        with_self = with_self * weights
     scale = with_self.sum(dim=1).rsqrt()  # [G, N]
     return (scale[:, :, None] * with_self * scale[:, None, :]).transpose(1, 2)
 
@@ -64,7 +85,7 @@ class GraphHead(nn.Module):
 
     `scope="image"` links windows of the same picture. `scope="batch"` is what the published code does: neighbours are
     sought among all windows of the batch, so that a prediction depends on the pictures it happens to share a batch
-    with. `symmetric` adds the reverse of every edge.
+    with. `symmetric` adds the reverse of every edge. `edges`: what they weigh, see `edge_weights`.
     """
 
     def __init__(
@@ -76,9 +97,15 @@ class GraphHead(nn.Module):
         neighbours: int = 3,
         symmetric: bool = True,
         scope: str = "image",
+        edges: str = "equal",
         dropout: float = 0.5,
     ):
         super().__init__()
+        if edges not in EDGES:
+            raise ValueError(f"unknown graph_edges {edges!r}; choose one of {', '.join(EDGES)}")
+        if edges != "equal" and scope == "batch":
+            raise ValueError(f"graph_edges {edges!r} came with graph_scope 'batch', whose windows share no picture")
+        self.edges = edges
         self.neighbours = neighbours
         self.symmetric = symmetric
         self.scope = scope
@@ -95,7 +122,8 @@ class GraphHead(nn.Module):
         adjacency = nearest_neighbours(corners, self.neighbours, keep_self=self.scope == "batch")
         if self.symmetric:
             adjacency = adjacency | adjacency.transpose(1, 2)
-        propagation = propagation_matrix(adjacency)
+        weights = None if self.edges == "equal" else edge_weights(window_boxes, self.edges)
+        propagation = propagation_matrix(adjacency, weights)
         for index, convolution in enumerate(self.convolutions):
             nodes = F.relu(convolution(nodes, propagation))
             if index == 0:

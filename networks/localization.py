@@ -113,6 +113,35 @@ def cell_boxes_to_pixels(boxes: Tensor, stride: int) -> Tensor:
     return torch.cat([starts, ends], dim=1).float()
 
 
+def soft_boxes(features: Tensor, stride: int) -> Tensor:
+    """Return pixel boxes [B, 4] (ends inclusive) that move with features [B, C, H, W], cells of `stride` pixels.
+
+    The mean position of what lies above the mean of the channel sum, and sqrt(3) standard deviations to either side:
+    the bounding box itself where all cells of a rectangle are equally active and no other is.
+    """
+    activation = features.float().sum(dim=1)
+    weights = F.relu(activation - activation.mean(dim=(1, 2), keepdim=True)) + 1e-6  # a constant map has a box, too
+    weights = weights / weights.sum(dim=(1, 2), keepdim=True)
+    starts, ends = [], []
+    for line in (weights.sum(dim=1), weights.sum(dim=2)):  # along x, along y
+        position = torch.arange(line.shape[1], device=line.device) + 0.5
+        centre = (line * position).sum(dim=1)
+        variance = (line * (position - centre[:, None]).square()).sum(dim=1) + 1 / 12  # that within a cell
+        half = (3 * variance).sqrt()
+        starts.append(stride * (centre - half))
+        ends.append(stride * (centre + half) - 1)
+    return torch.stack([*starts, *ends], dim=1)
+
+
+def with_gradient(boxes: Tensor, features: Tensor, stride: int) -> Tensor:
+    """Return the boxes [B, 4] as they are, with the gradient of the features' `soft_boxes` (straight-through).
+
+    Thresholds and components, which the boxes come from, have none.
+    """
+    soft = soft_boxes(features, stride)
+    return boxes + (soft - soft.detach())
+
+
 def adaptive_mask(localization: Localization) -> Tensor:
     """Object mask [B, H, W] bool of SG-KRL.
 

@@ -66,13 +66,13 @@ class MMALNet(nn.Module):
         )
         object_boxes = cell_boxes_to_pixels(localization.boxes, self.localization_stride)
         crops = crop_objects(images, object_boxes, input_size=self.input_size)
-        cropped = self.backbone(resize_images(crops, self.input_size))
+        cropped = self.backbone(resize_images(crops, self.input_size), kind="object")
         logits["object"] = self.classifier(self.dropout(cropped.embedding))
         window_boxes = self.window_selector(activation_map(cropped.final))
         if "window" not in wanted:
             return NetworkOutput(logits, object_boxes, window_boxes)
 
-        windows = self.backbone(crop_windows(crops, window_boxes, input_size=self.input_size))
+        windows = self.backbone(crop_windows(crops, window_boxes, input_size=self.input_size), kind="part")
         embeddings = windows.embedding.unflatten(0, (-1, self.window_selector.count))  # [B, N, C]
         logits["window"] = self.classifier(self.dropout(embeddings))
         return NetworkOutput(logits, object_boxes, window_boxes)

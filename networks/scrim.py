@@ -93,7 +93,7 @@ class SCRIM(nn.Module):
         boxes, scores = self.proposals(torch.stack(scores, dim=1).flatten(0, 1))  # [2B, M, 4], [2B, M]
         count = self.proposals.count if "part" in wanted else self.parts_in_answer
         boxes, scores = boxes[:, :count].reshape(B, -1, 4), scores[:, :count].reshape(B, MODULES, count)
-        parts = self.backbone(crop_windows(images, boxes, input_size=self.input_size, outside="zeros"))
+        parts = self.backbone(crop_windows(images, boxes, input_size=self.input_size, outside="zeros"), kind="part")
         embeddings = parts.embedding.unflatten(0, (B, MODULES, count))  # [B, 2, M, C]
         if "part" in wanted:
             logits["part"] = self.part_classifier(self.dropout(embeddings.flatten(1, 2)))

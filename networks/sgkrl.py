@@ -19,7 +19,7 @@ from networks.backbone import DENSE_STRIDE, STRIDE, Backbone, checked_stride
 from networks.classifier import Classifier
 from networks.crops import crop_objects, crop_windows, resize_images
 from networks.graph import GraphHead
-from networks.localization import activation_map, adaptive_mask, cell_boxes_to_pixels, localize
+from networks.localization import activation_map, adaptive_mask, cell_boxes_to_pixels, localize, with_gradient
 from networks.outputs import NetworkOutput, combine_branches, object_confidence, requested_branches
 from networks.windows import WindowSelector
 
@@ -33,6 +33,9 @@ class SGKRL(nn.Module):
     One linear classifier serves all branches but the graph: their maps have the same channels with the same meaning,
     which keeps the fused map an activation map that localization can use. The answer is by default the mean
     probability of `raw`, `fused`, `object` and `graph`, in the published wiring `object`, MMAL-Net's choice.
+
+    `crop_gradient` lets the losses of object, windows and graph move the object box, too (see
+    `networks.localization.with_gradient`).
     """
 
     def __init__(
@@ -46,6 +49,9 @@ class SGKRL(nn.Module):
         windows: str | tuple = "birds",
         wiring: str = "trained",
         graph_scope: str = "image",
+        graph_neighbours: int = 3,
+        graph_edges: str = "equal",
+        crop_gradient: bool = False,
         dropout: float = 0.5,
     ):
         super().__init__()
@@ -56,7 +62,10 @@ class SGKRL(nn.Module):
         trained = wiring == "trained"
         if trained and graph_scope == "batch":
             raise ValueError("graph_scope 'batch' came with the trained wiring; it exists only for wiring 'published'")
+        if crop_gradient and not trained:
+            raise ValueError("crop_gradient came with the published wiring, whose fusion never learns")
         self.trained = trained
+        self.crop_gradient = crop_gradient
         self.input_size = input_size
         self.localization_stride = checked_stride(localization_stride)
         self.localization_threshold = localization_threshold
@@ -75,7 +84,15 @@ class SGKRL(nn.Module):
         self.fusion = SemanticFusion(backbone.channels, residual=trained)
         self.weighting = SemanticWeighting(channels, identity_start=trained)
         self.window_selector = WindowSelector(windows, grid_size=input_size // STRIDE, stride=STRIDE)
-        self.graph = GraphHead(channels, num_classes, symmetric=trained, scope=graph_scope, dropout=dropout)
+        self.graph = GraphHead(
+            channels,
+            num_classes,
+            neighbours=graph_neighbours,
+            edges=graph_edges,
+            symmetric=trained,
+            scope=graph_scope,
+            dropout=dropout,
+        )
         if not trained:
             self.fusion.requires_grad_(False)
             self.weighting.requires_grad_(False)
@@ -112,8 +129,11 @@ class SGKRL(nn.Module):
             return NetworkOutput(logits, object_boxes, None, object_masks)
 
         masks = object_masks if mask_background else None
-        crops = crop_objects(images, object_boxes, input_size=self.input_size, masks=masks)
-        cropped = self.backbone(resize_images(crops, self.input_size))
+        crop_boxes = (
+            with_gradient(object_boxes, fused, self.localization_stride) if self.crop_gradient else object_boxes
+        )
+        crops = crop_objects(images, crop_boxes, input_size=self.input_size, masks=masks)
+        cropped = self.backbone(resize_images(crops, self.input_size), kind="object")
         with torch.set_grad_enabled(self.trained and torch.is_grad_enabled()):
             weighted = self.weighting(cropped.final)
         object_embedding = weighted.mean(dim=(2, 3)) if self.trained else cropped.embedding
@@ -130,7 +150,7 @@ class SGKRL(nn.Module):
 
     def _look_at_windows(self, crops: Tensor, window_boxes: Tensor) -> tuple[Tensor, Tensor]:
         """Logits `window` and `graph` from object crops and windows [B, N, 4] on them."""
-        windows = self.backbone(crop_windows(crops, window_boxes, input_size=self.input_size))
+        windows = self.backbone(crop_windows(crops, window_boxes, input_size=self.input_size), kind="part")
         nodes = self.dropout(windows.embedding.unflatten(0, (-1, self.window_selector.count)))  # [B, N, C]
         return self.classifier(nodes), self.graph(nodes, window_boxes)
 

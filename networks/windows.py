@@ -91,15 +91,18 @@ def window_scores(activation: Tensor, sizes: Sizes) -> Tensor:
     return torch.cat([F.avg_pool2d(maps, size, stride=1).flatten(1) for size in sizes], dim=1)
 
 
+def pairwise_iou(boxes: Tensor) -> Tensor:
+    """Intersection over union [..., n, n] of inclusive boxes [..., n, 4] with each other."""
+    areas = (boxes[..., 2:] - boxes[..., :2] + 1).prod(dim=-1)
+    starts = torch.maximum(boxes[..., :, None, :2], boxes[..., None, :, :2])
+    ends = torch.minimum(boxes[..., :, None, 2:], boxes[..., None, :, 2:])
+    overlap = (ends - starts + 1).clamp(min=0).prod(dim=-1)
+    return overlap / (areas[..., :, None] + areas[..., None, :] - overlap)
+
+
 def overlap_conflicts(boxes: Tensor, max_iou: float = 0.25) -> Tensor:
     """[n, n] bool: pairs of inclusive boxes [n, 4] with an IoU of more than `max_iou`, and each box with itself."""
-    boxes = boxes.double()
-    sides = boxes[:, 2:] - boxes[:, :2] + 1
-    area = sides.prod(dim=1)
-    starts = torch.maximum(boxes[:, None, :2], boxes[None, :, :2])
-    ends = torch.minimum(boxes[:, None, 2:], boxes[None, :, 2:])
-    overlap = (ends - starts + 1).clamp(min=0).prod(dim=2)
-    too_much = overlap / (area[:, None] + area[None, :] - overlap) > max_iou
+    too_much = pairwise_iou(boxes.double()) > max_iou
     return too_much | torch.eye(len(boxes), dtype=torch.bool, device=boxes.device)  # none is taken twice
 
 

@@ -311,6 +311,13 @@ def everything(images: Tensor, objects: Tensor, windows: Tensor) -> tuple[Tensor
     return crop_and_resize(images, objects, 32), crop_and_resize(images, resize_boxes(located, 1.5), 16), located
 
 
+def test_boxes_that_ask_for_a_gradient_get_that_of_finite_differences() -> None:
+    """No sample lies on a pixel, where bilinear interpolation has a kink."""
+    images = torch.rand(2, 3, 20, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    boxes = torch.tensor([[2.3, 3.1, 15.87, 17.9], [0.2, 1.4, 20.6, 9.3]], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda boxes: crop_and_resize(images, boxes, 5), boxes)
+
+
 def test_no_host_synchronisation_and_no_graph_break() -> None:
     images = random_images(2, 48, 48, dtype=torch.float32)
     inputs = images, random_boxes((2,), 32, 32).float(), random_boxes((2, 3), 32, 32, seed=1).float()

@@ -42,7 +42,7 @@ class ColourBackbone(nn.Module):
         self.final = nn.Parameter(torch.randn(CHANNELS, 3, 1, 1, generator=generator))
         self.penultimate = nn.Parameter(torch.randn(CHANNELS, 3, 1, 1, generator=generator))
 
-    def forward(self, images: Tensor, *, dense: bool = False) -> Features:
+    def forward(self, images: Tensor, *, kind: str = "picture", dense: bool = False) -> Features:
         colours = F.avg_pool2d(images, 32)
         final, penultimate = (F.conv2d(colours, mixture).relu() for mixture in (self.final, self.penultimate))
         return Features(final, final, penultimate, final.square(), final.square().mean(dim=(2, 3)))
@@ -58,7 +58,7 @@ class GivenBackbone(nn.Module):
         self.images, self.penultimate, self.final = images, penultimate, final
         self.embedding_channels = final.shape[1]
 
-    def forward(self, images: Tensor, *, dense: bool = False) -> Features:
+    def forward(self, images: Tensor, *, kind: str = "picture", dense: bool = False) -> Features:
         known = torch.equal(images, self.images)
         final, penultimate = ((each if known else 0 * each) for each in (self.final, self.penultimate))
         return Features(final, final, penultimate, final, final.mean(dim=(2, 3)))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import reference
 import torch
 from torch import Tensor
 
-from networks.graph import GraphConvolution, GraphHead, nearest_neighbours, propagation_matrix
+from networks.graph import GraphConvolution, GraphHead, edge_weights, nearest_neighbours, propagation_matrix
 
 
 def random_corners(graphs: int, nodes: int, *, span: int = 14, seed: int = 0) -> np.ndarray:
@@ -113,6 +115,59 @@ def test_symmetric_edges_give_a_symmetric_matrix_of_norm_one() -> None:
     matrix = propagation_matrix(adjacency)
     torch.testing.assert_close(matrix, matrix.transpose(1, 2))
     torch.testing.assert_close(torch.linalg.matrix_norm(matrix, ord=2), torch.ones(30), rtol=1e-5, atol=1e-5)
+
+
+# ---- weights ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", ("distance", "overlap"))
+def test_edge_weights_equal_their_definition(rule: str) -> None:
+    generator = np.random.default_rng(0)
+    starts = generator.integers(0, 100, (3, 6, 2))
+    boxes = np.concatenate([starts, starts + generator.integers(0, 100, (3, 6, 2))], axis=2)
+    result = edge_weights(torch.from_numpy(boxes).float(), rule)
+    for one, weights in zip(boxes, result, strict=True):
+        for i, j in itertools.product(range(6), repeat=2):
+            first, second = one[i].astype(float), one[j].astype(float)
+            if rule == "overlap":
+                expected = reference.intersection_over_union(first, second)
+            else:
+                areas = [(box[2] - box[0] + 1) * (box[3] - box[1] + 1) for box in (first, second)]
+                squared = sum(((first[k] + first[k + 2]) / 2 - (second[k] + second[k + 2]) / 2) ** 2 for k in (0, 1))
+                expected = np.exp(-squared / sum(areas))
+            assert weights[i, j].item() == pytest.approx(expected, abs=1e-6)
+            assert i != j or weights[i, j] == 1
+
+
+def test_weights_of_one_are_no_weights() -> None:
+    adjacency = torch.from_numpy(np.stack([random_adjacency(7, 0.4, seed) for seed in range(5)]))
+    weighted = propagation_matrix(adjacency, torch.ones(5, 7, 7))
+    torch.testing.assert_close(weighted, propagation_matrix(adjacency))
+
+
+def test_weighted_propagation_equals_loops() -> None:
+    adjacency = random_adjacency(6, 0.5, 3)
+    weights = np.random.default_rng(4).random((6, 6))
+    np.fill_diagonal(weights, 1)
+    result = propagation_matrix(torch.from_numpy(adjacency)[None], torch.from_numpy(weights)[None].float())[0]
+    strength = {(i, j): weights[i, j] for i in range(6) for j in range(6) if adjacency[i, j] or i == j}
+    degree = [sum(value for (_, target), value in strength.items() if target == node) for node in range(6)]
+    for target, source in itertools.product(range(6), repeat=2):
+        expected = strength.get((source, target), 0) / np.sqrt(degree[source] * degree[target])
+        assert result[target, source].item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_head_weighs_its_edges() -> None:
+    nodes, boxes = head_inputs(3)
+    plain, weighted = (build_head(edges=edges)(nodes, boxes) for edges in ("equal", "overlap"))
+    assert not torch.allclose(plain, weighted)
+    torch.testing.assert_close(build_head(edges="overlap")(nodes[1:2], boxes[1:2]), weighted[1:2])
+
+
+@pytest.mark.parametrize(("settings", "words"), (({"edges": "all"}, "equal"), ({"edges": "overlap"}, "batch")))
+def test_impossible_edges_are_refused(settings: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        build_head(scope="batch", **settings)
 
 
 # ---- layers -------------------------------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ from networks.localization import (
     cell_boxes_to_pixels,
     largest_component,
     localize,
+    soft_boxes,
+    with_gradient,
 )
 
 DENSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -343,6 +345,56 @@ def test_cell_boxes_to_pixels_equals_reference(stride: int) -> None:
     boxes = np.concatenate([starts, starts + generator.integers(1, 6, (50, 2))], axis=1)
     expected = [reference.cell_box_to_pixels(tuple(box), stride) for box in boxes.tolist()]
     np.testing.assert_array_equal(cell_boxes_to_pixels(torch.from_numpy(boxes), stride).numpy(), np.array(expected))
+
+
+# ---- soft boxes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stride", (16, 32))
+def test_soft_box_of_an_even_rectangle_is_its_bounding_box(stride: int) -> None:
+    features = torch.zeros(2, 3, 9, 12)
+    features[0, :, 2:5, 3:10] = 1
+    features[1, :, 0:8, 11:12] = 2
+    expected = torch.tensor([[3, 2, 10, 5], [11, 0, 12, 8]]) * stride - torch.tensor([0, 0, 1, 1])
+    torch.testing.assert_close(soft_boxes(features, stride), expected.float(), atol=0.05, rtol=0)
+
+
+def test_soft_boxes_follow_a_moving_object() -> None:
+    line = torch.arange(14.0)
+
+    def features(x: Tensor) -> Tensor:
+        return torch.exp(-((line[None, :] - x) ** 2 + (line[:, None] - 6) ** 2) / 8).expand(1, 4, 14, 14)
+
+    x = torch.tensor(6.5, requires_grad=True)
+    boxes = soft_boxes(features(x), 32)
+    (gradient,) = torch.autograd.grad(boxes[0, 0] + boxes[0, 2], x)
+    assert gradient.item() == pytest.approx(2 * 32, rel=0.1)  # both sides by 32 pixels a cell
+    (gradient,) = torch.autograd.grad(soft_boxes(features(x), 32)[0, 2] - soft_boxes(features(x), 32)[0, 0], x)
+    assert abs(gradient.item()) < 8  # but hardly wider
+
+
+def test_soft_boxes_have_the_gradient_of_finite_differences() -> None:
+    features = torch.rand(2, 3, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    features.requires_grad_()
+    # Computed in float32 on purpose, hence the coarse step.
+    assert torch.autograd.gradcheck(lambda f: soft_boxes(f, 32), features, eps=1e-3, atol=0.5, rtol=0.02)
+
+
+@pytest.mark.parametrize("value", (0.0, 0.3, -2.0))
+def test_soft_box_of_a_constant_map_is_the_whole_image(value: float) -> None:
+    features = torch.full((1, 3, 7, 7), value, requires_grad=True)
+    boxes = soft_boxes(features, 32)
+    torch.testing.assert_close(boxes, torch.tensor([[0.0, 0.0, 223.0, 223.0]]), atol=0.01, rtol=0)
+    boxes.sum().backward()
+    assert features.grad.isfinite().all()
+
+
+def test_boxes_with_gradient_are_the_same_boxes() -> None:
+    features = torch.rand(3, 4, 7, 7, requires_grad=True)
+    boxes = torch.tensor([[0.0, 31, 95, 223], [0, 0, 223, 223], [31, 31, 63, 63]])
+    result = with_gradient(boxes, features, 32)
+    assert torch.equal(result, boxes)
+    assert result.requires_grad and not boxes.requires_grad
 
 
 # ---- maps, batches, devices ---------------------------------------------------------------------------------------

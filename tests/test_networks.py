@@ -26,7 +26,13 @@ SYSTEMS: dict[str, tuple[str, dict]] = {
     "resnet": ("resnet", {}),
     "mmal": ("mmal", {}),
     "trained": ("sgkrl", {}),
-    "trained dense": ("sgkrl", {"localization_stride": 16, "localization_threshold": 1.2}),
+    "trained variant": (
+        "sgkrl",
+        {
+            **{"localization_stride": 16, "localization_threshold": 1.2, "crop_gradient": True},
+            **{"batch_norm": "per_pass", "graph_neighbours": 2, "graph_edges": "overlap"},
+        },
+    ),
     "published": ("sgkrl", {"wiring": "published"}),
     "published batch": ("sgkrl", {"wiring": "published", "graph_scope": "batch"}),
     "flrdf": ("flrdf", {}),
@@ -37,7 +43,7 @@ BRANCHES = {
     "resnet": ("raw",),
     "mmal": ("raw", "object", "window"),
     "trained": ("raw", "fused", "object", "window", "graph"),
-    "trained dense": ("raw", "fused", "object", "window", "graph"),
+    "trained variant": ("raw", "fused", "object", "window", "graph"),
     "published": ("raw", "object", "window", "graph"),
     "published batch": ("raw", "object", "window", "graph"),
     "flrdf": ("raw", "object"),
@@ -95,7 +101,7 @@ class ScriptedBackbone(nn.Module):
         self.look = look
         self.scale = nn.Parameter(torch.linspace(1, 2, 32)[:, None, None])
 
-    def forward(self, images: Tensor, *, dense: bool = False) -> Features:
+    def forward(self, images: Tensor, *, kind: str = "picture", dense: bool = False) -> Features:
         penultimate, final = (map_ * self.scale for map_ in self.look(brightness(images, 16 if dense else 32)))
         stage2, stage3 = (0.01 * brightness(images, cell) for cell in (8, 16))
         return Features(
@@ -115,7 +121,8 @@ def build_scripted(system: str, *, input_size: int = SIZE, **settings: object) -
         return SCRIM(backbone, CLASSES, input_size=input_size, **settings)
     if system.startswith("flrdf"):
         return FLRDF(backbone, CLASSES, input_size=input_size, **SYSTEMS[system][1], **settings)
-    return SGKRL(backbone, CLASSES, input_size=input_size, **SYSTEMS[system][1], **settings)
+    fixed = {name: value for name, value in SYSTEMS[system][1].items() if name != "batch_norm"}  # the trunk's own
+    return SGKRL(backbone, CLASSES, input_size=input_size, **fixed, **settings)
 
 
 # ---- the output contract ------------------------------------------------------------------------------------------
@@ -391,12 +398,13 @@ def test_each_part_learns_from_its_own_branch(system: str) -> None:
     network = build_scripted(system, dropout=0.0).train()
     output = network(make_images(SIZE).requires_grad_(False))
     parts = {name: list(module.parameters()) for name, module in network.named_children()}
+    through_the_crop = {"fusion"} if system == "trained variant" else set()
     reached = {
         "raw": {"backbone", "classifier"},
         "fused": {"backbone", "classifier", "fusion"},
-        "object": {"backbone", "classifier", "weighting"},
-        "window": {"backbone", "classifier"},
-        "graph": {"backbone", "graph"},
+        "object": {"backbone", "classifier", "weighting"} | through_the_crop,
+        "window": {"backbone", "classifier"} | through_the_crop,
+        "graph": {"backbone", "graph"} | through_the_crop,
         "jigsaw": {"backbone", "classifier"},
         "part": {"backbone", "part_classifier"},
         "concat": {"backbone", "concat_classifier"},
@@ -417,7 +425,7 @@ def test_each_part_learns_from_its_own_branch(system: str) -> None:
             assert any(gradient is not None for gradient in gradients) == (name in expected), (branch, name)
 
 
-@pytest.mark.parametrize("system", [system for system in SYSTEMS if system != "resnet"])
+@pytest.mark.parametrize("system", [system for system in SYSTEMS if system not in ("resnet", "trained variant")])
 def test_no_gradient_flows_through_the_crops(system: str) -> None:
     """The images of the object and window passes are given, not made: they carry no graph."""
     network = build_scripted(system).train()
@@ -426,6 +434,24 @@ def test_no_gradient_flows_through_the_crops(system: str) -> None:
     assert not any(images.requires_grad for images in given)
     assert not any(boxes.requires_grad for boxes in output[1:5] if boxes is not None)
     assert all(logits.requires_grad for logits in output.logits.values())
+
+
+def test_crop_gradient_changes_nothing_but_the_gradient() -> None:
+    """With it, the object's loss reaches the fusion, which only the box connects to it."""
+    found = {}
+    for crop_gradient in (False, True):
+        network = build_scripted("trained", crop_gradient=crop_gradient)
+        with torch.no_grad():  # so that boxes cut something away
+            network.fusion.stage3.out.weight.normal_(std=0.01)
+        output = network(make_images(SIZE))
+        output.logits["object"].logsumexp(dim=1).sum().backward()
+        found[crop_gradient] = output, [attention.out.weight.grad for attention in network.fusion.children()]
+    for without, with_it in zip(found[False][0].logits.values(), found[True][0].logits.values(), strict=True):
+        assert torch.equal(without, with_it)
+    assert torch.equal(found[False][0].object_boxes, found[True][0].object_boxes)
+    assert not any(gradient is not None and gradient.any() for gradient in found[False][1])
+    assert all(gradient is not None and gradient.any() for gradient in found[True][1])
+    assert not found[True][0].object_boxes.requires_grad
 
 
 @pytest.mark.parametrize("system", SYSTEMS)

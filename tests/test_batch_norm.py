@@ -1,0 +1,120 @@
+"""Batch-norm statistics: shared by the passes, kept for each, or frozen."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from networks import build_network
+from networks.backbone import Backbone
+from networks.batch_norm import KINDS, BatchNormPerPass, freeze_statistics, look_at, separate_statistics
+from networks.folding import fold_batch_norm
+
+SIZE = 96
+
+
+def pictures(seed: int, scale: float = 1.0) -> Tensor:
+    return scale * torch.randn(4, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed)) + seed
+
+
+def small_trunk() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Sequential(nn.Conv2d(4, 5, 1), nn.BatchNorm2d(5))
+    )
+
+
+def test_each_kind_of_pass_has_the_statistics_of_a_network_of_its_own() -> None:
+    """Three plain networks that share their weights, each of which sees one kind of picture, as the reference."""
+    one = small_trunk()
+    alone = {kind: copy.deepcopy(one) for kind in KINDS}
+    separate_statistics(one)
+    for step in range(3):
+        for number, kind in enumerate(KINDS):
+            images = pictures(10 * step + number, scale=1 + number)
+            look_at(one, kind)
+            torch.testing.assert_close(one(images), alone[kind](images))
+    one.eval()
+    answers = []
+    for kind in KINDS:
+        look_at(one, kind)
+        answers.append(one(pictures(5)))
+        torch.testing.assert_close(answers[-1], alone[kind].eval()(pictures(5)))
+    assert not torch.allclose(answers[0], answers[1]) and not torch.allclose(answers[1], answers[2])
+
+
+def test_an_unknown_kind_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown kind of pass 'raw'.*picture"):
+        look_at(small_trunk(), "raw")
+
+
+@pytest.mark.parametrize("wiring", ("trained", "published"))
+def test_a_system_tells_its_passes_apart(wiring: str) -> None:
+    torch.manual_seed(0)
+    network = build_network(
+        "sgkrl", num_classes=5, backbone="resnet18", input_size=SIZE, wiring=wiring, batch_norm="per_pass"
+    ).train()
+    start = copy.deepcopy(dict(network.backbone.named_buffers()))
+    network(pictures(1))
+    norms = [name for name in start if name.endswith("running_mean")]
+    assert norms
+    for name in norms:
+        moved = (dict(network.backbone.named_buffers())[name] != start[name]).any(dim=1)
+        assert moved.all(), name
+        rows = dict(network.backbone.named_buffers())[name]
+        assert not torch.equal(rows[0], rows[1]) and not torch.equal(rows[1], rows[2])
+
+
+def test_pretrained_statistics_start_every_pass(tmp_path) -> None:
+    torch.manual_seed(0)
+    plain = Backbone("resnet18").trunk
+    nn.init.uniform_(plain.bn1.running_mean)
+    torch.save(plain.state_dict(), tmp_path / "weights.pth")
+    backbone = Backbone("resnet18", pretrained=str(tmp_path / "weights.pth"), batch_norm="per_pass").eval()
+    for row in backbone.trunk.bn1.running_mean:
+        assert torch.equal(row, plain.bn1.running_mean)
+    expected = plain.eval()(pictures(1))
+    for kind in KINDS:
+        torch.testing.assert_close(backbone(pictures(1), kind=kind).embedding, expected)
+
+
+def test_folding_leaves_them_as_they_are() -> None:
+    torch.manual_seed(0)
+    network = build_network("mmal", num_classes=5, backbone="resnet18", input_size=SIZE, batch_norm="per_pass")
+    network.train()(pictures(1))
+    network.eval()
+    folded = fold_batch_norm(network)
+    assert any(isinstance(module, BatchNormPerPass) for module in folded.modules())
+    with torch.no_grad():
+        torch.testing.assert_close(folded(pictures(2)).logits, network(pictures(2)).logits)
+
+
+def test_frozen_statistics_never_change_and_scales_still_learn() -> None:
+    torch.manual_seed(0)
+    network = build_network("mmal", num_classes=5, backbone="resnet18", input_size=SIZE, batch_norm="frozen", dropout=0)
+    for norm in (module for module in network.modules() if isinstance(module, nn.BatchNorm2d)):
+        nn.init.normal_(norm.running_mean, std=0.1)
+        nn.init.constant_(norm.weight, 0.5)
+    before = copy.deepcopy(dict(network.named_buffers()))
+    output = network.train()(pictures(1))
+    assert network.training and network.backbone.training
+    output.logits["object"].sum().backward()
+    for name, buffer in network.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+    assert network.backbone.trunk.bn1.weight.grad.abs().sum() > 0
+    with torch.no_grad():
+        torch.testing.assert_close(output.logits["raw"], network.eval()(pictures(1)).logits["raw"])
+
+
+def test_freezing_leaves_dropout_alone() -> None:
+    network = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(0.5)).train()
+    freeze_statistics(network)
+    assert not network[0].training and network[1].training
+
+
+def test_an_unknown_rule_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown batch_norm 'none'.*shared, per_pass, frozen"):
+        Backbone("resnet18", batch_norm="none")
