@@ -87,7 +87,7 @@ def training_loader(settings: Settings, entries: list[Entry]) -> DataLoader:
         sampler = BalancedSampler(labels, **groups, **processes)
     else:
         sampler = ShuffledSampler(len(entries), **processes)
-    augment = Augmentation(settings.flip, settings.brightness, settings.contrast)
+    augment = Augmentation(settings.flip, settings.brightness, settings.contrast, settings.crop_scale)
     return DataLoader(
         Pictures(entries, image_size=settings.image_size, augment=augment),
         batch_size=batch_size,

@@ -65,6 +65,7 @@ class Settings:
     flip: float = 0.5  # probability of a horizontal flip in training
     brightness: float = 0.2  # training brightness is multiplied by 1 - x to 1 + x
     contrast: float = 0.2  # likewise contrast
+    crop_scale: float = 1.0  # training sees a random part with this share of the area or more; 1: always the whole
 
     # ---- Network --------------------------------------------------------------------------------------------------
     backbone: str | None = None  # resnet18, resnet34, resnet50, resnet101 or resnet152
@@ -445,6 +446,7 @@ def _check_values(settings: Settings) -> None:
     for name in ("brightness", "contrast", "dropout", "label_smoothing", "validation", "momentum", "part_max_iou"):
         require(name, 0 <= getattr(settings, name) < 1, "a number from 0 to less than 1")
     require("flip", 0 <= settings.flip <= 1, "a probability from 0 to 1")
+    require("crop_scale", 0 < settings.crop_scale <= 1, "a number above 0, at most 1")
     require("test_fraction", 0 < settings.test_fraction < 1, "a share between 0 and 1")
     for name in ("learning_rate", "head_learning_rate_factor"):
         require(name, 0 < getattr(settings, name) < math.inf, "a finite number above 0")

@@ -780,9 +780,10 @@ class Sample(NamedTuple):
     """One picture, ready for a batch. Normalisation and `augmentation` are left to the device, see utils/augmentation.
 
     image: [3, S, S] uint8, its values pixel by pixel in memory.
-    box: [4] float32, the object's edges (x0, y0, x1, y1) in pixels of the image after augmentation, or None.
+    box: [4] float32, the object's edges (x0, y0, x1, y1) in pixels of the image after augmentation (without area where
+        the drawn part leaves the object out), or None.
     path: the file; for the demo set the number of the drawn picture.
-    augmentation: [4] float32 as `Augmentation.draw` gives it, or None.
+    augmentation: [8] float32 as `Augmentation.draw` gives it, or None.
     """
 
     image: Tensor
@@ -795,7 +796,7 @@ class Sample(NamedTuple):
 class Batch(NamedTuple):
     """B samples: images [B, 3, S, S] uint8, labels [B] int64, boxes [B, 4] float32 or None, paths.
 
-    augmentation: [B, 4] float32, what is still to be done to the images (the boxes are those after it), or None.
+    augmentation: [B, 8] float32, what is still to be done to the images (the boxes are those after it), or None.
     """
 
     images: Tensor
@@ -809,21 +810,47 @@ class Augmentation(NamedTuple):
     """What training pictures go through: mirrored with probability `flip`; jittered as torchvision's ColorJitter does.
 
     brightness, contrast: the factor is drawn evenly from 1 - value to 1 + value.
+    crop_scale: the smallest share of the area of the part that is seen, as RandomResizedCrop draws it; 1: the whole.
     """
 
     flip: float = 0.5
     brightness: float = 0.2
     contrast: float = 0.2
+    crop_scale: float = 1.0
 
     def draw(self, generator: np.random.Generator) -> Tensor:
-        """Draws for one picture [4]: mirrored (0 or 1), factors of brightness and contrast, contrast first (0 or 1)."""
+        """Draws for one picture [8]: mirrored (0 or 1), factors of brightness and contrast, contrast first (0 or 1),
+        and the edges (x0, y0, x1, y1) of the part that is seen, as shares of the sides of the picture after mirroring.
+        """
         mirrored = generator.random() < self.flip
         factors, strengths = [1.0, 1.0], (self.brightness, self.contrast)
         order = generator.permutation(2)
         for position in order:
             if strengths[position]:
                 factors[position] = generator.uniform(1 - strengths[position], 1 + strengths[position])
-        return torch.tensor([mirrored, *factors, order[0]], dtype=torch.float32)
+        part = _draw_part(self.crop_scale, generator) if self.crop_scale < 1 else (0.0, 0.0, 1.0, 1.0)
+        return torch.tensor([mirrored, *factors, order[0], *part], dtype=torch.float32)
+
+
+def _draw_part(smallest: float, generator: np.random.Generator) -> Box:
+    """A part as torchvision's RandomResizedCrop draws it on a square picture, but not in whole pixels: shares of sides.
+
+    Ten tries at an area evenly from `smallest` to 1 and a ratio width / height from 3/4 to 4/3, even in its logarithm.
+    """
+    for _ in range(10):
+        area, ratio = generator.uniform(smallest, 1), math.exp(generator.uniform(math.log(3 / 4), math.log(4 / 3)))
+        width, height = math.sqrt(area * ratio), math.sqrt(area / ratio)
+        if width <= 1 and height <= 1:
+            x, y = generator.uniform(0, 1 - width), generator.uniform(0, 1 - height)
+            return x, y, x + width, y + height
+    return 0.0, 0.0, 1.0, 1.0  # the central crop of a square, whose own ratio is possible
+
+
+def _carry_into_part(box: Tensor, part: Tensor, size: int) -> Tensor:
+    """The box [4] in pixels of the picture of size x size, cut at the part [4] and in pixels of it once enlarged."""
+    starts, ends = part[:2], part[2:]
+    # A box beyond the part is clamped to an edge of it, so has no area: an overlap with anything is then 0.
+    return ((box - (starts * size).repeat(2)) / (ends - starts).repeat(2)).clamp(0, size)
 
 
 class Pictures(Dataset[Sample]):
@@ -861,6 +888,8 @@ class Pictures(Dataset[Sample]):
         augmentation = self.augment.draw(np.random.default_rng(seed))
         if box is not None and augmentation[0]:
             box = torch.stack((self.image_size - box[2], box[1], self.image_size - box[0], box[3]))
+        if box is not None and self.augment.crop_scale < 1:
+            box = _carry_into_part(box, augmentation[4:], self.image_size)
         return Sample(image, entry.label, box, path, augmentation)
 
 

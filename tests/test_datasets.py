@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from scipy.io import savemat
 from torch.utils.data import DataLoader
-from torchvision.transforms.v2 import ColorJitter
+from torchvision.transforms.v2 import ColorJitter, RandomResizedCrop
 
 import datasets
 from datasets import Augmentation, DataError, Entry, Pictures, ShuffledSampler, read_catalogue, split_validation
@@ -518,6 +518,40 @@ def test_box_found_again_under_augmentation(rectangle: Entry) -> None:
     assert len({float(as_trained_on(sample).mean()) for sample in samples}) > 30
 
 
+@pytest.mark.parametrize("flip", [0, 1])
+def test_box_found_again_in_a_random_part(rectangle: Entry, flip: float) -> None:
+    pictures = Pictures([rectangle], image_size=96, augment=Augmentation(flip, 0, 0, crop_scale=0.4))
+    plain = Pictures([rectangle], image_size=96, augment=Augmentation(flip, 0, 0))
+    boxes = []
+    for seed in range(40):
+        sample = pictures[0, seed]
+        box = sample.box.tolist()
+        x0, y0, x1, y1 = (sample.augmentation[4:] * 96).tolist()
+        original = plain[0, seed].box.tolist()
+        starts_inside = [original[0] >= x0 + 1, original[1] >= y0 + 1]
+        ends_inside = [original[2] <= x1 - 1, original[3] <= y1 - 1]
+        assert all(value > 0 for value, inside in zip(box[:2], starts_inside, strict=True) if inside)
+        assert all(value < 96 for value, inside in zip(box[2:], ends_inside, strict=True) if inside)
+        if min(box[2] - box[0], box[3] - box[1]) > 3:  # less than that is blurred away
+            assert bright_box(as_trained_on(sample)) == pytest.approx(box, abs=2)
+        boxes.append(tuple(box))
+    assert len(set(boxes)) > 30
+
+
+def test_box_of_an_object_beyond_the_part_is_empty() -> None:
+    box = torch.tensor([10.0, 20, 40, 60])
+    for part, expected in (
+        ([0.5, 0, 1, 1], [0, 20, 0, 60]),
+        ([0, 0, 0.05, 0.1], [100, 100, 100, 100]),
+        ([0.1, 0.2, 0.4, 0.6], [0, 0, 100, 100]),
+        ([0, 0.1, 0.5, 0.5], [20, 25, 80, 100]),
+        ([0, 0, 1, 1], [10, 20, 40, 60]),
+    ):
+        carried = datasets._carry_into_part(box, torch.tensor(part), 100)
+        assert carried.tolist() == pytest.approx(expected, abs=1e-4)
+        assert (carried[:2] <= carried[2:]).all()
+
+
 def test_box_is_cut_at_the_border(rectangle: Entry) -> None:
     sample = Pictures([rectangle._replace(box=(-5, 10, 300, 90))], image_size=100)[0]
     assert sample.box.tolist() == pytest.approx([0, 100 / 12, 100, 75])
@@ -558,9 +592,39 @@ def test_draws_stay_as_they_were() -> None:
         mirrored, order, factors = generator.random() < 0.5, generator.permutation(2).tolist(), {}
         for position in order:
             factors[position] = generator.uniform(*((0.8, 1.2), (0.6, 1.4))[position])
-        expected.append([float(mirrored), factors[0], factors[1], float(order == [1, 0])])
+        expected.append([float(mirrored), factors[0], factors[1], float(order == [1, 0]), 0, 0, 1, 1])
     assert draws == [pytest.approx(values, rel=1e-6) for values in expected]
     assert Augmentation(0, 0, 0).draw(np.random.default_rng(0)).tolist()[:3] == [0, 1, 1]
+
+
+def test_nothing_more_is_drawn_for_whole_pictures() -> None:
+    generator, ours = np.random.default_rng(3), np.random.default_rng(3)
+    Augmentation(0.5, 0.2, 0.4, crop_scale=1.0).draw(ours)
+    generator.random(), generator.permutation(2), generator.uniform(size=2)
+    assert ours.bit_generator.state == generator.bit_generator.state
+    whole, part = (Augmentation(crop_scale=scale).draw(np.random.default_rng(3)) for scale in (1.0, 0.3))
+    assert torch.equal(whole[:4], part[:4]) and not torch.equal(whole[4:], part[4:])
+
+
+@pytest.mark.parametrize("scale", [0.08, 0.5, 0.9])
+def test_parts_are_as_random_resized_crop_draws_them(scale: float) -> None:
+    augment, generator = Augmentation(0, 0, 0, crop_scale=scale), np.random.default_rng(0)
+    parts = torch.stack([augment.draw(generator)[4:] for _ in range(3000)]).double()
+    x0, y0, x1, y1 = parts.unbind(dim=1)
+    width, height = x1 - x0, y1 - y0
+    assert (parts[:, :2] >= 0).all() and (parts[:, 2:] <= 1).all()
+    assert (width * height).min() > scale - 1e-5 and (width * height).max() <= 1
+    assert (width / height).min() > 3 / 4 - 1e-5 and (width / height).max() < 4 / 3 + 1e-5
+
+    torch.manual_seed(0)
+    size = 10000  # rounding to pixels is then lost in the statistics
+    crop, picture = RandomResizedCrop(size, scale=(scale, 1)), torch.zeros(1).expand(1, size, size)
+    theirs = [crop.make_params([picture]) for _ in range(3000)]
+    top, left, h, w = (torch.tensor([p[n] for p in theirs]) / size for n in ("top", "left", "height", "width"))
+    for ours, expected in ((width * height, w * h), (width / height, w / h), (x0, left), (y0, top)):
+        values = torch.linspace(expected.min(), expected.max(), 50)
+        below, expected_below = ((samples[:, None] < values).double().mean(dim=0) for samples in (ours, expected))
+        assert (below - expected_below).abs().max() < 0.05  # Kolmogorov-Smirnov, one in a thousand
 
 
 @pytest.mark.parametrize("workers", [0, 2])

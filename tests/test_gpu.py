@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from datasets import Augmentation
 from networks import MODELS, build_network
 from networks.folding import fold_batch_norm
 from networks.losses import loss_terms
@@ -60,6 +62,23 @@ def test_the_host_never_waits_for_the_device(model: str, training: bool, precisi
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_host_does_not_wait_for_augmented_pictures() -> None:
+    execution = Execution(torch.device("cuda"), "bf16")
+    images = torch.randint(0, 256, (4, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+    generator = np.random.default_rng(0)
+    rows = torch.stack([Augmentation(crop_scale=0.5).draw(generator) for _ in range(4)])
+    pinned = images.pin_memory(), rows.pin_memory()
+    execution.images(*pinned)  # constants are copied once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with execution.autocast():
+            found = execution.images(*pinned)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected = Execution(torch.device("cpu")).images(images, rows)
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.skipif(not (torch.cuda.is_available() and has_native_bf16(torch.device("cuda"))), reason="needs bf16")

@@ -1,4 +1,4 @@
-"""What the device does to a batch of pictures before the network sees it: mirror, jitter, normalise.
+"""What the device does to a batch of pictures before the network sees it: mirror, crop, jitter, normalise.
 
 Loader processes only draw the numbers (`datasets.Augmentation`), which a few integers decide; the arithmetic is done
 here for the whole batch at once, where it costs next to nothing, and batches travel as uint8, a quarter of the bytes.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet, which published backbones were trained with
@@ -24,24 +25,49 @@ def normalised(images: Tensor, augmentation: Tensor | None = None) -> Tensor:
 
 
 def augmented(images: Tensor, augmentation: Tensor) -> Tensor:
-    """Mirror and jitter each image as its row says: float32 in 0..255, where torchvision rounds uint8 at every step.
+    """Mirror, crop and jitter each image as its row says: float32 in 0..255; torchvision rounds uint8 at every step.
 
-    Each image is multiplied by its factor of brightness, and mixed with its mean gray by its factor of contrast, in
-    either order and cut off at 0 and 255 after each, as torchvision's adjust_brightness and adjust_contrast do.
+    The part is cut out of the mirrored image and enlarged, as torchvision's resized_crop does. Each image is then
+    multiplied by its factor of brightness, and mixed with its mean gray by its factor of contrast, in either order and
+    cut off at 0 and 255 after each, as torchvision's adjust_brightness and adjust_contrast do.
 
     Args:
         images: [B, 3, H, W], values in 0..255.
-        augmentation: [B, 4], see `datasets.Augmentation.draw`.
+        augmentation: [B, 8], see `datasets.Augmentation.draw`; on the CPU, as it is looked at before it is moved.
     """
+    starts, ends = augmentation[:, 4:6], augmentation[:, 6:8]
+    cropped = bool((ends - starts < 1).any())  # on a GPU, this would wait for it
+    augmentation = augmentation.to(images.device, non_blocking=True)
     columns = augmentation[:, :, None, None, None].unbind(dim=1)
     mirrored, contrast_first = (column.bool() for column in (columns[0], columns[3]))
     brightness, contrast = columns[1:3]
     images = torch.where(mirrored, images.flip(-1), images).float()
+    if cropped:
+        images = _enlarged(images, augmentation[:, 4:])
     for contrast_now in (contrast_first, ~contrast_first):
         factor = torch.where(contrast_now, contrast, brightness)
         shift = torch.where(contrast_now, (1 - contrast) * _mean_gray(images), 0)
         images.mul_(factor).add_(shift).clamp_(0, 255)  # in place: on a CPU, new memory costs more than arithmetic
     return images
+
+
+def _enlarged(images: Tensor, parts: Tensor) -> Tensor:
+    """Cut parts [B, 4], edges in shares of the sides, out of images [B, 3, H, W], and enlarge each to H x W.
+
+    Bilinear is enough, without antialiasing: parts are never made smaller. A whole image stays, but for rounding.
+    """
+    H, W = images.shape[-2:]
+    # Not by affine_grid, whose matrix product would be rounded to bfloat16 under autocast.
+    x, y = (_centres(parts[:, axis, None], parts[:, axis + 2, None], count) for axis, count in ((0, W), (1, H)))
+    grid = torch.stack([x[:, None, :].expand(-1, H, -1), y[:, :, None].expand(-1, -1, W)], dim=-1)  # [B, H, W, 2]
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def _centres(starts: Tensor, ends: Tensor, count: int) -> Tensor:
+    """Centres [B, count] of so many equal steps from starts to ends [B, 1], shares 0..1, as grid_sample's -1..1."""
+    half = 0.5 / count
+    centres = starts + (ends - starts) * (torch.arange(count, device=starts.device) / count + half)
+    return 2 * centres.clamp(starts + half, ends - half) - 1  # nothing of the pixels around the part is mixed in
 
 
 def _mean_gray(images: Tensor) -> Tensor:

@@ -50,13 +50,12 @@ class Execution(NamedTuple):
     def images(self, images: Tensor, augmentation: Tensor | None = None) -> Tensor:
         """Move a batch of images [B, 3, H, W] to the device, in the chosen layout, as the network wants them.
 
-        uint8 is augmented there, if `augmentation` [B, 4] says how, and normalised; floating point is so already.
+        uint8 is augmented there, if `augmentation` [B, 8], itself on the CPU, says how, and normalised; floating point
+        is so already.
         """
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         images = images.to(self.device, non_blocking=True)
         if images.dtype == torch.uint8:
-            if augmentation is not None:
-                augmentation = augmentation.to(self.device, non_blocking=True)
             images = normalised(images, augmentation)
         return images.contiguous(memory_format=layout)
 
