@@ -19,6 +19,7 @@ import assembly
 import config
 import datasets
 import train
+from assembly import load_trained
 from config import Settings, SettingsError
 from datasets import DataError, Pictures, read_catalogue
 from networks import build_network
@@ -420,6 +421,24 @@ def test_other_settings_are_refused_with_both_values(short, short_copy, tiny_run
         assert word in sentence
     assert "workers" not in sentence
     assert {path.name: path.read_bytes() for path in short_copy.iterdir() if path.is_file()} == before
+
+
+def test_settings_younger_than_the_run_had_their_defaults(short, tiny_run, tmp_path):
+    path = Path(shutil.copytree(short, tmp_path / short.name)) / "last.pth"
+    saved = load_checkpoint(path)
+    del saved["settings"]["crop_scale"]
+    save_checkpoint(path, saved)
+    train.main(tiny_run(tmp_path, *TWO_EPOCHS))
+    with pytest.raises(CheckpointError, match=re.escape("crop_scale 1.0 there and 0.5 here")):
+        train.main(tiny_run(tmp_path, *TWO_EPOCHS, "--crop_scale", "0.5"))
+    assert load_trained(path).settings.crop_scale == 1
+
+
+def test_random_parts_of_the_pictures_are_trained_on(short, tiny_run, tmp_path):
+    train.main(tiny_run(tmp_path, *TWO_EPOCHS, "--epochs", "1", "--crop_scale", "0.5"))
+    (line,), first = read_log(tmp_path / short.name), read_log(short)[0]
+    assert math.isfinite(line["train/loss/total"])
+    assert line["train/loss/total"] != first["train/loss/total"]
 
 
 def test_other_classes_are_refused(short_copy, tiny_run, picture_tree, tmp_path):

@@ -20,18 +20,20 @@ def load_resumable(
     class_names: Sequence[str],
     training_images: int,
     steps_per_epoch: int,
+    defaults: Mapping[str, object] | None = None,
 ) -> dict | None:
     """Return the run's last checkpoint, or None for a new run; every process has to ask.
 
-    Raises CheckpointError for one of other settings (those in `free` may differ), classes or images, and where the
-    processes would not go on from the same.
+    A setting that is younger than the checkpoint has its value in `defaults` there. Raises CheckpointError for one of
+    other settings (those in `free` may differ), classes or images, and where the processes would not go on from the
+    same.
     """
     found = load_last(folder, set_aside=is_main())
     if found is None:
         saved = None
     else:
         path, saved = found
-        _refuse_another_run(path, saved, settings, free, class_names, training_images, steps_per_epoch)
+        _refuse_another_run(path, saved, settings, defaults or {}, free, class_names, training_images, steps_per_epoch)
     positions = gather(None if saved is None else (saved["epoch"], (saved["progress"] or {"step": 0})["step"]))
     if any(position != positions[0] for position in positions):
         raise CheckpointError(
@@ -45,6 +47,7 @@ def _refuse_another_run(
     path: Path,
     saved: Mapping,
     ours: Mapping[str, object],
+    defaults: Mapping[str, object],
     free: Collection[str],
     class_names: Sequence[str],
     training_images: int,
@@ -53,7 +56,7 @@ def _refuse_another_run(
     expected = {"settings", "class_names", "training_images", "steps_per_epoch", "epoch", "best", "network"}
     if not expected | set(TRAINING_STATE) <= saved.keys():
         raise CheckpointError(f"{path} is no checkpoint to go on from: move it away, or start anew with --fresh")
-    theirs = saved["settings"]
+    theirs = {**defaults, **saved["settings"]}
     differing = [name for name in ours if name not in free and ours[name] != theirs.get(name)]
     remedy = "give this one a --name of its own, or start anew with --fresh"
     if differing:
