@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import DataLoader
 
-from config import Settings, SettingsError, complete
+from config import Settings, SettingsError, complete, settings_of_older_runs
 from datasets import (
     Augmentation,
     BalancedSampler,
@@ -189,7 +189,7 @@ def settings_of(saved: dict[str, object], path: Path) -> Settings:
     unknown = saved["settings"].keys() - {field.name for field in dataclasses.fields(Settings)}
     if unknown:
         raise CheckpointError(f"{path} has settings that this version does not know: {', '.join(sorted(unknown))}")
-    return Settings(**saved["settings"])
+    return Settings(**settings_of_older_runs() | saved["settings"])
 
 
 def load_trained(path: Path, **overrides: object) -> Trained:

@@ -26,7 +26,7 @@ from assembly import (
     training_loader,
     weights_of_losses,
 )
-from config import Settings, parse_settings, run_name
+from config import parse_settings, run_name, settings_of_older_runs
 from datasets import Batch
 from networks.losses import loss_terms
 from networks.outputs import NetworkOutput
@@ -90,8 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }
         saved = None
         if not settings.fresh:
-            ours, defaults = dataclasses.asdict(settings), dataclasses.asdict(Settings())
-            saved = load_resumable(folder, ours, free=FREE_ON_RESUME, defaults=defaults, **description)
+            ours, older = dataclasses.asdict(settings), settings_of_older_runs()
+            saved = load_resumable(folder, ours, free=FREE_ON_RESUME, defaults=older, **description)
         seed_everything(settings.seed)
         network = network_of(settings, len(catalogue.class_names), pretrained=saved is None)
         if settings.channels_last:

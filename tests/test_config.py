@@ -290,6 +290,25 @@ def test_every_field_is_commented_where_it_stands_and_in_the_help(capsys):
 # ---- Edits, the tables, the command line: who wins ------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], (32, 1.2)),
+        (["--input_size", "224"], (16, 1.2)),
+        (["--input_size", "224", "--wiring", "published"], (32, 1.0)),
+        (["--input_size", "224", "--model", "mmal"], (32, 1.0)),
+        (["--input_size", "224", "--localization_stride", "32"], (32, 1.2)),
+        (["--input_size", "224", "--model", "mmal", "--localization_threshold", "1.5"], (32, 1.5)),
+    ],
+)
+def test_localization_is_as_published_but_for_the_trained_wiring(words, expected):
+    settings = parse_settings([*CUB, *words])
+    assert (settings.localization_stride, settings.localization_threshold) == expected
+    older = config.settings_of_older_runs()
+    assert (older["localization_stride"], older["localization_threshold"]) == (32, 1.0)
+    assert older.keys() == set(NAMES) and older["crop_scale"] == 1
+
+
 def test_an_edit_wins_over_the_table_and_a_flag_over_both(tmp_path, monkeypatch):
     edited = edited_config(tmp_path, monkeypatch, epochs=7, learning_rate=0.125, flip=0.25)
     settings = edited.parse_settings(CUB)

@@ -71,6 +71,10 @@ POSSIBLE = {
     "dropout": SHARES,
     "windows": WINDOWS | st.sampled_from(["birds", "vehicles"]),
     "wiring": st.sampled_from(["trained", "published"]),
+    "graph_neighbours": st.integers(1, 9),
+    "graph_edges": st.just("equal"),
+    "crop_gradient": st.just(False),
+    "batch_norm": st.just("shared"),
     "localization_stride": st.sampled_from([32, 16]),
     "localization_threshold": st.floats(0, 10, exclude_min=True),
     "suppression": st.just("learnable") | st.floats(0, 1, exclude_min=True),
@@ -126,6 +130,12 @@ def possible_settings(draw) -> Settings:
         values["batch_size"] = values["images_per_class"] * draw(st.integers(2, 9))
     if values.get("wiring") == "published":
         values["graph_scope"] = draw(st.sampled_from(["image", "batch"]))
+    else:
+        values["crop_gradient"] = draw(st.booleans())
+    if values.get("graph_scope", "image") == "image" and draw(st.booleans()):
+        values["graph_edges"] = draw(st.sampled_from(["equal", "distance", "overlap"]))
+    if not values.get("sync_batch_norm") and draw(st.booleans()):
+        values["batch_norm"] = draw(st.sampled_from(["shared", "per_pass"]))
     if "suppression" in values and values["suppression"] != "learnable":
         values["classify_suppressed"] = draw(st.booleans())
     if values.get("dataset", "demo") == "demo" and "backbone" not in values:
