@@ -82,7 +82,7 @@ class Settings:
     graph_neighbours: int = 3  # sgkrl: how many of the nearest windows a window is linked to
     graph_edges: str = "equal"  # sgkrl: what a link weighs: equal, distance (near ones more) or overlap
     crop_gradient: bool = False  # sgkrl, trained wiring: the losses of what is cut out move the object box, too
-    # sgkrl, mmal, flrdf: where the object is. None: as published, 32 and 1; for sgkrl's trained wiring 1.2, and 16 where
+    # sgkrl, mmal, flrdf: where the object is. None: as published (32, 1); for sgkrl's trained wiring 1.2, and 16 where
     # the input is smaller than 448. Boxes with IoU >= 0.5 on 120 training birds of CUB, ImageNet weights, nothing
     # trained: 62.5 % as published; at 224 pixels 77.5 % with 16 and 1.2; at 448 71.7 % with 1.2, 76.7 % with 16, too,
     # which makes that pass 1.6 times as long.
