@@ -2,7 +2,8 @@
 
 Model and data are rebuilt from the settings saved in the checkpoint, not from config.py. The figures are printed and
 written beside it: report.html to look at, report.json and predictions.csv to compute with (report-last.html and so on
-for last.pth).
+for last.pth). Test images are read as the data set lists them, mostly class by class; --shuffle mixes them, with the
+run's seed, for files that end in -shuffled: where a graph links the windows of a batch, the order changes its answers.
 
     python test.py --compare checkpoint/A checkpoint/B ...                      # evaluated runs in one table
     python test.py published.pth --model mmal --dataset cub --data_root DIR     # a checkpoint of the published code
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy
 import torch
 import torch.nn.functional as F
 
@@ -31,7 +33,7 @@ from assembly import (
     trained_network,
 )
 from config import Parser, Settings, SettingsError, complete, parse_settings
-from datasets import Catalogue, draw_demo_picture, load_picture
+from datasets import Catalogue, Entry, draw_demo_picture, load_picture
 from networks.evidence import forward_with_evidence
 from networks.losses import loss_terms
 from utils.allocator import keep_freed_memory
@@ -44,7 +46,7 @@ from utils.files import write_text
 from utils.metrics import confusion_matrix
 from utils.panels import image_panel
 from utils.pictures import save_png
-from utils.report import Mistake, write_report
+from utils.report import Mistake, order_where_it_matters, write_report
 from utils.results import ResultCollector
 from utils.runlog import log_evaluation
 
@@ -62,6 +64,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespace
     parser.add_argument("checkpoint", type=Path, nargs="?", help="best.pth or last.pth of a run, or a published file")
     parser.add_argument("--branches", nargs="+", help="report these beside the answer (default: all that matter to it)")
     parser.add_argument("--embeddings", action="store_true", help="write TensorBoard's projector of the test images")
+    parser.add_argument("--shuffle", action="store_true", help="read the test images in random order (the run's seed)")
     early = parser.add_argument_group("early exit (sgkrl)")
     early.add_argument("--exit_threshold", type=float, metavar="P", help="surer images skip the windows (1: none does)")
     early.add_argument("--exit_curve", action="store_true", help="find the threshold that loses nothing on validation")
@@ -94,6 +97,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Rebuild: network, settings, data.
     trained, catalogue = rebuild(options, more)
     network, settings, saved, plan, execution = trained
+    listed = catalogue.test
+    if options.shuffle:  # here, so that all below finds results and images in one order
+        catalogue = catalogue._replace(test=shuffled(listed, settings.seed))
 
     # Evaluate.
     shared = {
@@ -122,6 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "checkpoint": str(options.checkpoint),
         "epoch": saved["epoch"],
         "selected_on": saved["selected_on"],
+        "order": f"shuffled with seed {settings.seed}" if options.shuffle else listing_order(listed),
         "answer": f"mean probability of {', '.join(network.answer)}" if len(network.answer) > 1 else network.answer[0],
         **results.report(saved["class_names"]),
         "boxes": {name.removeprefix("box_iou/"): v for name, v in figures.items() if name.startswith("box_iou/")}
@@ -131,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     print(as_text(report), flush=True)
     folder, stem = options.checkpoint.parent, options.checkpoint.stem
-    ending = "" if stem == "best" else f"-{stem}"
+    ending = ("" if stem == "best" else f"-{stem}") + ("-shuffled" if options.shuffle else "")
     write_text(folder / f"report{ending}.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     results.write(folder / f"predictions{ending}.csv", saved["class_names"])
     values = results.values()
@@ -149,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         numbers["calibration_error"] = report["calibration"]["expected_error"]
         projected = project(trained, catalogue) if options.embeddings else {}
         log_evaluation(folder / f"test{ending}", saved["epoch"], numbers, **projected)
-    panel = draw_panel(network, catalogue.test, settings, catalogue.class_names, execution, plan)
+    panel = draw_panel(network, listed, settings, catalogue.class_names, execution, plan)
     save_png(folder / "pictures" / f"test{ending}.png", panel)
     names = (f"report{ending}.html", f"report{ending}.json", f"predictions{ending}.csv", f"pictures/test{ending}.png")
     print(f"written to {folder}: {', '.join(names)}")
@@ -198,6 +205,15 @@ def rebuild_published(path: Path, content: dict, overrides: dict, more: Sequence
         "selected_on": "what its authors chose",
     }
     return trained_network(settings, saved, partial(load_published, path=path)), catalogue
+
+
+def shuffled(entries: Sequence[Entry], seed: int) -> list[Entry]:
+    return [entries[i] for i in numpy.random.default_rng(seed).permutation(len(entries))]
+
+
+def listing_order(entries: Sequence[Entry]) -> str:
+    labels = [entry.label for entry in entries]
+    return "in class order" if labels == sorted(labels) else "in the data set's order"
 
 
 def calibrated_exit(network: torch.nn.Module, settings: Settings, catalogue: Catalogue, shared: dict) -> float:
@@ -280,7 +296,8 @@ def project(trained: Trained, catalogue: Catalogue) -> dict[str, object]:
 
 def as_text(report: dict) -> str:
     lines = [
-        f"{report['images']} test images, epoch {report['epoch']}, chosen by {report['selected_on']}",
+        f"{report['images']} test images{order_where_it_matters(report)}, epoch {report['epoch']}, chosen by "
+        f"{report['selected_on']}",
         f"answer: {report['answer']}",
         "",
         f"{'branch':<10}{'top-1':>8}   95 % interval    {'top-5':>8}",

@@ -201,9 +201,53 @@ def test_mistakes_are_drawn_with_an_early_exit_too(tiny_run, tmp_path, evaluatio
     assert (tmp_path / "report.html").read_text("utf-8").count("<figure>") == wrong > 0
 
 
+@pytest.mark.parametrize("scope", ["image", "batch"])
+def test_shuffled_images_keep_their_answers_unless_a_graph_links_the_batch(
+    tiny_run, tmp_path, evaluation_script, capsys, scope
+):
+    torch.manual_seed(3)
+    words = ["--wiring", "published", "--graph_scope", scope, "--answer", "graph", "--seed", "5"]
+    settings = config.parse_settings(tiny_run(tmp_path, *words, model="sgkrl"))
+    network = assembly.network_of(settings, 3, pretrained=False)
+    content = {"settings": dataclasses.asdict(settings), "class_names": ["blue", "green", "red"]}
+    content |= {"selected_on": "nothing", "epoch": 1, "network": network.state_dict()}
+    (tmp_path / "log.jsonl").touch()
+    answers, pictures, printed = [], [], []
+    for name, more, ending in (("best", [], ""), ("last", ["--shuffle"], "-last-shuffled")):
+        save_checkpoint(tmp_path / f"{name}.pth", content)
+        evaluation_script.main([str(tmp_path / f"{name}.pth"), "--embeddings", *more])
+        printed.append(capsys.readouterr().out)
+        rows = read_predictions(tmp_path / f"predictions{ending}.csv")
+        pictures.append([row["picture"] for row in rows])
+        assert all(row["label"] == Path(row["picture"]).parent.name for row in rows)
+        answers.append({row["picture"]: float(row["probability"]) for row in rows})
+        # what is beside the table in the same order
+        page = (tmp_path / f"report{ending}.html").read_text("utf-8")
+        wrong = {row["picture"] for row in rows if row["answer"] == "0"}
+        assert {row["picture"] for row in rows if f"<small>{row['picture']}</small>" in page} == wrong
+        (metadata,) = (tmp_path / f"test{ending}").rglob("metadata.tsv")
+        assert metadata.read_text("utf-8").split() == [row["label"] for row in rows]
+        assert (tmp_path / "pictures" / f"test{ending}.png").is_file()
+    assert len(list(tmp_path.glob("report*.json"))) == 2
+    assert pictures[0] == sorted(pictures[0]) != pictures[1]
+    orders = [json.loads((tmp_path / f"report{e}.json").read_text("utf-8"))["order"] for e in ("", "-last-shuffled")]
+    assert orders == ["in class order", "shuffled with seed 5"]
+    shown = [order in text for order, text in zip(orders, printed, strict=True)]
+    if scope == "image":
+        assert answers[0] == pytest.approx(answers[1], abs=1e-4)
+        assert "+0.0 points" in compare([tmp_path, tmp_path / "report-last-shuffled.json"])
+        assert shown == [False, False]
+    else:
+        assert answers[0].keys() == answers[1].keys()
+        assert max(abs(answers[0][picture] - answers[1][picture]) for picture in answers[0]) > 1e-3
+        assert shown == [True, True]
+
+
 def test_a_report_that_is_missing_is_named(tmp_path):
     with pytest.raises(ComparisonError, match=r"report\.json"):
         compare([tmp_path, tmp_path])
+    with pytest.raises(ComparisonError, match=r"last\.pth --shuffle$"):
+        compare([tmp_path / "report-last-shuffled.json", tmp_path])
 
 
 def test_published_checkpoints_are_evaluated_directly(picture_tree, tmp_path, evaluation_script, capsys):

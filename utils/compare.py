@@ -91,8 +91,12 @@ def _read_run(place: Path) -> EvaluatedRun:
         ending = "" if path.stem == "best" else f"-{path.stem}"
         path = path.with_name(f"report{ending}.json")
     if not path.is_file():
-        checkpoint = path.with_name(f"{path.stem.removeprefix('report').removeprefix('-') or 'best'}.pth")
-        raise ComparisonError(f"there is no report {path}: write it with python test.py {checkpoint}")
+        ending = path.stem.removeprefix("report")
+        name = ending.removesuffix("-shuffled").removeprefix("-") or "best"
+        shuffle = " --shuffle" if ending.endswith("-shuffled") else ""
+        raise ComparisonError(
+            f"there is no report {path}: write it with python test.py {path.with_name(f'{name}.pth')}{shuffle}"
+        )
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
         report["branches"]["answer"]["top1"], report["settings"]["model"]  # noqa: B018

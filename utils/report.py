@@ -80,6 +80,11 @@ def write_report(
     write_text(path, page)
 
 
+def order_where_it_matters(report: Mapping) -> str:
+    """Say in which order the test images were read if answers depend on it, else nothing."""
+    return f", {report['order']}" if report["settings"].get("graph_scope") == "batch" else ""
+
+
 # ---- Sections -------------------------------------------------------------------------------------------------------
 
 
@@ -90,7 +95,7 @@ def _tiles(report: Mapping) -> str:
         (f"{answer['top1']:.1%}", f"top-1 of the answer, 95 % interval {low:.1%} to {high:.1%}"),
         (f"{report['mean_per_class_accuracy']:.1%}", "mean accuracy of the classes"),
         (f"{report['calibration']['expected_error']:.1%}", "expected calibration error"),
-        (f"{report['images']}", "test images"),
+        (f"{report['images']}", f"test images{order_where_it_matters(report)}"),
         (f"{report['images_per_second']:.1f}", "images a second"),
     ]
     if report["boxes"]:
