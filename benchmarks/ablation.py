@@ -4,10 +4,15 @@
     python benchmarks/ablation.py --data_root ... --runs ... --rows resnet mmal trained --seeds 0 1 2
     python benchmarks/ablation.py --data_root ... --runs ... --test                       # final rows: test images
 
+    python benchmarks/ablation.py --table results.jsonl                                   # show it, run nothing
+
 Every run is `python train.py` with the flags of its row (`--list` shows them) after the common ones, in a folder of its
 own below `--runs`: a sweep that was interrupted, or is asked for more rows or seeds, goes on from what is there. Any
-other flag of train.py may follow and holds for all rows. The table is of the last epoch on the validation images; test
-images are looked at only with `--test`, after the last epoch of each run. `results.jsonl` keeps one line per run.
+other flag of train.py may follow and holds for all rows. Test images are looked at only with `--test`, after the last
+epoch of each run; where the graph links the windows of a batch, a second time in random order.
+
+The file of `--results` gets a line as each run ends. What it holds already, with the same flags, is not run again, on
+another machine neither: a line says nothing of where data and weights lie. A run that fails does not end the sweep.
 """
 
 from __future__ import annotations
@@ -16,9 +21,11 @@ import argparse
 import itertools
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,6 +35,7 @@ from tqdm import tqdm
 
 from utils.compare import paired_bootstrap
 from utils.distributed import choose_device
+from utils.errors import exit_with_one_sentence
 from utils.files import write_text
 from utils.results import read_predictions
 
@@ -62,6 +70,8 @@ ROWS: dict[str, tuple[str, ...]] = {
     "mmal-detail": ("--model", "mmal", "--image_size", "448"),
     "trained-answer-object": ("--answer", "object"),
 }
+# flags that leave a run's figures as they are
+OF_THE_MACHINE = ("--checkpoint_dir", "--workers", "--cache", "--device")
 DECIDING = ("resnet", "mmal", "published", "trained", "trained-dense-threshold")
 
 
@@ -71,24 +81,41 @@ def main(arguments: Sequence[str] | None = None) -> list[dict]:
         for name, flags in ROWS.items():
             print(f"{name:24} {' '.join(flags)}")
         return []
+    if options.table:
+        results = read_results(options.table)
+        print(as_text(results, sorted_rows(results), test=any("test" in result for result in results)))
+        return results
     common = [*COMMON, *common]
+    path = options.results or options.runs / "results.jsonl"
+    stored = {identity(result): result for result in read_results(path)} if path.exists() else {}
     wanted = [(row, seed) for seed, row in itertools.product(options.seeds, options.rows)]
     bar = tqdm(total=len(wanted), desc="runs", unit=" runs", disable=None)
+    failures: dict[tuple[str, int], Exception] = {}
+    writing = threading.Lock()
 
-    def one(job: tuple[str, int]) -> dict:
-        result = run(*job, common, options.runs, test=options.test, threads=options.threads)
+    def one(job: tuple[str, int]) -> dict | None:
+        flags = flags_of(*job, common)
+        result = stored.get((*job, command_of(flags)))
+        if result is None or (options.test and not is_tested(result, flags)):
+            try:
+                result = run(*job, common, options.runs, test=options.test, threads=options.threads)
+            except Exception as error:  # whatever it was, the other runs go on
+                failures[job] = error
+                bar.update()
+                bar.write(f"{job[0]} seed {job[1]} failed")
+                return None
+            with writing:
+                store(path, result)
         bar.update()
         bar.set_postfix_str(f"{job[0]} seed {job[1]}: {100 * result['validation']['accuracy/answer']:.1f} %")
         return result
 
     with bar, ThreadPoolExecutor(options.jobs) as pool:
-        results = list(pool.map(one, wanted))
-    lines = (json.dumps(result) + "\n" for result in results)
-    write_text(options.runs / "results.jsonl", "".join(lines))
-    print(f"{' '.join(common)}\n")
-    print(as_table(results, "test" if options.test else "validation", options.rows))
-    if options.test:
-        print("\n" + "\n".join(paired(results, options.rows)))
+        results = [result for result in pool.map(one, wanted) if result is not None]
+    print(as_text(results, options.rows, test=options.test))
+    if failures:
+        reasons = [f"{row} seed {seed}: {type(e).__name__}: {e}" for (row, seed), e in failures.items()]
+        raise SystemExit("\n".join([f"{len(failures)} of {len(wanted)} runs failed:", *reasons]))
     return results
 
 
@@ -99,6 +126,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespace
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=DECIDING, metavar="ROW", help="(see --list)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="default: 0")
     parser.add_argument("--runs", type=Path, default=Path("checkpoint/ablation"), help="default: %(default)s")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="one line per run (default: RUNS/results.jsonl)")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="show the table of such a file and end")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side (default: 1)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of each run (default: all)")
     parser.add_argument("--test", action="store_true", help="look at the test images, once, after the last epoch")
@@ -106,19 +135,56 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespace
     return parser.parse_known_args(arguments)
 
 
+def flags_of(row: str, seed: int, common: Sequence[str]) -> list[str]:
+    return [*common, *ROWS[row], "--seed", str(seed), "--name", f"{row}-{seed}"]
+
+
+def portable(flags: Sequence[str]) -> list[str]:
+    """Return flags of train.py without what only holds on this machine: places, and how pictures are loaded."""
+    options: list[list[str]] = []
+    for word in flags:
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            options.append([name, value] if equals else [name])
+        else:
+            options[-1].append(word)
+    words = []
+    for name, *values in options:
+        if name == "--data_root":
+            values = ["DATA"]
+        elif name == "--pretrained":
+            values = [Path(value).name for value in values]
+        if name not in OF_THE_MACHINE:
+            words += [name, *values]
+    return words
+
+
+def command_of(flags: Sequence[str]) -> str:
+    return f"python train.py {shlex.join(portable(flags))}"
+
+
+def links_the_batch(flags: Sequence[str]) -> bool:
+    scopes = [value for name, value in itertools.pairwise(portable(flags)) if name == "--graph_scope"]
+    return scopes[-1:] == ["batch"]
+
+
+def is_tested(result: Mapping, flags: Sequence[str]) -> bool:
+    return "test" in result and ("test_shuffled" in result or not links_the_batch(flags))
+
+
 def run(row: str, seed: int, common: Sequence[str], runs: Path, *, test: bool, threads: int) -> dict:
     """Train, or go on with, one run; return its figures. Raises RuntimeError with the output of a run that failed."""
-    name = f"{row}-{seed}"
-    flags = [*common, *ROWS[row], "--seed", str(seed), "--name", name, "--checkpoint_dir", str(runs)]
+    flags = flags_of(row, seed, common)
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-    script("train.py", flags, environment)
-    (folder,) = runs.glob(f"*-{name}")
+    script("train.py", [*flags, "--checkpoint_dir", str(runs)], environment)
+    (folder,) = runs.glob(f"*-{row}-{seed}")
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     last = lines[-1]
     result = {
         "row": row,
         "seed": seed,
-        "command": f"python train.py {' '.join(flags)}",
+        "common": shlex.join(portable(common)),
+        "command": command_of(flags),
         "epochs": last["epoch"],
         "validation": {k.removeprefix("validation/"): v for k, v in last.items() if k.startswith("validation/")},
         "boxes_by_epoch": [line.get("validation/box_iou/share_at_0.5") for line in lines],
@@ -126,15 +192,23 @@ def run(row: str, seed: int, common: Sequence[str], runs: Path, *, test: bool, t
         "machine": machine(choose_device("auto")),
     }
     if test:
-        report = folder / "report-last.json"
-        if not report.exists():
-            script("test.py", [str(folder / "last.pth")], environment)
-        content = json.loads(report.read_text(encoding="utf-8"))
-        result["test"] = {f"accuracy/{name}": branch["top1"] for name, branch in content["branches"].items()}
-        result["test"] |= {f"box_iou/{name}": value for name, value in (content["boxes"] or {}).items()}
-        rows = read_predictions(folder / "predictions-last.csv")
-        result["right"] = {line["picture"]: line["answer"] == "1" for line in rows}
+        result["test"] = test_figures(folder, environment)
+        if links_the_batch(flags):
+            result["test_shuffled"] = test_figures(folder, environment, shuffle=True)
+        rows = sorted(read_predictions(folder / "predictions-last.csv"), key=lambda line: line["picture"])
+        result["pictures"] = len(rows)
+        result["right"] = "".join(line["answer"] for line in rows)  # "1" or "0" each, by the pictures' names
     return result
+
+
+def test_figures(folder: Path, environment: Mapping[str, str], *, shuffle: bool = False) -> dict[str, float]:
+    """Return accuracies and box figures of the last epoch on the test images, which are looked at once."""
+    report = folder / ("report-last-shuffled.json" if shuffle else "report-last.json")
+    if not report.exists():
+        script("test.py", [str(folder / "last.pth"), *(["--shuffle"] if shuffle else [])], environment)
+    content = json.loads(report.read_text(encoding="utf-8"))
+    accuracies = {f"accuracy/{name}": branch["top1"] for name, branch in content["branches"].items()}
+    return accuracies | {f"box_iou/{name}": value for name, value in (content["boxes"] or {}).items()}
 
 
 def script(name: str, flags: Sequence[str], environment: Mapping[str, str]) -> None:
@@ -144,38 +218,109 @@ def script(name: str, flags: Sequence[str], environment: Mapping[str, str]) -> N
         raise RuntimeError(f"{' '.join(command)} ended with exit code {done.returncode}:\n{done.stderr[-2000:]}")
 
 
-def as_table(results: Sequence[dict], split: str, rows: Sequence[str]) -> str:
+# ---- The file of results --------------------------------------------------------------------------------------------
+
+
+def identity(result: Mapping) -> tuple[str, int, str]:
+    return result["row"], result["seed"], result["command"]
+
+
+def read_results(path: Path) -> list[dict]:
+    """Return the runs of a file, one a line. Raises ValueError, with the line's number, for another file."""
+    results = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            result = json.loads(line)
+            known = {"row", "seed", "common", "command", "validation"} <= result.keys()
+        except (ValueError, AttributeError):
+            known = False
+        if not known:
+            raise ValueError(f"line {number} of {path} is no result of this script: mend it, or give another file")
+        results.append(result)
+    return results
+
+
+def store(path: Path, result: dict) -> None:
+    """Add a run to the file, in place of the same run where it was less; all others stay."""
+    results = {identity(known): known for known in read_results(path)} if path.exists() else {}
+    results[identity(result)] = result
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, "".join(json.dumps(known) + "\n" for known in results.values()))
+
+
+# ---- Tables ---------------------------------------------------------------------------------------------------------
+
+
+def sorted_rows(results: Sequence[Mapping]) -> list[str]:
+    """The rows of the results in the order of `ROWS`, those it no longer has last."""
+    found = dict.fromkeys(result["row"] for result in results)
+    return [row for row in ROWS if row in found] + [row for row in found if row not in ROWS]
+
+
+def as_text(results: Sequence[Mapping], rows: Sequence[str], *, test: bool) -> str:
+    """The tables and paired comparisons, apart for runs with other common flags."""
+    parts = []
+    for common in dict.fromkeys(result["common"] for result in results):
+        alike = [result for result in results if result["common"] == common]
+        parts += [common, f"validation images, last epoch:\n{as_table(alike, 'validation', rows)}"]
+        tested = [result for result in alike if "test" in result]
+        if test and tested:
+            parts.append(f"test images, last epoch:\n{as_table(tested, 'test', rows)}")
+            parts.append("\n".join(paired(tested, rows)))
+    return "\n\n".join(part for part in parts if part)
+
+
+def as_table(results: Sequence[Mapping], split: str, rows: Sequence[str]) -> str:
     """Mean over the seeds of each row in per cent, and the standard deviation of the answer where there are several."""
     names = list(dict.fromkeys(n for r in results for n in r[split] if n.startswith("accuracy/")))
     names = ["accuracy/answer", *(n for n in names if n != "accuracy/answer"), "box_iou/share_at_0.5"]
     titles = [n.removeprefix("accuracy/").replace("box_iou/share_at_0.5", "boxes") for n in names]
     lines = [["row", "seeds", "spread", *titles], ["---"] * (3 + len(titles))]
     for row in rows:
-        runs = [result[split] for result in results if result["row"] == row]
-        answers = [100 * figures["accuracy/answer"] for figures in runs]
-        spread = f"{statistics.stdev(answers):.1f}" if len(answers) > 1 else ""
-        means = [
-            f"{100 * statistics.mean(figures[name] for figures in runs):.1f}" if name in runs[0] else ""
-            for name in names
-        ]
-        lines.append([row, str(len(runs)), spread, *means])
+        orders = {split: row, "test_shuffled": f"{row}, shuffled"} if split == "test" else {split: row}
+        for order, title in orders.items():
+            runs = [result[order] for result in results if result["row"] == row and order in result]
+            if runs:
+                lines.append([title, *_cells(runs, names)])
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def paired(results: Sequence[dict], rows: Sequence[str]) -> list[str]:
-    """Each row against the first on the same images and seeds: pictures of all seeds are drawn again and again."""
-    sentences = []
+def _cells(runs: Sequence[Mapping[str, float]], names: Sequence[str]) -> list[str]:
+    answers = [100 * figures["accuracy/answer"] for figures in runs]
+    spread = f"{statistics.stdev(answers):.1f}" if len(answers) > 1 else ""
+    means = [
+        f"{100 * statistics.mean(figures[name] for figures in runs):.1f}" if all(name in f for f in runs) else ""
+        for name in names
+    ]
+    return [str(len(runs)), spread, *means]
+
+
+def paired(results: Sequence[Mapping], rows: Sequence[str]) -> list[str]:
+    """Each row against the first, and against `published`, on the same images and seeds.
+
+    Pictures of all seeds that both rows have are drawn again and again.
+    """
     runs = {(result["row"], result["seed"]): result["right"] for result in results}
-    seeds = sorted({seed for _, seed in runs})
-    for row in rows[1:]:
-        pairs = [(runs[rows[0], s][picture], right) for s in seeds for picture, right in runs[row, s].items()]
-        difference = paired_bootstrap(*zip(*pairs, strict=True))
-        sentences.append(
-            f"{row} against {rows[0]}: {100 * difference.difference:+.1f} points, 95 % interval "
-            f"{100 * difference.low:+.1f} to {100 * difference.high:+.1f} (of the choice of images)"
-        )
-    return sentences
+    rows = [row for row in rows if any(row == tested for tested, _ in runs)]
+    bases = list(dict.fromkeys([*rows[:1], *(row for row in rows if row == "published")]))
+    pairs = [(row, base) for base in bases for row in rows if row != base and (row, base) != (rows[0], "published")]
+    return [_sentence(row, base, runs) for row, base in pairs]
+
+
+def _sentence(row: str, base: str, runs: Mapping[tuple[str, int], str]) -> str:
+    seeds = sorted(seed for name, seed in runs if name == row and (base, seed) in runs)
+    if not seeds:
+        return f"{row} against {base}: no seed that both have, so they cannot be paired"
+    if any(len(runs[row, seed]) != len(runs[base, seed]) for seed in seeds):
+        return f"{row} against {base}: they were tested on different images, so they cannot be paired"
+    first, second = ([letter == "1" for seed in seeds for letter in runs[name, seed]] for name in (base, row))
+    difference = paired_bootstrap(first, second)
+    return (
+        f"{row} against {base}: {100 * difference.difference:+.1f} points, 95 % interval "
+        f"{100 * difference.low:+.1f} to {100 * difference.high:+.1f} (of the choice of images)"
+    )
 
 
 if __name__ == "__main__":
-    main()
+    with exit_with_one_sentence():
+        main()

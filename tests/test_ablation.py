@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -12,30 +13,43 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import ablation  # noqa: E402
 
-ACCURACIES = {"resnet": (0.5, 0.6), "mmal": (0.75, 0.85)}  # by seed
+ACCURACIES = {"resnet": (0.5, 0.6), "mmal": (0.75, 0.85), "published": (0.6, 0.7)}  # by row and seed
+ACCURACIES["published-batch-graph"] = ACCURACIES["published"]
 
 
 @pytest.fixture
-def scripts(monkeypatch) -> list[tuple[str, list[str]]]:
+def broken() -> set[str]:
+    """Names of runs that fail."""
+    return set()
+
+
+@pytest.fixture
+def scripts(monkeypatch, broken) -> list[tuple[str, list[str]]]:
     """What train.py and test.py would leave, without them; returns the calls."""
     calls = []
 
     def script(name, flags, environment):
         calls.append((name, flags))
-        options = dict(zip(flags[::2], flags[1::2], strict=False))
+        options = {first: second for first, second in itertools.pairwise(flags) if first.startswith("--")}
         if name == "test.py":
-            folder = ablation.Path(flags[0]).parent
-            model, seed = folder.name.removeprefix("cub-").split("-")
-            right = round(20 * ACCURACIES[model][int(seed)])
-            report = {"branches": {"answer": {"top1": right / 20}}, "boxes": None}
-            (folder / "report-last.json").write_text(json.dumps(report))
-            rows = [f"{i}.jpg,a,b,{int(i < right)}\n" for i in range(20)]
-            (folder / "predictions-last.csv").write_text("picture,label,prediction,answer\n" + "".join(rows))
+            folder, ending = ablation.Path(flags[0]).parent, "-last-shuffled" if "--shuffle" in flags else "-last"
+            row, _, seed = folder.name.removeprefix("cub-").rpartition("-")
+            right = round(20 * ACCURACIES[row][int(seed)])
+            branches = {"answer": {"top1": right / 20}}
+            if row == "published-batch-graph":
+                branches["graph"] = {"top1": 0.25 if "--shuffle" in flags else 0.875}
+            (folder / f"report{ending}.json").write_text(json.dumps({"branches": branches, "boxes": None}))
+            rows = [f"/data/birds/{i}.jpg,a,b,{int(i < right)}\n" for i in range(20)]
+            rows = rows[::-1] if "--shuffle" in flags else rows
+            text = "picture,label,prediction,answer\n" + "".join(rows)
+            (folder / f"predictions{ending}.csv").write_text(text)
             return
+        if options["--name"] in broken:
+            raise RuntimeError(f"{name} ended with exit code 1")
         folder = ablation.Path(options["--checkpoint_dir"]) / f"cub-{options['--name']}"
         folder.mkdir(parents=True, exist_ok=True)
-        model = flags[len(flags) - 1 - flags[::-1].index("--model") + 1]
-        accuracy = ACCURACIES[model][int(options["--seed"])]
+        row, _, seed = options["--name"].rpartition("-")
+        accuracy = ACCURACIES[row][int(seed)]
         lines = [
             {"epoch": epoch, "validation/accuracy/answer": accuracy * epoch / 2, "speed/train_images_per_second": 9.0}
             for epoch in (1, 2)
@@ -61,6 +75,7 @@ def test_rows_and_seeds_become_runs_and_a_table(scripts, tmp_path, capsys):
     assert {name for name, _ in scripts} == {"train.py"}
     lines = (tmp_path / "results.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == results
+    assert "test" not in results[0]
     shown = capsys.readouterr().out
     assert "| resnet | 2 | 7.1 | 55.0 |  |" in shown
     assert "| mmal | 2 | 7.1 | 80.0 |  |" in shown
@@ -71,6 +86,124 @@ def test_test_images_are_looked_at_once_and_rows_are_paired(scripts, tmp_path, c
     assert "mmal against resnet: +25.0 points" in capsys.readouterr().out
     sweep(tmp_path, "--test")
     assert [name for name, _ in scripts].count("test.py") == 4
+
+
+def results_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_sweep_goes_on_on_another_machine(scripts, tmp_path, capsys):
+    """The file came along, the runs' folders did not; data and weights lie elsewhere."""
+    file = tmp_path / "kept" / "results.jsonl"
+    here = ["--results", str(file), "--test", "--rows", "resnet"]
+    sweep(tmp_path / "one", *here, "--data_root", "/data/birds", "--pretrained", "/weights/r50.pth", "--workers", "9")
+    assert len(scripts) == 4
+    first = results_of(file)
+    there = ["--results", str(file), "--data_root=D:/x", "--pretrained", "/elsewhere/r50.pth", "--device", "cuda:1"]
+    results = sweep(tmp_path / "two", *there, "--cache", "ram", "--test")
+    trained = [flags[flags.index("--name") + 1] for name, flags in scripts[4:] if name == "train.py"]
+    assert trained == ["mmal-0", "mmal-1"]
+    assert results_of(file)[:2] == first  # kept as they were, the new ones behind
+    assert [result["row"] for result in results_of(file)] == ["resnet", "resnet", "mmal", "mmal"]
+    assert sorted(map(str, results)) == sorted(map(str, results_of(file)))
+    assert "mmal against resnet: +25.0 points" in capsys.readouterr().out
+
+    sweep(tmp_path / "three", *there, "--epochs", "9")  # other flags are other runs, and stay apart in the table
+    assert len(results_of(file)) == 8
+    capsys.readouterr()
+    ablation.main(["--table", str(file)])
+    assert capsys.readouterr().out.count("| mmal | 2 |") == 3  # validation of both, test images of one
+
+
+def test_runs_stored_without_test_figures_are_evaluated(scripts, tmp_path):
+    sweep(tmp_path)
+    assert not any("right" in result for result in results_of(tmp_path / "results.jsonl"))
+    sweep(tmp_path, "--test")
+    results = results_of(tmp_path / "results.jsonl")
+    assert len(results) == 4
+    assert all("test" in result for result in results)
+    calls = len(scripts)
+    sweep(tmp_path)
+    sweep(tmp_path, "--test")
+    assert len(scripts) == calls
+
+
+def test_lines_are_small_and_say_nothing_of_the_machine(scripts, tmp_path):
+    sweep(tmp_path, "--test", "--data_root", "/data/birds", "--pretrained", "/weights/r50.pth", "--classes", "*_Gull")
+    text = (tmp_path / "results.jsonl").read_text(encoding="utf-8")
+    assert str(tmp_path) not in text
+    assert "/data" not in text
+    assert "/weights" not in text
+    assert "checkpoint_dir" not in text
+    for result in results_of(tmp_path / "results.jsonl"):
+        assert "--data_root DATA --pretrained r50.pth --classes '*_Gull'" in result["command"]
+        assert result["pictures"] == 20
+        names = sorted(f"{i}.jpg" for i in range(20))
+        right = round(20 * ACCURACIES[result["row"]][result["seed"]])
+        assert result["right"] == "".join(str(int(int(name[:-4]) < right)) for name in names)
+
+
+def test_a_graph_over_the_batch_is_tested_in_both_orders(scripts, tmp_path, capsys):
+    rows = ["--rows", "resnet", "published", "published-batch-graph"]
+    results = sweep(tmp_path, *rows, "--test")
+    evaluations = [flags for name, flags in scripts if name == "test.py"]
+    assert len(evaluations) == 8
+    assert ["--shuffle" in flags for flags in evaluations if "batch-graph" in flags[0]] == [False, True] * 2
+    shuffled = [result for result in results if "test_shuffled" in result]
+    assert {result["row"] for result in shuffled} == {"published-batch-graph"}
+    assert shuffled[0]["test"]["accuracy/graph"] > shuffled[0]["test_shuffled"]["accuracy/graph"]
+    shown = capsys.readouterr().out
+    assert "| row | seeds | spread | answer | graph | boxes |" in shown
+    assert "| published-batch-graph | 2 | 7.1 | 65.0 | 87.5 |  |" in shown
+    assert "| published-batch-graph, shuffled | 2 | 7.1 | 65.0 | 25.0 |  |" in shown
+    assert "published, shuffled" not in shown
+    # against the first and against published, each pair once
+    assert shown.count("against resnet:") == 2
+    assert shown.count("against published:") == 1
+    ablation.main(["--table", str(tmp_path / "results.jsonl")])
+    table = capsys.readouterr().out
+    assert table == shown
+    assert len(scripts) == 6 + 8
+
+
+def test_a_run_that_fails_does_not_end_the_sweep(scripts, broken, tmp_path, capsys):
+    broken |= {"resnet-0", "mmal-1"}
+    with pytest.raises(
+        SystemExit, match=r"2 of 4 runs failed:\nresnet seed 0: RuntimeError: train.py ended.*\nmmal seed 1: "
+    ):
+        sweep(tmp_path, "--test")
+    done = [(result["row"], result["seed"]) for result in results_of(tmp_path / "results.jsonl")]
+    assert done == [("mmal", 0), ("resnet", 1)]
+    shown = capsys.readouterr().out
+    assert "| resnet | 1 |  | 60.0 |" in shown
+    assert "mmal against resnet: no seed that both have" in shown
+    broken.clear()
+    assert len(sweep(tmp_path, "--test")) == 4
+    broken |= {f"{row}-{seed}" for row in ("resnet", "mmal") for seed in (2, 3)}
+    with pytest.raises(SystemExit, match="2 of 2 runs failed"):
+        ablation.main(["--runs", str(tmp_path), "--rows", "resnet", "--seeds", "2", "3"])
+
+
+def test_runs_on_different_images_are_not_paired(scripts, tmp_path, capsys):
+    sweep(tmp_path, "--test")
+    path = tmp_path / "results.jsonl"
+    results = results_of(path)
+    results[1]["right"] = results[1]["right"][1:]
+    path.write_text("".join(json.dumps(result) + "\n" for result in results))
+    ablation.main(["--table", str(path)])
+    assert "mmal against resnet: they were tested on different images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"row": "resnet"}'])
+def test_another_file_is_refused_and_left_alone(scripts, tmp_path, line):
+    path = tmp_path / "results.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(ValueError, match=r"line 1 of .*results\.jsonl is no result"):
+        sweep(tmp_path)
+    with pytest.raises(ValueError, match="line 1 of"):
+        ablation.main(["--table", str(path)])
+    assert path.read_text() == line + "\n"
+    assert scripts == []
 
 
 def test_every_row_has_possible_settings():
