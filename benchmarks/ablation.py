@@ -3,7 +3,6 @@
     python benchmarks/ablation.py --data_root CUB_200_2011 --runs checkpoint/ablation            # the rows that decide
     python benchmarks/ablation.py --data_root ... --runs ... --rows resnet mmal trained --seeds 0 1 2
     python benchmarks/ablation.py --data_root ... --runs ... --test                       # final rows: test images
-
     python benchmarks/ablation.py --table results.jsonl                                   # show it, run nothing
 
 Every run is `python train.py` with the flags of its row (`--list` shows them) after the common ones, in a folder of its
@@ -11,8 +10,8 @@ own below `--runs`: a sweep that was interrupted, or is asked for more rows or s
 other flag of train.py may follow and holds for all rows. Test images are looked at only with `--test`, after the last
 epoch of each run; where the graph links the windows of a batch, a second time in random order.
 
-The file of `--results` gets a line as each run ends. What it holds already, with the same flags, is not run again, on
-another machine neither: a line says nothing of where data and weights lie. A run that fails does not end the sweep.
+The file of `--results` gets a line as each run ends. What it holds already, with the same flags, is not run again, also
+on another machine: a line says nothing of where data and weights lie. A run that fails does not end the sweep.
 """
 
 from __future__ import annotations
@@ -102,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict]:
             except Exception as error:  # whatever it was, the other runs go on
                 failures[job] = error
                 bar.update()
-                bar.write(f"{job[0]} seed {job[1]} failed")
+                bar.write(f"{job[0]} seed {job[1]} failed", file=sys.stderr)
                 return None
             with writing:
                 store(path, result)
