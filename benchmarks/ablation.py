@@ -44,6 +44,10 @@ COMMON = (
     *("--clip_gradient_norm", "10", "--pictures_every", "0", "--mask_from_epoch", "100"),
 )
 
+# the object box as MMAL-Net draws it, round what is above the mean of the trunk's own grid
+COARSE = ("--localization_stride", "32", "--localization_threshold", "1.0")
+NO_WINDOWS = ("--loss_weights", "window=0", "graph=0", "--answer", "raw", "fused", "object")
+
 # name -> flags after the common ones
 ROWS: dict[str, tuple[str, ...]] = {
     "resnet": ("--model", "resnet"),
@@ -55,23 +59,31 @@ ROWS: dict[str, tuple[str, ...]] = {
     "trained": (),
     # without one part
     "trained-no-fusion-loss": ("--loss_weights", "fused=0", "--answer", "raw", "object", "graph"),
-    "trained-no-windows": ("--loss_weights", "window=0", "graph=0", "--answer", "raw", "fused", "object"),
+    "trained-no-windows": NO_WINDOWS,
     "trained-no-graph": ("--loss_weights", "graph=0", "--answer", "raw", "fused", "object"),
     "trained-mask": ("--mask_from_epoch", "4"),
+    "trained-coarse": COARSE,
+    # without the windows, the dearest part, where only the object box is in question
+    "trained-coarse-no-windows": (*COARSE, *NO_WINDOWS),
+    "published-no-windows": ("--wiring", "published", "--loss_weights", "window=0", "graph=0"),
     # variants
-    "trained-dense": ("--localization_stride", "16"),
-    "trained-threshold": ("--localization_threshold", "1.2"),
-    "trained-dense-threshold": ("--localization_stride", "16", "--localization_threshold", "1.2"),
-    "mmal-dense-threshold": ("--model", "mmal", "--localization_stride", "16", "--localization_threshold", "1.2"),
+    "trained-per-pass": ("--batch_norm", "per_pass"),
+    "trained-frozen": ("--batch_norm", "frozen"),
+    "trained-crop-scale": ("--crop_scale", "0.5"),
+    "trained-crop-gradient": ("--crop_gradient",),
+    "trained-neighbours": ("--graph_neighbours", "6"),
+    "trained-graph-overlap": ("--graph_edges", "overlap"),
+    "trained-graph-distance": ("--graph_edges", "distance"),
     "trained-warmup-3": ("--warmup_epochs", "3"),
     "trained-smoothing": ("--label_smoothing", "0.1"),
     "trained-detail": ("--image_size", "448"),
-    "mmal-detail": ("--model", "mmal", "--image_size", "448"),
     "trained-answer-object": ("--answer", "object"),
+    "mmal-dense": ("--model", "mmal", "--localization_stride", "16", "--localization_threshold", "1.2"),
+    "mmal-detail": ("--model", "mmal", "--image_size", "448"),
 }
 # flags that leave a run's figures as they are
 OF_THE_MACHINE = ("--checkpoint_dir", "--workers", "--cache", "--device")
-DECIDING = ("resnet", "mmal", "published", "trained", "trained-dense-threshold")
+DECIDING = ("resnet", "mmal", "published", "trained", "trained-coarse")
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict]:

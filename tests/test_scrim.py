@@ -29,7 +29,7 @@ class PatchBackbone(nn.Module):
         super().__init__()
         self.patches = nn.Conv2d(3, CHANNELS, kernel_size=32, stride=32)
 
-    def forward(self, images: Tensor) -> Features:
+    def forward(self, images: Tensor, *, kind: str = "picture") -> Features:
         final = torch.relu(4 * self.patches(images))
         earlier = [F.avg_pool2d(images, cell) for cell in (8, 16)]
         return Features(*earlier, final, final, final.mean(dim=(2, 3)))
