@@ -296,6 +296,7 @@ def test_every_field_is_commented_where_it_stands_and_in_the_help(capsys):
         ([], (32, 1.2)),
         (["--input_size", "224"], (16, 1.2)),
         (["--input_size", "224", "--wiring", "published"], (32, 1.0)),
+        (["--input_size", "224", "--pretrained", "none"], (32, 1.0)),
         (["--input_size", "224", "--model", "mmal"], (32, 1.0)),
         (["--input_size", "224", "--localization_stride", "32"], (32, 1.2)),
         (["--input_size", "224", "--model", "mmal", "--localization_threshold", "1.5"], (32, 1.5)),
