@@ -71,7 +71,8 @@ class Settings:
     backbone: str | None = None  # resnet18, resnet34, resnet50, resnet101 or resnet152
     pretrained: str | None = None  # torchvision weights such as IMAGENET1K_V2, a .pth file, or none: random weights
     stride_on_first_conv: bool = False  # for .pth files of the ResNet variant with the stride on the 1x1 convolution
-    batch_norm: str = "shared"  # running statistics: shared by all passes, per_pass, or frozen (the pretrained ones)
+    # Running statistics: shared by the passes over the picture, the object and its parts, or kept for each of these.
+    batch_norm: str = "shared"  # shared, per_pass, or frozen: those of the pretrained weights, in training, too
     answer: tuple[str, ...] | None = None  # branches whose mean probability is the prediction; None: the model's own
     dropout: float | None = None  # before every classifier; the attention of the fusion keeps its published 0.2
     # sgkrl, mmal: 'birds', 'vehicles', or groups of ((height, width), ...), quota in cells of a 14-cell grid, such as
@@ -79,8 +80,9 @@ class Settings:
     windows: str | Windows | None = None  # which windows of the object are looked at
     wiring: str = "trained"  # sgkrl: trained (every part learns) or published (fusion and weighting stay random)
     graph_scope: str = "image"  # sgkrl, published wiring: image, or batch (windows of other images are linked)
-    graph_neighbours: int = 3  # sgkrl: how many of the nearest windows a window is linked to
+    graph_neighbours: int = 3  # sgkrl: how many of the nearest windows a window is linked to, if there are as many
     graph_edges: str = "equal"  # sgkrl: what a link weighs: equal, distance (near ones more) or overlap
+    # An experiment: its gradient is several times as large as all others together, so set clip_gradient_norm, too.
     crop_gradient: bool = False  # sgkrl, trained wiring: the losses of what is cut out move the object box, too
     # sgkrl, mmal, flrdf: where the object is. None: as published (32, 1); for sgkrl's trained wiring on pretrained
     # weights 1.2, and 16 where the input is smaller than 448. Boxes with IoU >= 0.5 on 120 training birds of CUB,
@@ -206,8 +208,16 @@ DATASETS: dict[str, dict[str, object]] = {
 }
 
 
-# What runs that are older than a setting had, where that is not its value above.
-BEFORE: dict[str, object] = {"localization_stride": 32, "localization_threshold": 1.0}
+# What runs that are older than a setting had. The values above may have been edited since; never None.
+BEFORE: dict[str, object] = {
+    "batch_norm": "shared",
+    "crop_gradient": False,
+    "crop_scale": 1.0,
+    "graph_edges": "equal",
+    "graph_neighbours": 3,
+    "localization_stride": 32,
+    "localization_threshold": 1.0,
+}
 
 HINTS: dict[str, object] = typing.get_type_hints(Settings)
 
@@ -464,7 +474,7 @@ def _check_values(settings: Settings) -> None:
     for name in ("brightness", "contrast", "dropout", "label_smoothing", "validation", "momentum", "part_max_iou"):
         require(name, 0 <= getattr(settings, name) < 1, "a number from 0 to less than 1")
     require("flip", 0 <= settings.flip <= 1, "a probability from 0 to 1")
-    require("crop_scale", 0 < settings.crop_scale <= 1, "a number above 0, at most 1")
+    require("crop_scale", 0.01 <= settings.crop_scale <= 1, "a number from 0.01 to 1")
     require("test_fraction", 0 < settings.test_fraction < 1, "a share between 0 and 1")
     for name in ("learning_rate", "head_learning_rate_factor"):
         require(name, 0 < getattr(settings, name) < math.inf, "a finite number above 0")
@@ -499,7 +509,7 @@ def _check_values(settings: Settings) -> None:
     require("exit_threshold", 0 <= settings.exit_threshold <= 1, "a probability from 0 to 1")
     is_share = not isinstance(settings.suppression, str) and 0 < settings.suppression <= 1
     require("localization_stride", settings.localization_stride in (32, 16), "32 or 16")
-    require("localization_threshold", settings.localization_threshold > 0, "a number above 0, such as 1.2")
+    require("localization_threshold", 0 < settings.localization_threshold < math.inf, "a number above 0, such as 1.2")
     require("suppression", settings.suppression == "learnable" or is_share, "'learnable' or a share above 0, at most 1")
     sizes = settings.anchor_sizes
     require("anchor_sizes", len(sizes) == 3 and all(s >= 1 for s in sizes), "three sizes in pixels, of at least 1")
@@ -553,8 +563,8 @@ def _check_together(settings: Settings) -> None:
     )
     require(
         "sync_batch_norm",
-        not (settings.sync_batch_norm and settings.batch_norm == "per_pass"),
-        "False where batch_norm is 'per_pass', whose statistics each process takes from its own images",
+        not settings.sync_batch_norm or settings.batch_norm == "shared",
+        "False where batch_norm is 'per_pass', whose statistics each process takes from its own images, or 'frozen'",
     )
     # What only one system minds
     if settings.model == "scrim" and (settings.loss_weights or {}).get("contrastive") != 0:

@@ -74,6 +74,8 @@ class Backbone(nn.Module):
         self.batch_norm = batch_norm
         if batch_norm == "per_pass":
             separate_statistics(trunk)
+        elif batch_norm == "frozen":
+            freeze_statistics(trunk)
 
     def train(self, mode: bool = True) -> Backbone:
         """Switch between training and evaluation; frozen batch norms stay as in evaluation."""

@@ -16,7 +16,11 @@ KINDS = ("picture", "object", "part")  # what a backbone pass looks at
 
 
 class BatchNormPerPass(nn.Module):
-    """A BatchNorm2d that keeps running statistics for each of `KINDS`; `kind` says which pass is being computed."""
+    """A BatchNorm2d that keeps running statistics for each of `KINDS`; `kind` says which pass is being computed.
+
+    Until its first pass in training (after the warm-up) a kind has the statistics of whole pictures, and starts from
+    them.
+    """
 
     def __init__(self, norm: nn.BatchNorm2d):
         super().__init__()
@@ -25,13 +29,21 @@ class BatchNormPerPass(nn.Module):
         for name in ("running_mean", "running_var"):
             statistics = getattr(norm, name)
             self.register_buffer(name, statistics.repeat(len(KINDS), 1))  # [kinds, C]
+        self.register_buffer("passes", torch.zeros(len(KINDS), dtype=torch.long))  # [kinds], of training
         self.kind = KINDS[0]
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, C, H, W] to [B, C, H, W]."""
         index = KINDS.index(self.kind)
-        mean, variance = self.running_mean[index], self.running_var[index]
+        mean, variance = (self._statistics(running, index) for running in (self.running_mean, self.running_var))
+        if self.training:
+            self.passes[index] += 1
         return F.batch_norm(x, mean, variance, self.weight, self.bias, self.training, self.momentum, self.eps)
+
+    def _statistics(self, running: Tensor, index: int) -> Tensor:
+        """Return the kind's row [C] of [kinds, C]: in training the row itself, which batch_norm updates in place."""
+        row = torch.where(self.passes[index] > 0, running[index], running[0])
+        return running[index].copy_(row) if self.training else row
 
 
 def separate_statistics(module: nn.Module) -> None:

@@ -120,7 +120,9 @@ def soft_boxes(features: Tensor, stride: int) -> Tensor:
     the bounding box itself where all cells of a rectangle are equally active and no other is.
     """
     activation = features.float().sum(dim=1)
-    weights = F.relu(activation - activation.mean(dim=(1, 2), keepdim=True)) + 1e-6  # a constant map has a box, too
+    mean = activation.mean(dim=(1, 2), keepdim=True)
+    # A constant map has a box, too, and the gradient of a nearly constant one does not explode.
+    weights = F.relu(activation - mean) + 1e-4 * mean.abs() + 1e-6
     weights = weights / weights.sum(dim=(1, 2), keepdim=True)
     starts, ends = [], []
     for line in (weights.sum(dim=1), weights.sum(dim=2)):  # along x, along y

@@ -34,6 +34,8 @@ def test_each_kind_of_pass_has_the_statistics_of_a_network_of_its_own() -> None:
     separate_statistics(one)
     for step in range(3):
         for number, kind in enumerate(KINDS):
+            if step == 0:
+                alone[kind] = copy.deepcopy(alone["picture"])  # a kind starts from what pictures have by then
             images = pictures(10 * step + number, scale=1 + number)
             look_at(one, kind)
             torch.testing.assert_close(one(images), alone[kind](images))
@@ -44,6 +46,18 @@ def test_each_kind_of_pass_has_the_statistics_of_a_network_of_its_own() -> None:
         answers.append(one(pictures(5)))
         torch.testing.assert_close(answers[-1], alone[kind].eval()(pictures(5)))
     assert not torch.allclose(answers[0], answers[1]) and not torch.allclose(answers[1], answers[2])
+
+
+def test_a_kind_that_was_not_trained_yet_has_the_statistics_of_pictures() -> None:
+    one = small_trunk()
+    separate_statistics(one)
+    one(pictures(3))  # of the kind picture, as in a warm-up
+    one.eval()
+    answers = []
+    for kind in KINDS:
+        look_at(one, kind)
+        answers.append(one(pictures(5)))
+    assert torch.equal(answers[0], answers[1]) and torch.equal(answers[0], answers[2])
 
 
 def test_an_unknown_kind_is_refused() -> None:
@@ -99,6 +113,7 @@ def test_frozen_statistics_never_change_and_scales_still_learn() -> None:
         nn.init.normal_(norm.running_mean, std=0.1)
         nn.init.constant_(norm.weight, 0.5)
     before = copy.deepcopy(dict(network.named_buffers()))
+    network(pictures(1))  # as it was built
     output = network.train()(pictures(1))
     assert network.training and network.backbone.training
     output.logits["object"].sum().backward()

@@ -307,7 +307,15 @@ def test_localization_is_as_published_but_for_the_trained_wiring(words, expected
     assert (settings.localization_stride, settings.localization_threshold) == expected
     older = config.settings_of_older_runs()
     assert (older["localization_stride"], older["localization_threshold"]) == (32, 1.0)
-    assert older.keys() == set(NAMES) and older["crop_scale"] == 1
+    assert older.keys() == set(NAMES)
+
+
+def test_what_older_runs_had_does_not_follow_an_edit(tmp_path, monkeypatch):
+    values = {"batch_norm": "per_pass", "graph_neighbours": 6, "crop_scale": 0.5, "graph_edges": "overlap"}
+    edited = edited_config(tmp_path, monkeypatch, **values)
+    older = edited.settings_of_older_runs()
+    assert [older[name] for name in values] == ["shared", 3, 1.0, "equal"]
+    assert None not in config.BEFORE.values()
 
 
 def test_an_edit_wins_over_the_table_and_a_flag_over_both(tmp_path, monkeypatch):
@@ -460,7 +468,7 @@ IMPOSSIBLE = [
     ("flip", float("nan")),
     ("brightness", 1.0),
     ("contrast", -0.1),
-    ("crop_scale", 0.0),
+    ("crop_scale", 0.001),
     ("crop_scale", -0.5),
     ("crop_scale", 1.1),
     ("crop_scale", float("nan")),
@@ -492,6 +500,7 @@ IMPOSSIBLE = [
     ("batch_norm", "none"),
     ("localization_stride", 8),
     ("localization_threshold", 0.0),
+    ("localization_threshold", float("inf")),
     ("jigsaw_blocks", 0),
     ("jigsaw_blocks", 15),  # of 448 pixels: 14 cells
     ("coarse_channels", 0),

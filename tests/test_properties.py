@@ -63,7 +63,7 @@ POSSIBLE = {
     "flip": st.floats(0, 1),
     "brightness": SHARES,
     "contrast": SHARES,
-    "crop_scale": st.floats(0, 1, exclude_min=True),
+    "crop_scale": st.floats(0.01, 1),
     "backbone": st.sampled_from(["resnet50", "resnet101"]),
     "pretrained": st.text(max_size=10),
     "stride_on_first_conv": st.booleans(),

@@ -18,4 +18,10 @@ def compile_backbone(network: nn.Module) -> None:
             "compile is on and nn.DataParallel uses several GPUs: set compile to false, data_parallel to false, "
             "or start one process per GPU with torchrun"
         )
+    import torch._dynamo  # takes long, and few runs compile
+
+    # A graph for each of training and evaluation, pictures and parts, whole and last batches, the finer map, ...
+    dynamo = torch._dynamo.config
+    limit = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"  # torch < 2.6
+    setattr(dynamo, limit, max(getattr(dynamo, limit), 32))
     unwrap(network).backbone.compile()

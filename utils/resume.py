@@ -61,7 +61,7 @@ def _refuse_another_run(
     remedy = "give this one a --name of its own, or start anew with --fresh"
     if differing:
         values = ", ".join(f"{name} {theirs.get(name)!r} there and {ours[name]!r} here" for name in differing)
-        raise CheckpointError(f"{path} is of a run with other settings ({values}): {remedy}")
+        raise CheckpointError(f"{path} is of a run with other settings ({values}): go on with those it has, {remedy}")
     if saved["class_names"] != list(class_names):
         raise CheckpointError(
             f"{path} was trained on {len(saved['class_names'])} classes and the data has {len(class_names)}, or "
