@@ -35,15 +35,16 @@ class BatchNormPerPass(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, C, H, W] to [B, C, H, W]."""
         index = KINDS.index(self.kind)
-        mean, variance = (self._statistics(running, index) for running in (self.running_mean, self.running_var))
+        known = self.passes[index] > 0
+        # Tensors of their own: backward keeps them, and the next pass changes the buffer.
+        mean = torch.where(known, self.running_mean[index], self.running_mean[0])
+        variance = torch.where(known, self.running_var[index], self.running_var[0])
+        y = F.batch_norm(x, mean, variance, self.weight, self.bias, self.training, self.momentum, self.eps)
         if self.training:
+            self.running_mean[index] = mean
+            self.running_var[index] = variance
             self.passes[index] += 1
-        return F.batch_norm(x, mean, variance, self.weight, self.bias, self.training, self.momentum, self.eps)
-
-    def _statistics(self, running: Tensor, index: int) -> Tensor:
-        """Return the kind's row [C] of [kinds, C]: in training the row itself, which batch_norm updates in place."""
-        row = torch.where(self.passes[index] > 0, running[index], running[0])
-        return running[index].copy_(row) if self.training else row
+        return y
 
 
 def separate_statistics(module: nn.Module) -> None:

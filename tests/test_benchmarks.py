@@ -29,7 +29,7 @@ def benchmark():
 @pytest.mark.parametrize("model", MODELS)
 def test_throughput_of_every_system(model: str, benchmark, tmp_path: Path, capsys) -> None:
     path = tmp_path / "folder" / "figures.json"
-    words = f"--model {model} --backbone resnet18 --input_size 96 --classes 5 --device cpu --rounds 1 --precision bf16"
+    words = f"--model {model} --backbone resnet18 --input_size 96 --classes 5 --device cpu --rounds 1"
     benchmark("throughput").main(
         [*words.split(), "--inference_batches", "1", "--train_batches", "2", "--json", str(path)]
     )

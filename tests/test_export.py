@@ -51,6 +51,7 @@ def random_images(count: int, size: int, seed: int = 0) -> torch.Tensor:
     [
         *((model, {}) for model in MODELS),
         ("sgkrl", {"wiring": "published", "graph_scope": "batch", "answer": ("graph",)}),
+        ("mmal", {"batch_norm": "per_pass"}),
     ],
     ids=str,
 )
