@@ -87,8 +87,8 @@ class Settings:
     # sgkrl, mmal, flrdf: where the object is. None: as published (32, 1); for sgkrl's trained wiring on pretrained
     # weights 1.2, and 16 where the input is smaller than 448. Boxes with IoU >= 0.5 on 120 training birds of CUB,
     # ImageNet weights, nothing trained: 62.5 % as published; at 224 pixels 77.5 % with 16 and 1.2; at 448 71.7 % with
-    # 1.2, 76.7 % with 16, too, which makes that pass 1.6 times as long. From random weights a finer map finds less:
-    # 47 % of the demo birds after six epochs, against 62 % as published.
+    # 1.2, 76.7 % with 16, too, which makes that pass 1.6 times as long. From random weights a finer map found less:
+    # 28 of 60 demo birds after six of eleven epochs, against 37 as published (one run each).
     localization_stride: int | None = None  # pixels of the input for each cell of the map of the object: 32 or 16
     localization_threshold: float | None = None  # cells belong to the object above so many times the map's mean
     # flrdf. Its paper leaves the next four open.
@@ -182,7 +182,7 @@ MODELS: dict[str, dict[str, object]] = {
 }
 
 DATASETS: dict[str, dict[str, object]] = {
-    # Small and from random weights, to finish on any machine: four minutes on two cores with bf16, eight without.
+    # Small and from random weights, to finish on any machine: four minutes on two cores with bf16, about eight without.
     "demo": {
         "input_size": 128,
         "backbone": "resnet18",
