@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -217,11 +217,13 @@ def trained_network(settings: Settings, saved: dict[str, object], load: Callable
         cast_for_autocast(network, torch.bfloat16)
     if settings.compile:
         compile_backbone(network)
+    loss_weights = weights_of_losses(settings, network)
+    network.evaluated = evaluated_branches(network, loss_weights)
     progress = saved.get("progress")  # of an epoch that is not done
     plan = plan_epoch(
         progress["epoch"] if progress else saved["epoch"],
         network.branches,
-        weights_of_losses(settings, network),
+        loss_weights,
         warmup_epochs=settings.warmup_epochs,
         mask_from_epoch=settings.mask_from_epoch,
     )
@@ -237,6 +239,11 @@ def weights_of_losses(settings: Settings, network: torch.nn.Module) -> dict[str,
     if not any(weights.values()):
         raise SettingsError("loss_weights are all 0: leave at least one term to train")
     return weights
+
+
+def evaluated_branches(network: torch.nn.Module, loss_weights: Mapping[str, float]) -> tuple[str, ...]:
+    """Return what evaluation computes: of the network's choice, the branches that are trained or in the answer."""
+    return tuple(name for name in network.evaluated if loss_weights[name] > 0 or name in network.answer)
 
 
 def draw_panel(network, entries, settings, class_names, execution, plan) -> torch.Tensor:

@@ -21,6 +21,7 @@ from assembly import (
     catalogue_of,
     choose_split,
     draw_panel,
+    evaluated_branches,
     evaluation_loader,
     network_of,
     training_loader,
@@ -106,6 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if settings.compile:
             compile_backbone(network)
         loss_weights = weights_of_losses(settings, system)
+        system.evaluated = evaluated_branches(system, loss_weights)
         optimizer = build_optimizer(
             system,
             system.heads(),

@@ -318,6 +318,17 @@ def test_loss_weights_reach_the_loss(tiny_run, tmp_path):
     assert line["train/loss/total"] == pytest.approx(total, rel=1e-6)
 
 
+def test_branches_that_nothing_trains_are_evaluated_for_the_answer_only(tiny_run, tmp_path, evaluation_script):
+    options = ("--warmup_epochs", "0", "--loss_weights", "window=0", "graph=0", "object=0", "--answer", "raw", "object")
+    train.main(tiny_run(tmp_path, *options, model="sgkrl"))
+    (line,) = read_log(tmp_path / "folder-sgkrl")
+    evaluated = {name.rpartition("/")[2] for name in line if name.startswith("validation/accuracy/")}
+    assert evaluated == {"raw", "fused", "object", "answer"}
+    evaluation_script.main([str(tmp_path / "folder-sgkrl" / "last.pth")])
+    report = json.loads((tmp_path / "folder-sgkrl" / "report-last.json").read_text(encoding="utf-8"))
+    assert report["branches"].keys() == evaluated
+
+
 def test_branches_to_report_may_be_chosen(other_system, tmp_path, evaluation_script):
     model, folder = other_system
     copy = Path(shutil.copytree(folder, tmp_path / folder.name))
