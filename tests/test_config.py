@@ -9,6 +9,7 @@ import subprocess
 import sys
 import typing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -293,20 +294,25 @@ def test_every_field_is_commented_where_it_stands_and_in_the_help(capsys):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ([], (32, 1.2)),
-        (["--input_size", "224"], (16, 1.2)),
-        (["--input_size", "224", "--wiring", "published"], (32, 1.0)),
-        (["--input_size", "224", "--pretrained", "none"], (32, 1.0)),
-        (["--input_size", "224", "--model", "mmal"], (32, 1.0)),
-        (["--input_size", "224", "--localization_stride", "32"], (32, 1.2)),
-        (["--input_size", "224", "--model", "mmal", "--localization_threshold", "1.5"], (32, 1.5)),
+        ([], (32, 1.2, "frozen")),
+        (["--input_size", "224"], (16, 1.2, "frozen")),
+        (["--input_size", "224", "--wiring", "published"], (32, 1.0, "shared")),
+        (["--input_size", "224", "--pretrained", "none"], (32, 1.0, "shared")),
+        (["--input_size", "224", "--model", "mmal"], (32, 1.0, "shared")),
+        (["--input_size", "224", "--localization_stride", "32"], (32, 1.2, "frozen")),
+        (["--input_size", "224", "--model", "mmal", "--localization_threshold", "1.5"], (32, 1.5, "shared")),
+        (["--batch_norm", "shared"], (32, 1.2, "shared")),
+        (["--sync_batch_norm"], (32, 1.2, "shared")),
+        (["--model", "resnet", "--batch_norm", "frozen"], (32, 1.0, "frozen")),
     ],
 )
-def test_localization_is_as_published_but_for_the_trained_wiring(words, expected):
-    settings = parse_settings([*CUB, *words])
-    assert (settings.localization_stride, settings.localization_threshold) == expected
+def test_localization_and_batch_norm_are_as_published_but_for_the_trained_wiring(words, expected):
+    def of(settings):
+        return settings.localization_stride, settings.localization_threshold, settings.batch_norm
+
+    assert of(parse_settings([*CUB, *words])) == expected
     older = config.settings_of_older_runs()
-    assert (older["localization_stride"], older["localization_threshold"]) == (32, 1.0)
+    assert of(SimpleNamespace(**older)) == (32, 1.0, "shared")
     assert older.keys() == set(NAMES)
 
 
