@@ -42,6 +42,7 @@ COMMON = (
     *("--dataset", "cub", "--input_size", "224", "--epochs", "8", "--batch_size", "16"),
     *("--learning_rate", "4e-3", "--head_learning_rate_factor", "5", "--schedule", "one_cycle"),
     *("--clip_gradient_norm", "10", "--pictures_every", "0", "--mask_from_epoch", "100"),
+    *("--batch_norm", "frozen"),  # for every row alike; `--batch_norm shared` after the rows is a table of its own
 )
 
 # the object box as MMAL-Net draws it, round what is above the mean of the trunk's own grid
@@ -67,8 +68,6 @@ ROWS: dict[str, tuple[str, ...]] = {
     "trained-coarse-no-windows": (*COARSE, *NO_WINDOWS),
     "published-no-windows": ("--wiring", "published", "--loss_weights", "window=0", "graph=0"),
     # variants
-    "trained-per-pass": ("--batch_norm", "per_pass"),
-    "trained-frozen": ("--batch_norm", "frozen"),
     "trained-crop-scale": ("--crop_scale", "0.5"),
     "trained-crop-gradient": ("--crop_gradient",),
     "trained-neighbours": ("--graph_neighbours", "6"),
