@@ -5,10 +5,11 @@
     python benchmarks/ablation.py --data_root ... --runs ... --test                       # final rows: test images
     python benchmarks/ablation.py --table results.jsonl                                   # show it, run nothing
 
-Every run is `python train.py` with the flags of its row (`--list` shows them) after the common ones, in a folder of its
-own below `--runs`: a sweep that was interrupted, or is asked for more rows or seeds, goes on from what is there. Any
-other flag of train.py may follow and holds for all rows. Test images are looked at only with `--test`, after the last
-epoch of each run; where the graph links the windows of a batch, a second time in random order.
+Every run is `python train.py` with the flags of its row (`--list` shows them) after the common ones, in a folder of
+its own below `--runs`: a sweep that was interrupted, or is asked for more rows or seeds, goes on from what is there.
+Any other flag of train.py may follow and holds for all rows; runs with other such flags need a `--runs` of their own.
+Test images are looked at only with `--test`, after the last epoch of each run; where the graph links the windows of a
+batch, a second time in random order.
 
 The file of `--results` gets a line as each run ends. What it holds already, with the same flags, is not run again, also
 on another machine: a line says nothing of where data and weights lie. A run that fails does not end the sweep.
@@ -42,7 +43,7 @@ COMMON = (
     *("--dataset", "cub", "--input_size", "224", "--epochs", "8", "--batch_size", "16"),
     *("--learning_rate", "4e-3", "--head_learning_rate_factor", "5", "--schedule", "one_cycle"),
     *("--clip_gradient_norm", "10", "--pictures_every", "0", "--mask_from_epoch", "100"),
-    *("--batch_norm", "frozen"),  # for every row alike; `--batch_norm shared` after the rows is a table of its own
+    *("--batch_norm", "frozen"),  # for every row alike; other statistics after the rows: a table of its own
 )
 
 # the object box as MMAL-Net draws it, round what is above the mean of the trunk's own grid

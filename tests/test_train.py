@@ -329,6 +329,13 @@ def test_branches_that_nothing_trains_are_evaluated_for_the_answer_only(tiny_run
     assert report["branches"].keys() == evaluated
 
 
+def test_the_exit_curve_asks_for_branches_that_evaluation_leaves_out(tiny_run, tmp_path, evaluation_script, capsys):
+    options = ("--warmup_epochs", "0", "--loss_weights", "window=0", "graph=0", "object=0", "--answer", "raw", "fused")
+    train.main(tiny_run(tmp_path, *options, model="sgkrl"))
+    evaluation_script.main([str(tmp_path / "folder-sgkrl" / "last.pth"), "--exit_curve"])
+    assert "early exit, measured on" in capsys.readouterr().out
+
+
 def test_branches_to_report_may_be_chosen(other_system, tmp_path, evaluation_script):
     model, folder = other_system
     copy = Path(shutil.copytree(folder, tmp_path / folder.name))
