@@ -72,10 +72,10 @@ class Settings:
     pretrained: str | None = None  # torchvision weights such as IMAGENET1K_V2, a .pth file, or none: random weights
     stride_on_first_conv: bool = False  # for .pth files of the ResNet variant with the stride on the 1x1 convolution
     # Running statistics: shared by the passes over the picture, the object and its parts, or kept for each of these.
-    # None: shared, as published; frozen for sgkrl's trained wiring on pretrained weights, not with sync_batch_norm;
-    # there, on 135 validation images of CUB's gulls and wrens (224 pixels, batches of 16, no windows, one run each), the
-    # loss of the object was 1.02 frozen, 1.74 per_pass, 2.05 shared, the answer right for 70, 63, 60 %; on 439 test
-    # images for 65, 66, 65 %.
+    # None: shared, as published; frozen for sgkrl's trained wiring on pretrained weights, not with sync_batch_norm.
+    # That was chosen on 135 validation images of CUB's gulls and wrens (224 pixels, batches of 16, no windows, one run
+    # each): the loss of the object was 1.02 frozen, 1.74 per_pass, 2.05 shared, the answer right for 70, 63, 60 %. On
+    # 439 test images it was right for 65, 66, 65 %.
     batch_norm: str | None = None  # shared, per_pass, or frozen: those of the pretrained weights, in training, too
     answer: tuple[str, ...] | None = None  # branches whose mean probability is the prediction; None: the model's own
     dropout: float | None = None  # before every classifier; the attention of the fusion keeps its published 0.2
