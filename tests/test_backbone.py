@@ -72,7 +72,7 @@ def test_maps_are_the_outputs_of_their_blocks(name: str) -> None:
     torch.manual_seed(0)
     backbone, seen = Backbone(name).eval(), {}
     trunk = backbone.trunk
-    watched = {"stage2": trunk.layer2, "stage3": trunk.layer3}
+    watched = {"stage2": trunk.layer2[-1], "stage3": trunk.layer3[-1]}
     watched |= {"penultimate": trunk.layer4[-2], "final": trunk.layer4[-1]}
     for stage, module in watched.items():
         module.register_forward_hook(lambda module, inputs, output, stage=stage: seen.update({stage: output.clone()}))

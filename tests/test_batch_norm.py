@@ -125,6 +125,50 @@ def test_frozen_statistics_never_change_and_scales_still_learn() -> None:
         torch.testing.assert_close(output.logits["raw"], network.eval()(pictures(1)).logits["raw"])
 
 
+@pytest.mark.parametrize("dense", (False, True))
+@pytest.mark.parametrize(("name", "first"), (("resnet18", False), ("resnet50", True)))
+def test_frozen_batch_norms_inside_the_convolutions_compute_and_learn_the_same(name, first, dense) -> None:
+    torch.manual_seed(0)
+    usual, frozen = (
+        Backbone(name, stride_on_first_conv=first, batch_norm=batch_norm).double()
+        for batch_norm in ("shared", "frozen")
+    )
+    for parameter_name, value in usual.state_dict().items():
+        if ("bn" in parameter_name or "downsample.1" in parameter_name) and value.is_floating_point():
+            value.uniform_(0.5, 1.0)  # means, variances, scales and shifts
+    frozen.load_state_dict(usual.state_dict())
+    usual.eval()
+    maps = [backbone(pictures(1).double(), dense=dense) for backbone in (usual, frozen.train())]
+    for expected, computed in zip(*maps, strict=True):
+        torch.testing.assert_close(computed, expected)
+    for features in maps:
+        (features.stage2.square().mean() + features.final.square().mean()).backward()
+    expected = {parameter_name: parameter.grad for parameter_name, parameter in usual.named_parameters()}
+    for parameter_name, parameter in frozen.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[parameter_name], msg=parameter_name)
+
+
+def test_frozen_batch_norms_keep_half_the_maps_for_backward() -> None:
+    torch.manual_seed(0)
+    usual, frozen = Backbone("resnet50").eval(), Backbone("resnet50", batch_norm="frozen").train()
+
+    def kept(backbone: Backbone) -> int:
+        sizes = {parameter.data_ptr(): 0 for parameter in backbone.parameters()}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.dim() == 4 and tensor.shape[0] == len(images):  # a map, not the weights of a convolution
+                sizes[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        images = pictures(1)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            features = backbone(images)  # lives until all is counted, so that no address comes twice
+        assert features.final.requires_grad
+        return sum(sizes.values())
+
+    assert kept(frozen) < 0.6 * kept(usual)
+
+
 def test_freezing_leaves_dropout_alone() -> None:
     network = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(0.5)).train()
     freeze_statistics(network)
