@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_train import read_log, run_script
+from test_train import TORCHRUN, read_log, run_script
 from torch import nn
 
 from utils import distributed
 from utils.checkpoint import load_checkpoint
 from utils.errors import exit_with_one_sentence
 
-TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-
 
 def test_two_processes_train_as_one_with_the_doubled_batch(tiny_run, tmp_path):
     """In batches of 4, or of 2 in each process; of the 6 validation images, batches of 4 and 2, or 3 and 3."""
     options = ("--epochs", "2", "--dropout", "0", "--learning_rate", "0.001", "--keep_checkpoints", "2")
     runs = []
-    for name, launcher in (("one", ()), ("two", TWO)):
+    for name, launcher in (("one", ()), ("two", ("tests/two_processes.py",))):
         arguments = tiny_run(tmp_path / name, *options, "--seed", "3")
         result = run_script(*launcher, "tests/frozen_statistics.py", *arguments)
         assert result.returncode == 0, result.stderr[-2000:]
@@ -41,7 +39,7 @@ def test_two_processes_train_as_one_with_the_doubled_batch(tiny_run, tmp_path):
 
 def test_a_process_that_is_killed_ends_the_other_with_a_sentence(tiny_run, tmp_path):
     arguments = tiny_run(tmp_path, "--epochs", "3", "--workers", "1")
-    result = run_script(*TWO, "tests/troubled_rank.py", "kill", "2", *arguments, timeout=100)
+    result = run_script(*TORCHRUN, "tests/troubled_rank.py", "kill", "2", *arguments, timeout=100)
     assert result.returncode == 1
     assert result.stderr.count("error: another process of this run ended, or the connection to it broke") == 1
     assert "continues from its last checkpoint" in result.stderr

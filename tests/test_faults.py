@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import FOUR_EPOCHS, PROJECT, assert_same_run, read_log, run_script
+from test_train import FOUR_EPOCHS, PROJECT, assert_same_run, read_log, run_script, run_two_processes
 
 import assembly
 import train
@@ -31,10 +31,7 @@ from utils.interruption import Stopped, StopRequest, leave_run_to_the_main_proce
 
 TESTS = Path(__file__).resolve().parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-TWO_PROCESSES = [
-    *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
-    str(TESTS / "troubled_rank.py"),
-]
+TROUBLED = str(TESTS / "troubled_rank.py")
 WITHIN_EPOCHS = [
     *("--epochs", "4", "--save_every_steps", "1", "--schedule", "one_cycle", "--clip_gradient_norm", "1"),
     *("--dropout", "0.5", "--warmup_epochs", "1", "--mask_from_epoch", "3"),
@@ -60,7 +57,7 @@ def test_a_run_killed_again_and_again_equals_an_uninterrupted_one(tiny_run, tmp_
     arguments = without_checkpoint_dir(tiny_run(tmp_path, *WITHIN_EPOCHS, "--workers", "2", model="sgkrl"))
     folders = [tmp_path / name for name in ("whole", "killed")]
     result = subprocess.run(
-        [sys.executable, str(TESTS / "killed_runs.py"), "14", "3", *map(str, folders), *arguments],
+        [sys.executable, str(TESTS / "killed_runs.py"), "11", "3", *map(str, folders), *arguments],
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
@@ -69,22 +66,22 @@ def test_a_run_killed_again_and_again_equals_an_uninterrupted_one(tiny_run, tmp_
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     moments = [line.removeprefix("killed: ") for line in result.stdout.splitlines() if line.startswith("killed: ")]
-    assert len(moments) >= 10
+    assert len(moments) >= 8
     assert {"half a checkpoint written", "renaming", "step"} <= set(moments)
     assert_same_run(*(folder / "folder-sgkrl" for folder in folders))
     assert not list((folders[1] / "folder-sgkrl").glob("*.part"))
 
 
 def test_two_processes_stopped_within_an_epoch_go_on_exactly(tiny_run, tmp_path):
-    """Both get SIGTERM, as from a batch system; they agree on the step and sum what each has seen."""
-    options = [*WITHIN_EPOCHS, "--epochs", "2", "--batch_size", "2", "--workers", "1"]
-    for name, at in (("whole", "0"), ("stopped", "4")):
-        arguments = tiny_run(tmp_path / name, *options, "--images_per_class", "1")
-        result = run_script(*TWO_PROCESSES, "stop", at, *arguments)
-        assert (result.returncode == 0) == (at == "0"), result.stderr[-2000:]
+    """One gets SIGTERM, both agree on the step, and they sum what each has seen."""
+    options = [*WITHIN_EPOCHS, "--epochs", "2", "--save_every_steps", "0"]
+    options += ["--batch_size", "2", "--workers", "1", "--images_per_class", "1"]
+    whole, stopped = (tiny_run(tmp_path / name, *options) for name in ("whole", "stopped"))
+    result = run_two_processes(TROUBLED, "stop", "0", *whole, "--", TROUBLED, "stop", "4", *stopped)
+    assert result.returncode == 2, result.stderr[-2000:]  # both processes of the second run
     saved = load_checkpoint(tmp_path / "stopped" / "folder-resnet" / "last.pth")
     assert (saved["epoch"], saved["progress"]["step"], saved["progress"]["meter"]["images"]) == (0, 4, 8)
-    result = run_script(*TWO_PROCESSES, "stop", "0", *arguments)
+    result = run_two_processes(TROUBLED, "stop", "0", *stopped)
     assert result.returncode == 0, result.stderr[-2000:]
     assert_same_run(*(tmp_path / name / "folder-resnet" for name in ("whole", "stopped")))
 
@@ -383,7 +380,7 @@ def test_code_in_a_checkpoint_is_never_run(reader, tiny_run, tmp_path, evaluatio
 def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(tiny_run, tmp_path):
     """No file may grow beyond a megabyte, as if the disk were full; a checkpoint has many."""
     arguments = tiny_run(tmp_path, "--epochs", "1")
-    assert run_script("train.py", *arguments).returncode == 0
+    train.main(arguments)
     folder = tmp_path / "folder-resnet"
     before = {path.name: path.read_bytes() for path in folder.glob("*.pth")}
     limit = (1_000_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
@@ -459,12 +456,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_images(tiny_run, 
 
 
 def test_a_loss_that_is_not_finite_in_one_process_is_told_by_all(tiny_run, tmp_path):
-    result = run_script(*TWO_PROCESSES, "nan", "2", *tiny_run(tmp_path))
-    assert result.returncode != 0
+    result = run_two_processes(TROUBLED, "nan", "2", *tiny_run(tmp_path))
+    assert result.returncode == 2
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, result.stderr[-2000:]
     assert "in step 2 (raw, total)" in errors[0]
-    assert "Traceback" not in result.stderr.split("ChildFailedError")[0].partition("torch/distributed")[0]
+    assert "Traceback" not in result.stderr
     record = json.loads((tmp_path / "folder-resnet" / "nonfinite.json").read_text(encoding="utf-8"))
     assert (record["step"], len(record["images"])) == (2, 2)  # half a batch of 4: the other half was in order
     assert not (tmp_path / "folder-resnet" / "last.pth").exists()

@@ -740,6 +740,11 @@ def run_script(*words: str, timeout: float = 120) -> subprocess.CompletedProcess
     return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
+def run_two_processes(*words: str) -> subprocess.CompletedProcess:
+    """As `torchrun --nproc_per_node 2`, in less time; see tests/two_processes.py."""
+    return run_script("tests/two_processes.py", *words)
+
+
 def test_an_impossible_value_ends_with_one_line(tiny_run, tmp_path):
     result = run_script("train.py", *tiny_run(tmp_path), "--input_size", "100")
     assert result.returncode == 2
@@ -756,8 +761,11 @@ def test_an_unknown_flag_ends_with_its_name(tiny_run, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("model", ["resnet", "scrim"])
-def test_two_processes_train_and_evaluate_together(model, tiny_run, picture_tree, tmp_path):
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
+
+@pytest.mark.parametrize(("model", "launcher"), [("resnet", TORCHRUN), ("scrim", ["tests/two_processes.py"])])
+def test_two_processes_train_and_evaluate_together(model, launcher, tiny_run, picture_tree, tmp_path):
     """With a single image to select on: the second process has none, and must not keep the first one waiting."""
     tree = tmp_path / "tree"
     shutil.copytree(picture_tree, tree / "train")
@@ -765,7 +773,7 @@ def test_two_processes_train_and_evaluate_together(model, tiny_run, picture_tree
     shutil.copy(picture_tree / "red" / "0.png", tree / "test" / "red")
     options = ("--data_root", str(tree), "--select_on", "test", "--warmup_epochs", "0")
     arguments = tiny_run(tmp_path, *options, model=model)
-    result = run_script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py", *arguments)
+    result = run_script(*launcher, "train.py", *arguments)
     assert result.returncode == 0, result.stderr[-2000:]
     folder = tmp_path / f"folder-{model}"
     (line,) = read_log(folder)
