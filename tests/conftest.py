@@ -12,7 +12,9 @@ from types import ModuleType
 import numpy
 import pytest
 import torch
+import torchvision
 from PIL import Image
+from thin_trunk import get_thin_model
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -20,6 +22,14 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in what a shell scri
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # there is a process for every core already
+
+
+@pytest.fixture(scope="module")
+def thin_trunk():
+    """Let `resnet18` be a quarter as wide in this module, except in processes of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torchvision.models, "get_model", get_thin_model)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -19,11 +19,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import thin_trunk
 import torch
 
 import train
 from utils.runlog import RunLog
 
+thin_trunk.install()
 os.fsync = lambda file_number: None  # a kill loses nothing that the system was given, and the disk may be slow
 
 

@@ -21,6 +21,8 @@ from utils.engine import Execution
 from utils.errors import exit_with_one_sentence
 from utils.results import read_predictions
 
+pytestmark = pytest.mark.usefixtures("thin_trunk")
+
 
 @pytest.fixture(scope="module")
 def evaluated(tiny_run, tmp_path_factory, evaluation_script) -> dict[str, Path]:
@@ -60,7 +62,7 @@ def test_test_figures_and_embeddings_reach_tensorboard(evaluated):
     assert (point.step, point.value) == (1, pytest.approx(report["branches"]["answer"]["top1"]))
     (table,) = (evaluated["mmal"] / "test").rglob("tensors.tsv")
     embeddings = numpy.loadtxt(table)
-    assert embeddings.shape == (6, 512)
+    assert embeddings.shape == (6, 128)
     assert numpy.ptp(embeddings, axis=0).max() > 0
     assert not list((evaluated["resnet"] / "test").rglob("tensors.tsv"))
 

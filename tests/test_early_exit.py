@@ -15,6 +15,8 @@ from networks import build_network
 from networks.outputs import object_confidence
 from utils.early_exit import ExitCollector, ExitPoint, choose_threshold, curve_text, exit_curve
 
+pytestmark = pytest.mark.usefixtures("thin_trunk")
+
 SIZE, WINDOWS = 96, ((((6, 6),), 2),)
 
 

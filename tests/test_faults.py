@@ -29,6 +29,8 @@ from utils.errors import exit_with_one_sentence
 from utils.files import FolderInUseError, locked
 from utils.interruption import Stopped, StopRequest, leave_run_to_the_main_process
 
+pytestmark = pytest.mark.usefixtures("thin_trunk")
+
 TESTS = Path(__file__).resolve().parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 TROUBLED = str(TESTS / "troubled_rank.py")

@@ -25,6 +25,8 @@ from utils.checkpoint import load_checkpoint
 from utils.errors import exit_with_one_sentence
 from utils.picture_cache import CacheError, bytes_needed, cache_in_memory, cache_on_disk
 
+pytestmark = pytest.mark.usefixtures("thin_trunk")
+
 SIZE = 24
 
 

@@ -19,6 +19,8 @@ from utils.checkpoint import CheckpointError, load_checkpoint
 from utils.compilation import compile_backbone
 from utils.precision import cpu_flags, has_native_bf16, resolve_precision
 
+pytestmark = pytest.mark.usefixtures("thin_trunk")
+
 CPU = torch.device("cpu")
 
 

@@ -29,6 +29,8 @@ from utils.engine import NonFiniteLossError
 from utils.errors import exit_with_one_sentence
 from utils.interruption import Stopped
 
+pytestmark = pytest.mark.usefixtures("thin_trunk")
+
 PROJECT = Path(train.__file__).resolve().parent
 BRANCHES = ("raw", "fused", "object", "window", "graph")
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import thin_trunk
 import torch
 
 import train
@@ -35,6 +36,7 @@ def troubled(*positional: object, **options: object) -> dict[str, torch.Tensor]:
     return losses
 
 
+thin_trunk.install()
 train.loss_terms = troubled
 train.STEPS_BETWEEN_READINGS = 2
 with exit_with_one_sentence(training=True):
