@@ -14,6 +14,8 @@ import train
 from networks import MODELS
 from networks.backbone import Backbone
 
+pytestmark = pytest.mark.usefixtures("thin_trunk")
+
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
 

@@ -12,6 +12,8 @@ from networks import MODELS, build_network
 from networks.classifier import Classifier
 from networks.folding import cast_for_autocast, fold_batch_norm
 
+pytestmark = pytest.mark.usefixtures("thin_trunk")
+
 SIZE = 96
 
 
