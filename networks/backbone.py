@@ -34,6 +34,7 @@ class Backbone(nn.Module):
 
     `batch_norm`: the running statistics are `shared` by all passes, kept `per_pass` (see `networks.batch_norm.KINDS`),
     or `frozen`, that is, those of the pretrained weights are used in training as in evaluation and never change.
+    Frozen ones are computed inside the convolutions, without calling the trunk's blocks: hooks on these see nothing.
 
     `channels` holds the channel count of each map, `embedding_channels` that of the last one.
     """
