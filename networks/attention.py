@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from networks.classifier import NEARLY_ZERO
 from networks.outputs import Features
-
-NEARLY_ZERO = 1e-3  # deviation of "zero" initial weights: the layer before them gets a gradient from the first step on
 
 
 class CrossAttention(nn.Module):
@@ -121,11 +120,16 @@ class ChannelGate(nn.Module):
 
 
 class SpatialGate(nn.Module):
-    """Weights each cell of a map by a number read from its neighbourhood's channel mean and maximum."""
+    """Weights each cell of a map by a number read from its neighbourhood's channel mean and maximum.
 
-    def __init__(self, *, identity_start: bool = False):
+    `relative` divides the weights of a picture by their mean, so that they say where and not how much: a gate that may
+    scale the whole map learns to open everywhere, which only makes the classifier behind it too sure of itself.
+    """
+
+    def __init__(self, *, identity_start: bool = False, relative: bool = False):
         super().__init__()
         self.scale = 2.0 if identity_start else 1.0
+        self.relative = relative
         self.conv = nn.Conv2d(2, 1, kernel_size=3, padding=1, bias=False)
         if identity_start:
             nn.init.normal_(self.conv.weight, std=NEARLY_ZERO)
@@ -133,16 +137,21 @@ class SpatialGate(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, C, H, W] to [B, C, H, W]."""
         summary = torch.cat([x.mean(dim=1, keepdim=True), x.amax(dim=1, keepdim=True)], dim=1)
-        return x * (self.scale * torch.sigmoid(self.conv(summary)))
+        weights = torch.sigmoid(self.conv(summary))
+        if not self.relative:
+            return x * (self.scale * weights)
+        weights = weights.float()
+        mean = weights.mean(dim=(2, 3), keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)  # all may round to 0
+        return x * (weights / mean).to(x.dtype)
 
 
 class SemanticWeighting(nn.Module):
     """Channel weighting, then spatial weighting."""
 
-    def __init__(self, channels: int, *, identity_start: bool = False):
+    def __init__(self, channels: int, *, identity_start: bool = False, relative: bool = False):
         super().__init__()
         self.channel = ChannelGate(channels, identity_start=identity_start)
-        self.spatial = SpatialGate(identity_start=identity_start)
+        self.spatial = SpatialGate(identity_start=identity_start, relative=relative)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, C, H, W] to [B, C, H, W]."""

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from networks.classifier import Classifier
+from networks.classifier import NEARLY_ZERO, Classifier
 from networks.windows import pairwise_iou
 
 EDGES = ("equal", "distance", "overlap")  # what an edge weighs, see `edge_weights`
@@ -85,7 +85,8 @@ class GraphHead(nn.Module):
 
     `scope="image"` links windows of the same picture. `scope="batch"` is what the published code does: neighbours are
     sought among all windows of the batch, so that a prediction depends on the pictures it happens to share a batch
-    with. `symmetric` adds the reverse of every edge. `edges`: what they weigh, see `edge_weights`.
+    with. `symmetric` adds the reverse of every edge. `edges`: what they weigh, see `edge_weights`. `zero_start` lets
+    the logits start near zero, for a sum with others.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class GraphHead(nn.Module):
         scope: str = "image",
         edges: str = "equal",
         dropout: float = 0.5,
+        zero_start: bool = False,
     ):
         super().__init__()
         if edges not in EDGES:
@@ -112,6 +114,9 @@ class GraphHead(nn.Module):
         self.convolutions = nn.ModuleList(GraphConvolution(i, o) for i, o in pairwise((in_channels, *hidden_channels)))
         self.dropout = nn.Dropout(dropout)
         self.classifier = Classifier(hidden_channels[-1], num_classes)
+        if zero_start:
+            nn.init.normal_(self.classifier.weight, std=NEARLY_ZERO)
+            nn.init.zeros_(self.classifier.bias)
 
     def forward(self, nodes: Tensor, window_boxes: Tensor) -> Tensor:
         """Map window embeddings [B, N, C] and boxes [B, N, 4] to logits [B, classes]."""

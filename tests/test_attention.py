@@ -169,23 +169,41 @@ def test_channel_gate_equals_formula(identity_start: bool) -> None:
         torch.testing.assert_close(result, one * (scale / (1 + torch.exp(-argument)))[:, None, None])
 
 
-@pytest.mark.parametrize("identity_start", (False, True))
+@pytest.mark.parametrize(("identity_start", "relative"), ((False, False), (True, False), (True, True)))
 @torch.no_grad()
-def test_spatial_gate_equals_formula(identity_start: bool) -> None:
+def test_spatial_gate_equals_formula(identity_start: bool, relative: bool) -> None:
     torch.manual_seed(1)
-    gate, maps = SpatialGate(identity_start=identity_start), normal(3, 16, 4, 5)
+    gate, maps = SpatialGate(identity_start=identity_start, relative=relative), normal(3, 16, 4, 5)
     nn.init.normal_(gate.conv.weight)
     assert gate.conv.weight.shape == (1, 2, 3, 3)
     assert gate.conv.bias is None
     scale = 2 if identity_start else 1
     for one, result in zip(maps, gate(maps), strict=True):
         padded = F.pad(torch.stack([one.mean(dim=0), one.max(dim=0).values]), (1, 1, 1, 1))
-        expected = torch.empty_like(one)
+        weights = torch.empty(4, 5)
         for row in range(4):
             for column in range(5):
                 argument = (padded[:, row : row + 3, column : column + 3] * gate.conv.weight[0]).sum()
-                expected[:, row, column] = one[:, row, column] * scale / (1 + torch.exp(-argument))
-        torch.testing.assert_close(result, expected)
+                weights[row, column] = 1 / (1 + torch.exp(-argument))
+        weights = weights / (sum(weights.flatten().tolist()) / 20) if relative else scale * weights
+        torch.testing.assert_close(result, one * weights)
+
+
+@torch.no_grad()
+def test_relative_weights_say_where_and_not_how_much() -> None:
+    torch.manual_seed(1)
+    maps = normal(3, 16, 4, 5).relu() + 1
+    for size in (-100.0, -1.0, 0.0, 1.0, 100.0):  # closed, where every sigmoid rounds to zero, to wide open
+        weights = {}
+        for relative in (False, True):
+            gate = SpatialGate(identity_start=True, relative=relative)
+            nn.init.constant_(gate.conv.weight, size)
+            weights[relative] = (gate(maps) / maps).mean(dim=1)
+        assert weights[True].isfinite().all()
+        if size > -100:
+            torch.testing.assert_close(weights[True].mean(dim=(1, 2)), torch.ones(3))
+    assert (weights[False] == 2).all()  # the other form has learnt to double the map
+    assert (weights[True] == 1).all()
 
 
 @torch.no_grad()
@@ -200,8 +218,9 @@ def test_weighting_is_by_channel_and_then_by_cell() -> None:
 def test_gates_start_as_the_identity_where_asked() -> None:
     torch.manual_seed(1)
     maps = 3 * normal(2, 512, 7, 7).relu()
-    gates = SemanticWeighting(512, identity_start=True)(maps) / maps.clamp(min=1e-6)
-    assert (gates[maps > 0] - 1).abs().max() < 0.1
+    for relative in (False, True):
+        gates = SemanticWeighting(512, identity_start=True, relative=relative)(maps) / maps.clamp(min=1e-6)
+        assert (gates[maps > 0] - 1).abs().max() < 0.1
     published = SemanticWeighting(512)(maps) / maps.clamp(min=1e-6)
     assert published[maps > 0].max() < 1
 
@@ -209,7 +228,7 @@ def test_gates_start_as_the_identity_where_asked() -> None:
 # ---- gradients ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ("fusion", "weighting"))
+@pytest.mark.parametrize("kind", ("fusion", "weighting", "relative weighting"))
 def test_gradient_reaches_every_parameter_from_the_start(kind: str) -> None:
     torch.manual_seed(1)
     features = make_features(4)
@@ -217,7 +236,8 @@ def test_gradient_reaches_every_parameter_from_the_start(kind: str) -> None:
         module = SemanticFusion(CHANNELS, residual=True)
         result = module(features)
     else:
-        module = SemanticWeighting(CHANNELS["final"], identity_start=True)
+        relative = kind == "relative weighting"
+        module = SemanticWeighting(CHANNELS["final"], identity_start=True, relative=relative)
         result = module(features.final)
     (result * normal(*result.shape, seed=9)).sum().backward()
     for name, parameter in module.named_parameters():

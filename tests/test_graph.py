@@ -271,6 +271,16 @@ def test_symmetric_head_equals_a_loop_over_edges_both_ways() -> None:
             torch.testing.assert_close(logits, classifier(one.mean(dim=0)), rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_head_that_starts_near_zero() -> None:
+    nodes, boxes = head_inputs(4)
+    torch.manual_seed(2)
+    plain = GraphHead(16, 5).eval()(nodes, boxes)
+    torch.manual_seed(2)
+    started = GraphHead(16, 5, zero_start=True).eval()(nodes, boxes)
+    assert 0 < started.abs().max() < 0.02 * plain.abs().max()
+
+
 @pytest.mark.parametrize("scope", ("image", "batch"))
 def test_no_host_synchronisation_and_no_graph_break(scope: str) -> None:
     head = build_head(symmetric=scope == "image", scope=scope)
