@@ -86,6 +86,12 @@ class Settings:
     graph_scope: str = "image"  # sgkrl, published wiring: image, or batch (windows of other images are linked)
     graph_neighbours: int = 3  # sgkrl: how many of the nearest windows a window is linked to, if there are as many
     graph_edges: str = "equal"  # sgkrl: what a link weighs: equal, distance (near ones more) or overlap
+    # sgkrl: the graph's logits are added to the mean of those of the windows. None: yes in the trained wiring.
+    graph_residual: bool | None = None  # True or False
+    # sgkrl: the spatial weights of a picture have mean 1, so that they say where, not how much (relative), or are
+    # sigmoids, as published (absolute). None: relative in the trained wiring.
+    spatial_weights: str | None = None  # relative or absolute
+    without: tuple[str, ...] = ()  # sgkrl, trained wiring: fusion, weighting: parts that are left out, for comparison
     # An experiment: its gradient is several times as large as all others together, so set clip_gradient_norm, too.
     crop_gradient: bool = False  # sgkrl, trained wiring: the losses of what is cut out move the object box, too
     # sgkrl, mmal, flrdf: where the object is. None: as published (32, 1); for sgkrl's trained wiring on pretrained
@@ -219,8 +225,11 @@ BEFORE: dict[str, object] = {
     "crop_scale": 1.0,
     "graph_edges": "equal",
     "graph_neighbours": 3,
+    "graph_residual": False,
     "localization_stride": 32,
     "localization_threshold": 1.0,
+    "spatial_weights": "absolute",
+    "without": (),
 }
 
 HINTS: dict[str, object] = typing.get_type_hints(Settings)
@@ -275,7 +284,7 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
     for name, hint in HINTS.items():
         default = _shown(getattr(Settings(), name))
         options = {"help": f"{comments.get(name, '')} (default: {default})".strip().replace("%", "%%")}
-        if hint is bool:
+        if bool in _members(hint):
             options["action"] = argparse.BooleanOptionalAction
         else:
             options |= {"type": _converter(hint), "metavar": "VALUE"}
@@ -409,9 +418,11 @@ def complete(settings: Settings) -> Settings:
 
 def _of_the_wiring(settings: Settings) -> dict[str, object]:
     """What settings that sgkrl's trained wiring changes have where they are not set."""
-    if settings.model != "sgkrl" or settings.wiring != "trained" or settings.pretrained == "none":
-        return {"batch_norm": "shared", "localization_stride": 32, "localization_threshold": 1.0}
-    return {
+    trained = settings.model == "sgkrl" and settings.wiring == "trained"
+    parts = {"graph_residual": trained, "spatial_weights": "relative" if trained else "absolute"}
+    if not trained or settings.pretrained == "none":
+        return parts | {"batch_norm": "shared", "localization_stride": 32, "localization_threshold": 1.0}
+    return parts | {
         "batch_norm": "shared" if settings.sync_batch_norm else "frozen",
         "localization_stride": 16 if settings.input_size < 448 else 32,
         "localization_threshold": 1.2,
@@ -501,6 +512,7 @@ def _check_values(settings: Settings) -> None:
         "wiring": ("trained", "published"),
         "graph_scope": ("image", "batch"),
         "graph_edges": ("equal", "distance", "overlap"),
+        "spatial_weights": ("relative", "absolute"),
         "batch_norm": ("shared", "per_pass", "frozen"),
         "select_on": ("validation", "test"),
         "schedule": ("steps", "one_cycle"),
@@ -512,6 +524,7 @@ def _check_values(settings: Settings) -> None:
         *most, last = map(repr, possible)
         require(name, getattr(settings, name) in possible, f"{', '.join(most)} or {last}")
     require("exit_threshold", 0 <= settings.exit_threshold <= 1, "a probability from 0 to 1")
+    require("without", set(settings.without) <= {"fusion", "weighting"}, "'fusion', 'weighting', both or nothing")
     is_share = not isinstance(settings.suppression, str) and 0 < settings.suppression <= 1
     require("localization_stride", settings.localization_stride in (32, 16), "32 or 16")
     require("localization_threshold", 0 < settings.localization_threshold < math.inf, "a number above 0, such as 1.2")
@@ -590,6 +603,12 @@ def _check_together(settings: Settings) -> None:
             settings.graph_edges == "equal" or settings.graph_scope == "image",
             "'equal' where graph_scope is 'batch': windows of two images have no distance and no overlap",
         )
+        for name, as_published in (("graph_residual", False), ("spatial_weights", "absolute"), ("without", ())):
+            require(
+                name,
+                getattr(settings, name) == as_published or settings.wiring == "trained",
+                f"{as_published!r} where wiring is 'published'",
+            )
         require(
             "crop_gradient",
             not settings.crop_gradient or settings.wiring == "trained",

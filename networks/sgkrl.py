@@ -6,7 +6,7 @@ the object crop, CBAM weighting that guides the windows, and a graph convolution
 Two wirings of the same parts. `published` repeats that code, in which the fusion and the weighting are used only
 detached: they never learn and keep their random start (here they are frozen, which is the same). `trained`, ours, gives
 every part a gradient: the fused map is classified, the object is classified from its weighted map, and the graph links
-windows of one picture only, so that no prediction depends on the batch.
+windows of one picture only, so that no prediction depends on the batch. There each part starts by changing nothing.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from networks.windows import WindowSelector
 
 WIRINGS = ("trained", "published")
 GRAPH_SCOPES = ("image", "batch")
+SPATIAL_WEIGHTS = ("relative", "absolute")
+PARTS = ("fusion", "weighting")  # that can be left out of the trained wiring
 
 
 class SGKRL(nn.Module):
@@ -33,6 +35,12 @@ class SGKRL(nn.Module):
     One linear classifier serves all branches but the graph: their maps have the same channels with the same meaning,
     which keeps the fused map an activation map that localization can use. The answer is by default the mean
     probability of `raw`, `fused`, `object` and `graph`, in the published wiring `object`, MMAL-Net's choice.
+
+    `graph_residual` adds the graph's logits to the mean of those of the windows, and lets them start near zero: the
+    branch `graph` starts as what the windows say, each by itself. `spatial_weights`: `absolute` ones are the sigmoids
+    of CBAM, `relative` ones have mean 1 in each picture (see `networks.attention.SpatialGate`). The trained wiring has
+    the graph as a residual and relative weights unless told otherwise (None); the published one knows neither, nor
+    `without`: parts that are left out, for comparison.
 
     `crop_gradient` lets the losses of object, windows and graph move the object box, too (see
     `networks.localization.with_gradient`).
@@ -51,6 +59,9 @@ class SGKRL(nn.Module):
         graph_scope: str = "image",
         graph_neighbours: int = 3,
         graph_edges: str = "equal",
+        graph_residual: bool | None = None,
+        spatial_weights: str | None = None,
+        without: tuple[str, ...] = (),
         crop_gradient: bool = False,
         dropout: float = 0.5,
     ):
@@ -64,16 +75,24 @@ class SGKRL(nn.Module):
             raise ValueError("graph_scope 'batch' came with the trained wiring; it exists only for wiring 'published'")
         if crop_gradient and not trained:
             raise ValueError("crop_gradient came with the published wiring, whose fusion never learns")
+        graph_residual = trained if graph_residual is None else graph_residual
+        spatial_weights = spatial_weights or ("relative" if trained else "absolute")
+        if spatial_weights not in SPATIAL_WEIGHTS:
+            raise ValueError(f"unknown spatial_weights {spatial_weights!r}; choose one of {', '.join(SPATIAL_WEIGHTS)}")
+        if not set(without) <= set(PARTS):
+            raise ValueError(f"without {without!r} came; choose from {', '.join(PARTS)}")
+        if not trained and (graph_residual or spatial_weights == "relative" or without):
+            raise ValueError("graph_residual, relative spatial_weights and without belong to the trained wiring")
         self.trained = trained
+        self.graph_residual = graph_residual
         self.crop_gradient = crop_gradient
         self.input_size = input_size
         self.localization_stride = checked_stride(localization_stride)
         self.localization_threshold = localization_threshold
-        self.branches = (
-            ("raw", "fused", "object", "window", "graph") if trained else ("raw", "object", "window", "graph")
-        )
+        fused = ("fused",) if trained and "fusion" not in without else ()
+        self.branches = ("raw", *fused, "object", "window", "graph")
         self.evaluated = self.branches
-        self.answer = ("raw", "fused", "object", "graph") if trained else ("object",)
+        self.answer = ("raw", *fused, "object", "graph") if trained else ("object",)
         self.loss_weights = dict.fromkeys(self.branches, 1.0)
         self.exit_threshold = 1.0  # in evaluation, images whose `object` branch is surer than this skip the windows
 
@@ -81,8 +100,11 @@ class SGKRL(nn.Module):
         self.backbone = backbone
         self.dropout = nn.Dropout(dropout)
         self.classifier = Classifier(channels, num_classes)
-        self.fusion = SemanticFusion(backbone.channels, residual=trained)
-        self.weighting = SemanticWeighting(channels, identity_start=trained)
+        self.fusion = None if "fusion" in without else SemanticFusion(backbone.channels, residual=trained)
+        self.weighting = nn.Identity()
+        if "weighting" not in without:
+            relative = spatial_weights == "relative"
+            self.weighting = SemanticWeighting(channels, identity_start=trained, relative=relative)
         self.window_selector = WindowSelector(windows, grid_size=input_size // STRIDE, stride=STRIDE)
         self.graph = GraphHead(
             channels,
@@ -92,6 +114,7 @@ class SGKRL(nn.Module):
             symmetric=trained,
             scope=graph_scope,
             dropout=dropout,
+            zero_start=graph_residual,
         )
         if not trained:
             self.fusion.requires_grad_(False)
@@ -117,8 +140,8 @@ class SGKRL(nn.Module):
             return NetworkOutput(logits)
 
         with torch.set_grad_enabled(self.trained and torch.is_grad_enabled()):
-            fused = self.fusion(raw)
-        if self.trained:
+            fused = raw.final if self.fusion is None else self.fusion(raw)
+        if "fused" in self.branches:
             logits["fused"] = self.classifier(self.dropout(fused.mean(dim=(2, 3))))
         localization = localize(
             activation_map(fused), activation_map(raw.penultimate), threshold=self.localization_threshold
@@ -152,7 +175,8 @@ class SGKRL(nn.Module):
         """Logits `window` and `graph` from object crops and windows [B, N, 4] on them."""
         windows = self.backbone(crop_windows(crops, window_boxes, input_size=self.input_size), kind="part")
         nodes = self.dropout(windows.embedding.unflatten(0, (-1, self.window_selector.count)))  # [B, N, C]
-        return self.classifier(nodes), self.graph(nodes, window_boxes)
+        by_window, by_graph = self.classifier(nodes), self.graph(nodes, window_boxes)
+        return by_window, by_graph + by_window.mean(dim=1) if self.graph_residual else by_graph
 
     def _look_where_unsure(
         self, crops: Tensor, window_boxes: Tensor, logits: dict[str, Tensor]

@@ -46,6 +46,9 @@ WORDS = {
     "graph_neighbours": ("2", 2),
     "graph_edges": ("overlap", "overlap"),
     "crop_gradient": (None, True),
+    "graph_residual": (None, True),
+    "spatial_weights": ("absolute", "absolute"),
+    "without": (["fusion", "weighting"], ("fusion", "weighting")),
     "localization_stride": ("16", 16),
     "localization_threshold": ("1.2", 1.2),
     "windows": ("((((4, 4), (3, 5)), 2), (((8, 8),), 1))", ((((4, 4), (3, 5)), 2), (((8, 8),), 1))),
@@ -159,7 +162,7 @@ def test_every_field_is_a_flag_with_its_annotated_type(name):
 
 
 @pytest.mark.parametrize(
-    "name", [name for name, hint in typing.get_type_hints(Settings).items() if hint is bool], ids=str
+    "name", [name for name, hint in typing.get_type_hints(Settings).items() if hint in (bool, bool | None)], ids=str
 )
 def test_a_switch_can_be_turned_off(name):
     assert getattr(parse_settings([*CUB, f"--{name}"]), name) is True
@@ -314,6 +317,24 @@ def test_localization_and_batch_norm_are_as_published_but_for_the_trained_wiring
     older = config.settings_of_older_runs()
     assert of(SimpleNamespace(**older)) == (32, 1.0, "shared")
     assert older.keys() == set(NAMES)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], (True, "relative")),
+        (["--pretrained", "none"], (True, "relative")),
+        (["--no-graph_residual"], (False, "relative")),
+        (["--spatial_weights", "absolute"], (True, "absolute")),
+        (["--wiring", "published"], (False, "absolute")),
+        (["--model", "mmal"], (False, "absolute")),
+    ],
+)
+def test_graph_and_weighting_are_as_published_but_for_the_trained_wiring(words, expected):
+    settings = parse_settings([*CUB, *words])
+    assert (settings.graph_residual, settings.spatial_weights) == expected
+    older = config.settings_of_older_runs()
+    assert (older["graph_residual"], older["spatial_weights"], older["without"]) == (False, "absolute", ())
 
 
 def test_what_older_runs_had_does_not_follow_an_edit(tmp_path, monkeypatch):
@@ -503,6 +524,8 @@ IMPOSSIBLE = [
     ("graph_scope", "world"),
     ("graph_edges", "all"),
     ("graph_neighbours", 0),
+    ("spatial_weights", "none"),
+    ("without", ("windows",)),
     ("batch_norm", "none"),
     ("localization_stride", 8),
     ("localization_threshold", 0.0),
@@ -654,6 +677,9 @@ CONTRADICTIONS = [
         {"graph_scope": "image"},
     ),
     ("crop_gradient", {"crop_gradient": True, "wiring": "published"}, {"wiring": "trained"}),
+    ("graph_residual", {"graph_residual": True, "wiring": "published"}, {"wiring": "trained"}),
+    ("spatial_weights", {"spatial_weights": "relative", "wiring": "published"}, {"model": "mmal"}),
+    ("without", {"without": ("fusion",), "wiring": "published"}, {"wiring": "trained"}),
     ("batch_norm", {"batch_norm": "frozen", "pretrained": "none"}, {"pretrained": "weights.pth"}),
     ("sync_batch_norm", {"sync_batch_norm": True, "batch_norm": "per_pass"}, {"batch_norm": "shared"}),
     ("classify_suppressed", {"model": "flrdf", "classify_suppressed": False}, {"suppression": 0.7}),

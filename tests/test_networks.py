@@ -29,10 +29,12 @@ SYSTEMS: dict[str, tuple[str, dict]] = {
     "trained variant": (
         "sgkrl",
         {
+            **{"graph_residual": False, "spatial_weights": "absolute"},
             **{"localization_stride": 16, "localization_threshold": 1.2, "crop_gradient": True},
             **{"batch_norm": "per_pass", "graph_neighbours": 2, "graph_edges": "overlap"},
         },
     ),
+    "without parts": ("sgkrl", {"without": ("fusion", "weighting")}),
     "published": ("sgkrl", {"wiring": "published"}),
     "published batch": ("sgkrl", {"wiring": "published", "graph_scope": "batch"}),
     "flrdf": ("flrdf", {}),
@@ -44,6 +46,7 @@ BRANCHES = {
     "mmal": ("raw", "object", "window"),
     "trained": ("raw", "fused", "object", "window", "graph"),
     "trained variant": ("raw", "fused", "object", "window", "graph"),
+    "without parts": ("raw", "object", "window", "graph"),
     "published": ("raw", "object", "window", "graph"),
     "published batch": ("raw", "object", "window", "graph"),
     "flrdf": ("raw", "object"),
@@ -382,7 +385,7 @@ def test_gradient_reaches_every_parameter(system: str) -> None:
     frozen = {name for name, parameter in network.named_parameters() if not parameter.requires_grad}
     expected = {name for name in dict(network.named_parameters()) if name.startswith(("fusion.", "weighting."))}
     assert frozen == (expected if system.startswith("published") else set())
-    assert bool(expected) == (SYSTEMS[system][0] == "sgkrl")
+    assert bool(expected) == (SYSTEMS[system][0] == "sgkrl" and system != "without parts")
     for name, parameter in network.named_parameters():
         if name in frozen:
             assert parameter.grad is None, name
@@ -409,6 +412,8 @@ def test_each_part_learns_from_its_own_branch(system: str) -> None:
         "part": {"backbone", "part_classifier"},
         "concat": {"backbone", "concat_classifier"},
     }
+    if system == "trained":
+        reached["graph"] = reached["graph"] | {"classifier"}
     if system == "flrdf":
         reached["raw"] = reached["raw"] | {"suppression"}
     for branch, logits in output.logits.items():
@@ -678,7 +683,7 @@ def step_by_step(network: nn.Module, image: Tensor) -> dict[str, Tensor]:
         "fused": network.classifier(fused.mean(dim=(2, 3)))[0],
         "object": network.classifier(weighted.mean(dim=(2, 3)))[0],
         "window": network.classifier(nodes),
-        "graph": network.graph.classifier(hidden.mean(dim=0)),
+        "graph": network.graph.classifier(hidden.mean(dim=0)) + network.classifier(nodes).mean(dim=0),
         "object_boxes": torch.tensor(box).float(),
         "window_boxes": torch.from_numpy(windows).float(),
         "object_masks": mask,
@@ -695,6 +700,7 @@ def test_trained_wiring_step_by_step(factor: int) -> None:
         nn.init.normal_(attention.out.weight, std=1.0)  # far from the start, where the fused map is the final one
     for gate in (network.weighting.channel.mlp[2], network.weighting.spatial.conv):
         nn.init.normal_(gate.weight, std=0.5)
+    nn.init.normal_(network.graph.classifier.weight)
     images = make_images(factor * SIZE, batch=4)
     output = network(images, mask_background=True)
     steps = [step_by_step(network, image) for image in images]
@@ -754,7 +760,8 @@ def test_maps_without_an_object_give_the_whole_image(system: str, maps: str, mas
         pytest.skip("its box asks the last map alone, where there is an object")
     for input_size in (96, 224):
         network = build_scripted(system, input_size=input_size, look=ODD_MAPS[maps]).eval()
-        if hasattr(network, "fusion"):  # what random attention adds is not constant, and is not what is tested here
+        if getattr(network, "fusion", None) is not None:
+            # what random attention adds is not constant, and is not what is tested here
             for attention in (network.fusion.stage3, network.fusion.stage2):
                 nn.init.zeros_(attention.out.weight)
         output = network(make_images(input_size), mask_background=mask_background)
@@ -893,6 +900,10 @@ def test_no_synchronisation_on_a_gpu(system: str) -> None:
         ("sgkrl", {"wiring": "loose"}, ("loose", "trained", "published")),
         ("sgkrl", {"wiring": "published", "graph_scope": "world"}, ("world", "image", "batch")),
         ("sgkrl", {"graph_scope": "batch"}, ("batch", "trained", "published")),
+        ("sgkrl", {"spatial_weights": "none"}, ("none", "relative", "absolute")),
+        ("sgkrl", {"without": ("graph",)}, ("graph", "fusion", "weighting")),
+        ("sgkrl", {"wiring": "published", "graph_residual": True}, ("graph_residual", "trained")),
+        ("sgkrl", {"without": ("fusion",), "answer": ("fused",)}, ("fused", "raw, object, graph")),
         ("sgkrl", {"answer": ("raw", "crown")}, ("crown", "raw", "fused", "object", "graph")),
         ("sgkrl", {"wiring": "published", "answer": ("fused",)}, ("fused", "graph")),
         ("mmal", {"answer": ("window",)}, ("window", "object")),

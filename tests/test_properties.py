@@ -73,6 +73,9 @@ POSSIBLE = {
     "wiring": st.sampled_from(["trained", "published"]),
     "graph_neighbours": st.integers(1, 9),
     "graph_edges": st.just("equal"),
+    "graph_residual": st.just(False),
+    "spatial_weights": st.just("absolute"),
+    "without": st.just(()),
     "crop_gradient": st.just(False),
     "batch_norm": st.just("shared"),
     "localization_stride": st.sampled_from([32, 16]),
@@ -132,6 +135,9 @@ def possible_settings(draw) -> Settings:
         values["graph_scope"] = draw(st.sampled_from(["image", "batch"]))
     else:
         values["crop_gradient"] = draw(st.booleans())
+        values["graph_residual"] = draw(st.booleans())
+        values["spatial_weights"] = draw(st.sampled_from(["relative", "absolute"]))
+        values["without"] = draw(st.sampled_from([(), ("fusion",), ("weighting", "fusion")]))
     if values.get("graph_scope", "image") == "image" and draw(st.booleans()):
         values["graph_edges"] = draw(st.sampled_from(["equal", "distance", "overlap"]))
     if not values.get("sync_batch_norm") and draw(st.booleans()):
