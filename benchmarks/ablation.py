@@ -49,6 +49,8 @@ COMMON = (
 # the object box as MMAL-Net draws it, round what is above the mean of the trunk's own grid
 COARSE = ("--localization_stride", "32", "--localization_threshold", "1.0")
 NO_WINDOWS = ("--loss_weights", "window=0", "graph=0", "--answer", "raw", "fused", "object")
+# the trained wiring with its graph by itself and with CBAM's spatial weights
+FORMER = ("--no-graph_residual", "--spatial_weights", "absolute")
 
 # name -> flags after the common ones
 ROWS: dict[str, tuple[str, ...]] = {
@@ -59,16 +61,21 @@ ROWS: dict[str, tuple[str, ...]] = {
     "published": ("--wiring", "published"),
     "published-batch-graph": ("--wiring", "published", "--graph_scope", "batch"),
     "trained": (),
+    "trained-former": FORMER,
     # without one part
     "trained-no-fusion-loss": ("--loss_weights", "fused=0", "--answer", "raw", "object", "graph"),
-    "trained-no-windows": NO_WINDOWS,
+    "trained-no-fusion": ("--without", "fusion"),
+    "trained-no-weighting": ("--without", "weighting"),
+    "trained-no-windows": (*FORMER, *NO_WINDOWS),
     "trained-no-graph": ("--loss_weights", "graph=0", "--answer", "raw", "fused", "object"),
     "trained-mask": ("--mask_from_epoch", "4"),
     "trained-coarse": COARSE,
     # without the windows, the dearest part, where only the object box is in question
-    "trained-coarse-no-windows": (*COARSE, *NO_WINDOWS),
+    "trained-coarse-no-windows": (*FORMER, *COARSE, *NO_WINDOWS),
     "published-no-windows": ("--wiring", "published", "--loss_weights", "window=0", "graph=0"),
     # variants
+    "trained-lone-graph": ("--no-graph_residual",),
+    "trained-absolute-weights": ("--spatial_weights", "absolute"),
     "trained-crop-scale": ("--crop_scale", "0.5"),
     "trained-crop-gradient": ("--crop_gradient",),
     "trained-neighbours": ("--graph_neighbours", "6"),
