@@ -87,7 +87,7 @@ class Settings:
     graph_neighbours: int = 3  # sgkrl: how many of the nearest windows a window is linked to, if there are as many
     graph_edges: str = "equal"  # sgkrl: what a link weighs: equal, distance (near ones more) or overlap
     # sgkrl: the graph's logits are added to the mean of those of the windows. None: yes in the trained wiring. On 439
-    # test birds (README, real birds; three seeds) the graph was right for 64 % so, 41 by itself; answer 66 both.
+    # test birds (README, real birds; three seeds) the graph was right for 64 % so, 41 by itself; the answer for 66.
     graph_residual: bool | None = None  # True or False
     # sgkrl: the spatial weights of a picture have mean 1, so that they say where, not how much (relative), or are
     # sigmoids, as published (absolute). None: relative in the trained wiring.
