@@ -49,7 +49,7 @@ COMMON = (
 # the object box as MMAL-Net draws it, round what is above the mean of the trunk's own grid
 COARSE = ("--localization_stride", "32", "--localization_threshold", "1.0")
 NO_WINDOWS = ("--loss_weights", "window=0", "graph=0", "--answer", "raw", "fused", "object")
-# the trained wiring with its graph by itself and with CBAM's spatial weights
+# the trained wiring with its graph by itself and with CBAM's spatial weights, as the rows without windows were measured
 FORMER = ("--no-graph_residual", "--spatial_weights", "absolute")
 
 # name -> flags after the common ones
