@@ -137,12 +137,13 @@ class SpatialGate(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, C, H, W] to [B, C, H, W]."""
         summary = torch.cat([x.mean(dim=1, keepdim=True), x.amax(dim=1, keepdim=True)], dim=1)
-        weights = torch.sigmoid(self.conv(summary))
+        logits = self.conv(summary)
         if not self.relative:
-            return x * (self.scale * weights)
-        weights = weights.float()
-        mean = weights.mean(dim=(2, 3), keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)  # all may round to 0
-        return x * (weights / mean).to(x.dtype)
+            return x * (self.scale * torch.sigmoid(logits))
+        # The sigmoids divided by their mean, without computing either: where the gate has closed, both round to zero.
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        shares = F.logsigmoid(logits).flatten(2).softmax(dim=2).view_as(logits)  # of each cell, together 1
+        return x * (shares * (shares.shape[2] * shares.shape[3])).to(x.dtype)
 
 
 class SemanticWeighting(nn.Module):

@@ -189,21 +189,21 @@ def test_spatial_gate_equals_formula(identity_start: bool, relative: bool) -> No
         torch.testing.assert_close(result, one * weights)
 
 
-@torch.no_grad()
 def test_relative_weights_say_where_and_not_how_much() -> None:
     torch.manual_seed(1)
-    maps = normal(3, 16, 4, 5).relu() + 1
-    for size in (-100.0, -1.0, 0.0, 1.0, 100.0):  # closed, where every sigmoid rounds to zero, to wide open
+    maps = (normal(3, 16, 4, 5).relu() + 1).requires_grad_()
+    for size in (-100.0, -10.0, -1.0, 0.0, 1.0, 100.0):  # closed, where every sigmoid rounds to zero, to wide open
         weights = {}
         for relative in (False, True):
             gate = SpatialGate(identity_start=True, relative=relative)
             nn.init.constant_(gate.conv.weight, size)
-            weights[relative] = (gate(maps) / maps).mean(dim=1)
-        assert weights[True].isfinite().all()
-        if size > -100:
-            torch.testing.assert_close(weights[True].mean(dim=(1, 2)), torch.ones(3))
+            weighted = gate(maps)
+            weights[relative] = (weighted / maps).mean(dim=1)
+        torch.testing.assert_close(weights[True].mean(dim=(1, 2)), torch.ones(3))
+        for gradient in torch.autograd.grad(weighted.square().sum(), (maps, gate.conv.weight)):
+            assert gradient.isfinite().all()
     assert (weights[False] == 2).all()  # the other form has learnt to double the map
-    assert (weights[True] == 1).all()
+    torch.testing.assert_close(weights[True], torch.ones(3, 4, 5))
 
 
 @torch.no_grad()
