@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -452,6 +453,34 @@ def test_settings_younger_than_the_run_had_their_defaults(short, tiny_run, tmp_p
     with pytest.raises(CheckpointError, match=re.escape("crop_scale 1.0 there and 0.5 here")):
         train.main(tiny_run(tmp_path, *TWO_EPOCHS, "--crop_scale", "0.5"))
     assert load_trained(path).settings.crop_scale == 1
+
+
+def test_a_graph_older_than_its_residual_answers_as_it_did(tiny_run, tmp_path):
+    """The weights fit either wiring; only the settings tell which."""
+    former = ("--no-graph_residual", "--spatial_weights", "absolute")
+    settings = config.parse_settings(tiny_run(tmp_path, *former, model="sgkrl"))
+    torch.manual_seed(1)
+    network = assembly.network_of(settings, 3, pretrained=False).eval()
+    for layer in (network.graph.classifier, network.weighting.spatial.conv):  # which start next to zero
+        torch.nn.init.normal_(layer.weight)
+    saved = {"epoch": 1, "class_names": ["a", "b", "c"], "selected_on": "validation"}
+    saved |= {"network": network.state_dict(), "settings": dataclasses.asdict(settings)}
+    path, images = tmp_path / "last.pth", torch.randn(2, 3, 96, 96)
+    outputs = []
+    with torch.no_grad():
+        expected = network(images).logits
+        for younger in ((), ("graph_residual", "spatial_weights", "without")):
+            save_checkpoint(
+                path, saved | {"settings": {k: v for k, v in saved["settings"].items() if k not in younger}}
+            )
+            outputs.append(load_trained(path).network(images).logits)
+        saved["settings"] |= {"graph_residual": True, "spatial_weights": "relative"}
+        save_checkpoint(path, saved)
+        now = load_trained(path).network(images).logits
+    for found in outputs:
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    for branch in ("object", "graph"):
+        assert not torch.allclose(now[branch], expected[branch], rtol=1e-2, atol=1e-2)
 
 
 def test_random_parts_of_the_pictures_are_trained_on(short, tiny_run, tmp_path):
