@@ -32,7 +32,7 @@ from assembly import (
     load_trained,
     trained_network,
 )
-from config import Parser, Settings, SettingsError, complete, parse_settings
+from config import Parser, Settings, SettingsError, complete, parse_settings, settings_of_older_runs
 from datasets import Catalogue, Entry, draw_demo_picture, load_picture
 from networks.evidence import forward_with_evidence
 from networks.losses import loss_terms
@@ -90,7 +90,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespace
 def main(arguments: Sequence[str] | None = None) -> None:
     options, more = parse_arguments(arguments)
     if options.compare:
-        print(compare(options.compare, options.format))
+        print(compare(options.compare, options.format, older=settings_of_older_runs()))
         return
     keep_freed_memory()
 

@@ -122,6 +122,20 @@ def test_checkpoints_stand_for_their_reports(evaluated):
     assert by_checkpoint == compare([evaluated["mmal"], evaluated["mmal"] / "report-last.json"], "csv")
 
 
+def test_settings_that_a_report_does_not_know_were_as_before(evaluated, tmp_path):
+    report = json.loads((evaluated["mmal"] / "report.json").read_text("utf-8"))
+    older = {"graph_residual": False, "spatial_weights": "absolute", "without": (), "crop_scale": 1.0}
+    for name in older:
+        del report["settings"][name]
+    report["settings"]["dropout"] = 0.25
+    (tmp_path / "report.json").write_text(json.dumps(report), "utf-8")
+    header, first, second = csv.reader(
+        io.StringIO(compare([evaluated["mmal"], tmp_path], "csv", older={**older, "crop_scale": 0.5}))
+    )
+    assert header[1 : header.index("images")] == ["crop_scale", "dropout"]
+    assert (first[1], second[1:3]) == ("1.0", ["0.5", "0.25"])
+
+
 def test_data_that_lie_elsewhere_are_the_same_images(evaluated, tmp_path):
     """Another machine's paths: pictures count by their place in the data set."""
     copy = tmp_path / "elsewhere"

@@ -45,15 +45,16 @@ class PairedDifference(NamedTuple):
     only_second: int
 
 
-def compare(places: Sequence[Path], form: str = "text") -> str:
+def compare(places: Sequence[Path], form: str = "text", *, older: Mapping[str, object] | None = None) -> str:
     """Return the table of runs as "text", "csv" or "markdown"; text ends with paired comparisons of all pairs.
 
-    `places` are folders of runs (their report.json) or report files. Raises ComparisonError where one is missing.
+    `places` are folders of runs (their report.json) or report files; `older` says what a setting was in reports that
+    do not know it yet. Raises ComparisonError where a report is missing.
     """
     runs = [_read_run(place) for place in places]
     if len(runs) < 2:
         raise ComparisonError(f"one run came, {places[0]}; expected at least two to compare")
-    header, rows = _table(runs)
+    header, rows = _table(runs, json.loads(json.dumps(older or {})))  # lists for tuples, as in the reports
     if form == "csv":
         text = io.StringIO(newline="")
         csv.writer(text, lineterminator="\n").writerows([header, *rows])
@@ -120,19 +121,19 @@ def _below(picture: str, root: str | None) -> str:
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else picture
 
 
-def _table(runs: Sequence[EvaluatedRun]) -> tuple[list[str], list[list[str]]]:
-    settings = [run.report["settings"] for run in runs]
-    names = list(dict.fromkeys(name for values in settings for name in values))
+def _table(runs: Sequence[EvaluatedRun], older: Mapping[str, object]) -> tuple[list[str], list[list[str]]]:
+    names = list(dict.fromkeys(name for run in runs for name in run.report["settings"]))
+    settings = [{**older, **run.report["settings"]} for run in runs]
     differing = [n for n in names if n not in UNIMPORTANT and any(s.get(n) != settings[0].get(n) for s in settings)]
     branches = list(dict.fromkeys(name for run in runs for name in run.report["branches"]))
     header = ["run", *differing, "images", "answer %", "95 % interval", *(f"{b} %" for b in branches if b != "answer")]
     header += ["per class %", "boxes IoU >= 0.5 %", "mean IoU", "images/s"]
     rows = []
-    for run in runs:
+    for run, values in zip(runs, settings, strict=True):
         report, answer = run.report, run.report["branches"]["answer"]
         low, high = answer["top1_interval_95"]
         boxes = report["boxes"] or {}
-        row = [run.name, *(_shown(report["settings"].get(name)) for name in differing), str(report["images"])]
+        row = [run.name, *(_shown(values.get(name)) for name in differing), str(report["images"])]
         row += [f"{100 * answer['top1']:.1f}", f"{100 * low:.1f} to {100 * high:.1f}"]
         row += [f"{100 * report['branches'][b]['top1']:.1f}" if b in report["branches"] else "" for b in branches[1:]]
         row += [f"{100 * report['mean_per_class_accuracy']:.1f}"]
