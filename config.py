@@ -86,12 +86,11 @@ class Settings:
     graph_scope: str = "image"  # sgkrl, published wiring: image, or batch (windows of other images are linked)
     graph_neighbours: int = 3  # sgkrl: how many of the nearest windows a window is linked to, if there are as many
     graph_edges: str = "equal"  # sgkrl: what a link weighs: equal, distance (near ones more) or overlap
-    # sgkrl: the graph's logits are added to the mean of those of the windows. None: yes in the trained wiring. On 439
-    # test birds (README, real birds; three seeds) the graph was right for 64 % so, 41 by itself; the answer for 66.
-    graph_residual: bool | None = None  # True or False
-    # sgkrl: the spatial weights of a picture have mean 1, so that they say where, not how much (relative), or are
-    # sigmoids, as published (absolute). None: relative in the trained wiring.
-    spatial_weights: str | None = None  # relative or absolute
+    # None: yes in the trained wiring, whose spatial weights are relative then. On 439 test birds (README, real birds;
+    # three seeds) the graph was right for 64 % with both, 41 with neither; the answer for 66 with both and neither.
+    graph_residual: bool | None = None  # sgkrl: the graph's logits are added to the mean of those of the windows
+    # Plain sigmoids learn to open everywhere: they say how much, not where. None: relative in the trained wiring.
+    spatial_weights: str | None = None  # sgkrl: relative (mean 1 in each picture) or absolute (sigmoids, as published)
     without: tuple[str, ...] = ()  # sgkrl, trained wiring: fusion, weighting: parts that are left out, for comparison
     # An experiment: its gradient is several times as large as all others together, so set clip_gradient_norm, too.
     crop_gradient: bool = False  # sgkrl, trained wiring: the losses of what is cut out move the object box, too
@@ -411,7 +410,7 @@ def complete(settings: Settings) -> Settings:
     if settings.image_size is None:
         settings = dataclasses.replace(settings, image_size=settings.input_size)
     found = {name: value for name, value in _of_the_wiring(settings).items() if getattr(settings, name) is None}
-    settings = dataclasses.replace(settings, **found)
+    settings = dataclasses.replace(settings, **found, without=tuple(sorted(settings.without)))
     _check_values(settings)
     _check_together(settings)
     return settings
@@ -525,7 +524,9 @@ def _check_values(settings: Settings) -> None:
         *most, last = map(repr, possible)
         require(name, getattr(settings, name) in possible, f"{', '.join(most)} or {last}")
     require("exit_threshold", 0 <= settings.exit_threshold <= 1, "a probability from 0 to 1")
-    require("without", set(settings.without) <= {"fusion", "weighting"}, "'fusion', 'weighting', both or nothing")
+    parts = set(settings.without)
+    at_most_once = parts <= {"fusion", "weighting"} and len(parts) == len(settings.without)
+    require("without", at_most_once, "'fusion', 'weighting', both or nothing")
     is_share = not isinstance(settings.suppression, str) and 0 < settings.suppression <= 1
     require("localization_stride", settings.localization_stride in (32, 16), "32 or 16")
     require("localization_threshold", 0 < settings.localization_threshold < math.inf, "a number above 0, such as 1.2")
@@ -610,6 +611,11 @@ def _check_together(settings: Settings) -> None:
                 getattr(settings, name) == as_published or settings.wiring == "trained",
                 f"{as_published!r} where wiring is 'published'",
             )
+        require(
+            "without",
+            "weighting" not in settings.without or settings.spatial_weights != "absolute",
+            "nothing or 'fusion' where spatial_weights is 'absolute': without the weighting there are no such weights",
+        )
         require(
             "crop_gradient",
             not settings.crop_gradient or settings.wiring == "trained",
