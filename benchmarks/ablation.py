@@ -12,7 +12,8 @@ Test images are looked at only with `--test`, after the last epoch of each run; 
 batch, a second time in random order.
 
 The file of `--results` gets a line as each run ends. What it holds already, with the same flags, is not run again, also
-on another machine: a line says nothing of where data and weights lie. A run that fails does not end the sweep.
+on another machine: a line says nothing of where data and weights lie. It knows only the flags, not what the defaults of
+config.py were: after changing one, give another file. A run that fails does not end the sweep.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ COMMON = (
 # the object box as MMAL-Net draws it, round what is above the mean of the trunk's own grid
 COARSE = ("--localization_stride", "32", "--localization_threshold", "1.0")
 NO_WINDOWS = ("--loss_weights", "window=0", "graph=0", "--answer", "raw", "fused", "object")
-# the trained wiring with its graph by itself and with CBAM's spatial weights, as the rows without windows were measured
+# the trained wiring as it was before: its graph by itself, spatial weights as CBAM has them
 FORMER = ("--no-graph_residual", "--spatial_weights", "absolute")
 
 # name -> flags after the common ones
@@ -66,12 +67,13 @@ ROWS: dict[str, tuple[str, ...]] = {
     "trained-no-fusion-loss": ("--loss_weights", "fused=0", "--answer", "raw", "object", "graph"),
     "trained-no-fusion": ("--without", "fusion"),
     "trained-no-weighting": ("--without", "weighting"),
-    "trained-no-windows": (*FORMER, *NO_WINDOWS),
+    "trained-no-windows": NO_WINDOWS,
     "trained-no-graph": ("--loss_weights", "graph=0", "--answer", "raw", "fused", "object"),
     "trained-mask": ("--mask_from_epoch", "4"),
     "trained-coarse": COARSE,
     # without the windows, the dearest part, where only the object box is in question
-    "trained-coarse-no-windows": (*FORMER, *COARSE, *NO_WINDOWS),
+    "trained-former-no-windows": (*FORMER, *NO_WINDOWS),
+    "trained-former-coarse-no-windows": (*FORMER, *COARSE, *NO_WINDOWS),
     "published-no-windows": ("--wiring", "published", "--loss_weights", "window=0", "graph=0"),
     # variants
     "trained-lone-graph": ("--no-graph_residual",),
