@@ -122,24 +122,27 @@ class ChannelGate(nn.Module):
 class SpatialGate(nn.Module):
     """Weights each cell of a map by a number read from its neighbourhood's channel mean and maximum.
 
-    `relative` divides the weights of a picture by their mean, so that they say where and not how much: a gate that may
-    scale the whole map learns to open everywhere, which only makes the classifier behind it too sure of itself.
+    `relative` weights say where and not how much. They are divided by their mean in the picture: a gate that may scale
+    the whole map learns to open everywhere, which only makes the classifier behind it too sure of itself. And they are
+    read from how far mean and maximum stand out from the picture's own, with the border repeated: read from the values
+    themselves, which are large, they learn too fast; from a border of zeros, to point into a corner of small grids.
     """
 
     def __init__(self, *, identity_start: bool = False, relative: bool = False):
         super().__init__()
         self.scale = 2.0 if identity_start else 1.0
         self.relative = relative
-        self.conv = nn.Conv2d(2, 1, kernel_size=3, padding=1, bias=False)
+        padding_mode = "replicate" if relative else "zeros"
+        self.conv = nn.Conv2d(2, 1, kernel_size=3, padding=1, padding_mode=padding_mode, bias=False)
         if identity_start:
             nn.init.normal_(self.conv.weight, std=NEARLY_ZERO)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, C, H, W] to [B, C, H, W]."""
         summary = torch.cat([x.mean(dim=1, keepdim=True), x.amax(dim=1, keepdim=True)], dim=1)
-        logits = self.conv(summary)
         if not self.relative:
-            return x * (self.scale * torch.sigmoid(logits))
+            return x * (self.scale * torch.sigmoid(self.conv(summary)))
+        logits = self.conv(F.layer_norm(summary, summary.shape[2:]))  # standardised over the cells of the picture
         # The sigmoids divided by their mean, without computing either: where the gate has closed, both round to zero.
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         shares = F.logsigmoid(logits).flatten(2).softmax(dim=2).view_as(logits)  # of each cell, together 1

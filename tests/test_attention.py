@@ -179,7 +179,12 @@ def test_spatial_gate_equals_formula(identity_start: bool, relative: bool) -> No
     assert gate.conv.bias is None
     scale = 2 if identity_start else 1
     for one, result in zip(maps, gate(maps), strict=True):
-        padded = F.pad(torch.stack([one.mean(dim=0), one.max(dim=0).values]), (1, 1, 1, 1))
+        summary = torch.stack([one.mean(dim=0), one.max(dim=0).values])
+        padded = F.pad(summary, (1, 1, 1, 1))
+        if relative:  # standardised, the border repeated
+            centred = summary - summary.mean(dim=(1, 2), keepdim=True)
+            padded = centred / (centred.square().mean(dim=(1, 2), keepdim=True) + 1e-5).sqrt()
+            padded = padded[:, [0, 0, 1, 2, 3, 3]][:, :, [0, 0, 1, 2, 3, 4, 4]]
         weights = torch.empty(4, 5)
         for row in range(4):
             for column in range(5):
@@ -192,7 +197,7 @@ def test_spatial_gate_equals_formula(identity_start: bool, relative: bool) -> No
 def test_relative_weights_say_where_and_not_how_much() -> None:
     torch.manual_seed(1)
     maps = (normal(3, 16, 4, 5).relu() + 1).requires_grad_()
-    for size in (-100.0, -10.0, -1.0, 0.0, 1.0, 100.0):  # closed, where every sigmoid rounds to zero, to wide open
+    for size in (-100.0, -10.0, -1.0, 0.0, 1.0, 100.0):
         weights = {}
         for relative in (False, True):
             gate = SpatialGate(identity_start=True, relative=relative)
@@ -200,10 +205,39 @@ def test_relative_weights_say_where_and_not_how_much() -> None:
             weighted = gate(maps)
             weights[relative] = (weighted / maps).mean(dim=1)
         torch.testing.assert_close(weights[True].mean(dim=(1, 2)), torch.ones(3))
+        if abs(size) <= 1:  # else the rounding of the logits shows
+            torch.testing.assert_close(gate(20 * maps), 20 * weighted, rtol=1e-2, atol=1e-2)
         for gradient in torch.autograd.grad(weighted.square().sum(), (maps, gate.conv.weight)):
             assert gradient.isfinite().all()
     assert (weights[False] == 2).all()  # the other form has learnt to double the map
-    torch.testing.assert_close(weights[True], torch.ones(3, 4, 5))
+
+
+@torch.no_grad()
+def test_relative_weights_do_not_see_where_the_map_ends() -> None:
+    """Rows that are alike get weights that are alike, at the border and inside, whatever the convolution has learnt."""
+    by_column = normal(2, 16, 1, 5).relu().expand(2, 16, 4, 5)
+    for seed in range(5):
+        published, relative = SpatialGate(), SpatialGate(relative=True)
+        for gate in (published, relative):
+            gate.conv.weight.copy_(normal(1, 2, 3, 3, seed=seed))
+        assert not torch.allclose(published(by_column)[:, :, 0], published(by_column)[:, :, 1])
+        weighted = relative(by_column)
+        torch.testing.assert_close(weighted, weighted[:, :, :1].expand_as(weighted))
+        assert not torch.allclose(weighted, by_column, atol=1e-2)
+        even = by_column[..., :1].expand(2, 16, 4, 5)
+        torch.testing.assert_close(relative(even), even)
+
+
+@pytest.mark.parametrize("size", ((1, 1), (1, 6), (2, 2)))
+def test_relative_weights_on_the_smallest_grids(size: tuple[int, int]) -> None:
+    torch.manual_seed(1)
+    gate, maps = SpatialGate(relative=True), normal(2, 8, *size).relu().requires_grad_()
+    weighted = gate(maps)
+    assert weighted.isfinite().all()
+    if size == (1, 1):
+        assert torch.equal(weighted, maps)
+    for gradient in torch.autograd.grad(weighted.square().sum(), (maps, gate.conv.weight)):
+        assert gradient.isfinite().all()
 
 
 @torch.no_grad()
