@@ -39,6 +39,7 @@ from utils.panels import image_panel  # noqa: E402
 from utils.pictures import INK, PAPER, SHADOW, TRACK, WINDOWS, to_pillow  # noqa: E402
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+FOUR_BIRDS = 716  # pixels from the top of a run's pictures/test.png: its legend and two rows
 LINES = ((213, 94, 0), (0, 114, 178), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233))  # Okabe and Ito
 
 
@@ -57,6 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{path}: {path.stat().st_size // 1024} KB")
         return
     draw_pipeline(options.run / "best.pth").save(options.out / "pipeline.jpg", quality=88, optimize=True)
+    with Image.open(options.run / "pictures" / "test.png") as drawn:
+        four_birds = drawn.convert("RGB").crop((0, 0, drawn.width, FOUR_BIRDS))
+    four_birds.save(options.out / "demo.jpg", quality=88, optimize=True)
     draw_windows().save(options.out / "windows.jpg", quality=88, optimize=True)
     draw_curves(options.run).save(options.out / "curves.png", optimize=True)
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
