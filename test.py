@@ -42,7 +42,7 @@ from utils.compare import compare
 from utils.early_exit import ExitCollector, choose_threshold, curve_text
 from utils.engine import evaluate
 from utils.errors import exit_with_one_sentence
-from utils.files import write_text
+from utils.files import show, write_text
 from utils.metrics import confusion_matrix
 from utils.panels import image_panel
 from utils.pictures import save_png
@@ -136,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "images_per_second": figures["images_per_second"],
         "settings": dataclasses.asdict(settings),
     }
-    print(as_text(report), flush=True)
+    show(as_text(report))
     folder, stem = options.checkpoint.parent, options.checkpoint.stem
     ending = ("" if stem == "best" else f"-{stem}") + ("-shuffled" if options.shuffle else "")
     write_text(folder / f"report{ending}.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
@@ -159,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     panel = draw_panel(network, listed, settings, catalogue.class_names, execution, plan)
     save_png(folder / "pictures" / f"test{ending}.png", panel)
     names = (f"report{ending}.html", f"report{ending}.json", f"predictions{ending}.csv", f"pictures/test{ending}.png")
-    print(f"written to {folder}: {', '.join(names)}")
+    show(f"written to {folder}: {', '.join(names)}")
 
 
 def rebuild(options: argparse.Namespace, more: Sequence[str]) -> tuple[Trained, Catalogue]:
@@ -229,7 +229,7 @@ def calibrated_exit(network: torch.nn.Module, settings: Settings, catalogue: Cat
     evaluate(network, loader, branches=network.branches, on_batch=collector, description="validation", **shared)
     curve = collector.curve()
     chosen = choose_threshold(curve)
-    print(f"early exit, measured on {name}:\n{curve_text(curve, chosen)}\n", flush=True)
+    show(f"early exit, measured on {name}:\n{curve_text(curve, chosen)}\n")
     return chosen.threshold
 
 

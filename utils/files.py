@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and words that do not stand in their way."""
 
 from __future__ import annotations
 
@@ -106,3 +106,13 @@ def locked(folder: Path) -> Iterator[None]:
         if number is not None:
             _locks.discard(number)
             os.close(number)
+
+
+def show(text: str) -> None:
+    """Print what is told on the way to files: a reader that leaves early, like `head`, costs none of them."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())  # for what Python still holds back and for what follows
+        os.close(nowhere)
