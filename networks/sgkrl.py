@@ -38,9 +38,9 @@ class SGKRL(nn.Module):
 
     `graph_residual` adds the graph's logits to the mean of those of the windows, and lets them start near zero: the
     branch `graph` starts as what the windows say, each by itself. `spatial_weights`: `absolute` ones are the sigmoids
-    of CBAM, `relative` ones have mean 1 in each picture (see `networks.attention.SpatialGate`). The trained wiring has
-    the graph as a residual and relative weights unless told otherwise (None); the published one knows neither, nor
-    `without`: parts that are left out, for comparison.
+    of CBAM, `relative` ones have mean 1 in each picture and see how far a cell stands out from it (see
+    `networks.attention.SpatialGate`). The trained wiring has the graph as a residual and relative weights unless told
+    otherwise (None); the published one knows neither, nor `without`: parts that are left out, for comparison.
 
     `crop_gradient` lets the losses of object, windows and graph move the object box, too (see
     `networks.localization.with_gradient`).
