@@ -13,7 +13,8 @@ batch, a second time in random order.
 
 The file of `--results` gets a line as each run ends. What it holds already, with the same flags, is not run again, also
 on another machine: a line says nothing of where data and weights lie. It knows only the flags, not what the defaults of
-config.py were: after changing one, give another file. A run that fails does not end the sweep.
+config.py were: after changing one, give another file, or another name to the rows that ran before and a `commit`.
+A run that fails does not end the sweep.
 """
 
 from __future__ import annotations
