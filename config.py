@@ -87,10 +87,11 @@ class Settings:
     graph_neighbours: int = 3  # sgkrl: how many of the nearest windows a window is linked to, if there are as many
     graph_edges: str = "equal"  # sgkrl: what a link weighs: equal, distance (near ones more) or overlap
     # None: yes in the trained wiring, whose spatial weights are relative then. On 439 test birds (README, real birds;
-    # three seeds) the graph was right for 64 % with both, 41 with neither; the answer for 66 with both and neither.
+    # three seeds, relative weights in an earlier form) the graph was right for 64 % with both, 41 with neither; the
+    # answer for 66 with both and neither.
     graph_residual: bool | None = None  # sgkrl: the graph's logits are added to the mean of those of the windows
-    # Plain sigmoids learn to open everywhere, or along the border whose zeros they see: on the demo the windows lay
-    # there and were right for 54 %, with relative ones on the bird, for 64. None: relative in the trained wiring.
+    # Plain sigmoids learn to open everywhere, or along one side of the map: on the demo the windows lay there and were
+    # right for 54 %, with relative ones on the bird, for 64. None: relative in the trained wiring.
     spatial_weights: str | None = None  # sgkrl: relative (mean 1 in each picture) or absolute (sigmoids, as published)
     without: tuple[str, ...] = ()  # sgkrl, trained wiring: fusion, weighting: parts that are left out, for comparison
     # An experiment: its gradient is several times as large as all others together, so set clip_gradient_norm, too.

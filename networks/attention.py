@@ -125,7 +125,7 @@ class SpatialGate(nn.Module):
     `relative` weights say where and not how much. They are divided by their mean in the picture: a gate that may scale
     the whole map learns to open everywhere, which only makes the classifier behind it too sure of itself. And they are
     read from how far mean and maximum stand out from the picture's own, with the border repeated: read from the values
-    themselves, which are large, they learn too fast; from a border of zeros, to point into a corner of small grids.
+    themselves they learnt to point into a corner of a small grid, with a border of zeros and with a repeated one.
     """
 
     def __init__(self, *, identity_start: bool = False, relative: bool = False):
