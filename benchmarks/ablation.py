@@ -104,8 +104,11 @@ def main(arguments: Sequence[str] | None = None) -> list[dict]:
         return []
     if options.table:
         results = read_results(options.table)
-        print(as_text(results, sorted_rows(results), test=any("test" in result for result in results)))
+        rows = sorted_rows(results)
+        check_against(options.against, rows)
+        print(as_text(results, rows, options.against, test=any("test" in result for result in results)))
         return results
+    check_against(options.against, options.rows)
     common = [*COMMON, *common]
     path = options.results or options.runs / "results.jsonl"
     stored = {identity(result): result for result in read_results(path)} if path.exists() else {}
@@ -133,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict]:
 
     with bar, ThreadPoolExecutor(options.jobs) as pool:
         results = [result for result in pool.map(one, wanted) if result is not None]
-    print(as_text(results, options.rows, test=options.test))
+    print(as_text(results, options.rows, options.against, test=options.test))
     if failures:
         reasons = [f"{row} seed {seed}: {type(e).__name__}: {e}" for (row, seed), e in failures.items()]
         raise SystemExit("\n".join([f"{len(failures)} of {len(wanted)} runs failed:", *reasons]))
@@ -152,6 +155,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespace
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side (default: 1)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of each run (default: all)")
     parser.add_argument("--test", action="store_true", help="look at the test images, once, after the last epoch")
+    parser.add_argument("--against", nargs="+", default=[], metavar="ROW", help="default: the first, and published")
     parser.add_argument("--list", action="store_true", help="show the rows and end")
     return parser.parse_known_args(arguments)
 
@@ -272,13 +276,20 @@ def store(path: Path, result: dict) -> None:
 # ---- Tables ---------------------------------------------------------------------------------------------------------
 
 
+def check_against(against: Sequence[str], rows: Sequence[str]) -> None:
+    """Raise ValueError for a row to pair with that is not among the table's."""
+    for row in against:
+        if row not in rows:
+            raise ValueError(f"--against {row} is no row of this table, which has {', '.join(rows)}: give one of them")
+
+
 def sorted_rows(results: Sequence[Mapping]) -> list[str]:
     """The rows of the results in the order of `ROWS`, those it no longer has last."""
     found = dict.fromkeys(result["row"] for result in results)
     return [row for row in ROWS if row in found] + [row for row in found if row not in ROWS]
 
 
-def as_text(results: Sequence[Mapping], rows: Sequence[str], *, test: bool) -> str:
+def as_text(results: Sequence[Mapping], rows: Sequence[str], against: Sequence[str], *, test: bool) -> str:
     """The tables and paired comparisons, apart for runs with other common flags."""
     parts = []
     for common in dict.fromkeys(result["common"] for result in results):
@@ -287,7 +298,7 @@ def as_text(results: Sequence[Mapping], rows: Sequence[str], *, test: bool) -> s
         tested = [result for result in alike if "test" in result]
         if test and tested:
             parts.append(f"test images, last epoch:\n{as_table(tested, 'test', rows)}")
-            parts.append("\n".join(paired(tested, rows)))
+            parts.append("\n".join(paired(tested, rows, against)))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -316,15 +327,15 @@ def _cells(runs: Sequence[Mapping[str, float]], names: Sequence[str]) -> list[st
     return [str(len(runs)), spread, *means]
 
 
-def paired(results: Sequence[Mapping], rows: Sequence[str]) -> list[str]:
-    """Each row against the first, and against `published`, on the same images and seeds.
+def paired(results: Sequence[Mapping], rows: Sequence[str], against: Sequence[str] = ()) -> list[str]:
+    """Each row against those of `against` (none: the first, and `published`), on the same images and seeds.
 
-    Pictures of all seeds that both rows have are drawn again and again.
+    Pictures of all seeds that both rows have are drawn again and again. Two of `against` are paired once.
     """
     runs = {(result["row"], result["seed"]): result["right"] for result in results}
     rows = [row for row in rows if any(row == tested for tested, _ in runs)]
-    bases = list(dict.fromkeys([*rows[:1], *(row for row in rows if row == "published")]))
-    pairs = [(row, base) for base in bases for row in rows if row != base and (row, base) != (rows[0], "published")]
+    bases = [base for base in dict.fromkeys(against or [*rows[:1], "published"]) if base in rows]
+    pairs = [(row, base) for at, base in enumerate(bases) for row in rows if row not in bases[: at + 1]]
     return [_sentence(row, base, runs) for row, base in pairs]
 
 
@@ -338,7 +349,8 @@ def _sentence(row: str, base: str, runs: Mapping[tuple[str, int], str]) -> str:
     difference = paired_bootstrap(first, second)
     return (
         f"{row} against {base}: {100 * difference.difference:+.1f} points, 95 % interval "
-        f"{100 * difference.low:+.1f} to {100 * difference.high:+.1f} (of the choice of images)"
+        f"{100 * difference.low:+.1f} to {100 * difference.high:+.1f} "
+        f"(of the choice of images; seeds {', '.join(map(str, seeds))})"
     )
 
 

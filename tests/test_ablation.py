@@ -163,7 +163,17 @@ def test_a_graph_over_the_batch_is_tested_in_both_orders(scripts, tmp_path, caps
     ablation.main(["--table", str(tmp_path / "results.jsonl")])
     table = capsys.readouterr().out
     assert table == shown
+    ablation.main(["--table", str(tmp_path / "results.jsonl"), "--against", "published", "published-batch-graph"])
+    lines = [line.split(",")[0] for line in capsys.readouterr().out.splitlines() if "against" in line]
+    assert lines == [
+        "resnet against published: -10.0 points",
+        "published-batch-graph against published: +0.0 points",
+        "resnet against published-batch-graph: -10.0 points",
+    ]
     assert len(scripts) == 6 + 8
+    for options in (["--table", str(tmp_path / "results.jsonl")], ["--runs", str(tmp_path), "--rows", "resnet"]):
+        with pytest.raises(ValueError, match="--against mmal is no row of this table, which has resnet"):
+            ablation.main([*options, "--against", "mmal"])
 
 
 def test_a_run_that_fails_does_not_end_the_sweep(scripts, broken, tmp_path, capsys):
