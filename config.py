@@ -86,9 +86,8 @@ class Settings:
     graph_scope: str = "image"  # sgkrl, published wiring: image, or batch (windows of other images are linked)
     graph_neighbours: int = 3  # sgkrl: how many of the nearest windows a window is linked to, if there are as many
     graph_edges: str = "equal"  # sgkrl: what a link weighs: equal, distance (near ones more) or overlap
-    # None: yes in the trained wiring, whose spatial weights are relative then. On 439 test birds, three seeds
-    # (benchmarks/birds.md), the graph was right for 64 % with both, 41 with neither; the answer for 66 with both and
-    # neither.
+    # None: yes in the trained wiring. On 439 test birds, three seeds (benchmarks/birds.md), the graph was right for
+    # 64 % with it and relative spatial weights, 41 with neither; the answer for 66 with both and with neither.
     graph_residual: bool | None = None  # sgkrl: the graph's logits are added to the mean of those of the windows
     # Plain sigmoids learn to open everywhere, or along one side of the map: on the demo the windows lay there and were
     # right for 54 %, with relative ones on the bird, for 64. None: relative in the trained wiring.
