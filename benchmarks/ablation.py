@@ -155,7 +155,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespace
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side (default: 1)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of each run (default: all)")
     parser.add_argument("--test", action="store_true", help="look at the test images, once, after the last epoch")
-    parser.add_argument("--against", nargs="+", default=[], metavar="ROW", help="default: the first, and published")
+    parser.add_argument(
+        "--against",
+        nargs="+",
+        default=[],
+        metavar="ROW",
+        help="rows to pair the others with (default: the first, and published)",
+    )
     parser.add_argument("--list", action="store_true", help="show the rows and end")
     return parser.parse_known_args(arguments)
 
@@ -327,7 +333,7 @@ def _cells(runs: Sequence[Mapping[str, float]], names: Sequence[str]) -> list[st
     return [str(len(runs)), spread, *means]
 
 
-def paired(results: Sequence[Mapping], rows: Sequence[str], against: Sequence[str] = ()) -> list[str]:
+def paired(results: Sequence[Mapping], rows: Sequence[str], against: Sequence[str]) -> list[str]:
     """Each row against those of `against` (none: the first, and `published`), on the same images and seeds.
 
     Pictures of all seeds that both rows have are drawn again and again. Two of `against` are paired once.

@@ -163,17 +163,29 @@ def test_a_graph_over_the_batch_is_tested_in_both_orders(scripts, tmp_path, caps
     ablation.main(["--table", str(tmp_path / "results.jsonl")])
     table = capsys.readouterr().out
     assert table == shown
+    assert len(scripts) == 6 + 8
+
+
+def test_rows_are_paired_with_any_other(scripts, tmp_path, capsys):
+    sweep(tmp_path, "--rows", "resnet", "published", "published-batch-graph", "--test")
+    capsys.readouterr()
     ablation.main(["--table", str(tmp_path / "results.jsonl"), "--against", "published", "published-batch-graph"])
-    lines = [line.split(",")[0] for line in capsys.readouterr().out.splitlines() if "against" in line]
-    assert lines == [
+    shown = [line for line in capsys.readouterr().out.splitlines() if "against" in line]
+    assert [line.split(",")[0] for line in shown] == [
         "resnet against published: -10.0 points",
         "published-batch-graph against published: +0.0 points",
         "resnet against published-batch-graph: -10.0 points",
     ]
-    assert len(scripts) == 6 + 8
+    assert all(line.endswith("; seeds 0, 1)") for line in shown)
+
+
+def test_a_row_to_pair_with_must_be_in_the_table(scripts, tmp_path):
+    sweep(tmp_path, "--rows", "resnet", "published")
+    ran = len(scripts)
     for options in (["--table", str(tmp_path / "results.jsonl")], ["--runs", str(tmp_path), "--rows", "resnet"]):
         with pytest.raises(ValueError, match="--against mmal is no row of this table, which has resnet"):
             ablation.main([*options, "--against", "mmal"])
+    assert len(scripts) == ran
 
 
 def test_a_run_that_fails_does_not_end_the_sweep(scripts, broken, tmp_path, capsys):
