@@ -30,14 +30,14 @@ from datasets import (
 from networks import build_network
 from networks.folding import cast_for_autocast, fold_batch_norm
 from utils.checkpoint import CheckpointError, load_checkpoint
-from utils.compilation import compile_backbone
-from utils.distributed import choose_device, rank, unwrap, world_size
-from utils.engine import Execution
-from utils.interruption import leave_run_to_the_main_process
-from utils.panels import output_panel
-from utils.picture_cache import PictureCache, cache_in_memory, cache_on_disk
-from utils.precision import resolve_precision
-from utils.schedule import EpochPlan, plan_epoch
+from utils.data.picture_cache import PictureCache, cache_in_memory, cache_on_disk
+from utils.reporting.panels import output_panel
+from utils.training.compilation import compile_backbone
+from utils.training.distributed import choose_device, rank, unwrap, world_size
+from utils.training.engine import Execution
+from utils.training.interruption import leave_run_to_the_main_process
+from utils.training.precision import resolve_precision
+from utils.training.schedule import EpochPlan, plan_epoch
 
 
 def catalogue_of(settings: Settings) -> tuple[Catalogue, dict[str, str]]:

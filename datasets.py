@@ -777,7 +777,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 class Sample(NamedTuple):
-    """One picture, ready for a batch. Normalisation and `augmentation` are left to the device, see utils/augmentation.
+    """One picture, ready for a batch. Normalisation and `augmentation` are left to the device, see utils.data.
 
     image: [3, S, S] uint8, its values pixel by pixel in memory.
     box: [4] float32, the object's edges (x0, y0, x1, y1) in pixels of the image after augmentation (without area where

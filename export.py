@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from assembly import load_trained
 from config import Parser
-from utils.augmentation import MEAN, STD
+from utils.data.augmentation import MEAN, STD
 from utils.errors import exit_with_one_sentence
-from utils.metrics import inclusive_to_edges
+from utils.reporting.metrics import inclusive_to_edges
 
 FORMATS = (".pt2", ".onnx")
 ONNX_PACKAGES = ("onnx", "onnxscript")

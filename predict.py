@@ -22,10 +22,10 @@ from config import Parser
 from datasets import DataError, Entry, Pictures, Sample, collate, load_picture
 from networks.evidence import forward_with_evidence
 from utils.errors import exit_with_one_sentence
-from utils.interruption import leave_run_to_the_main_process
-from utils.metrics import inclusive_to_edges
-from utils.panels import image_panel
-from utils.pictures import save_png
+from utils.reporting.metrics import inclusive_to_edges
+from utils.reporting.panels import image_panel
+from utils.reporting.pictures import save_png
+from utils.training.interruption import leave_run_to_the_main_process
 
 EVIDENCE_SIZE = 112  # points along a side; it is drawn smoothly
 

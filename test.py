@@ -36,19 +36,19 @@ from config import Parser, Settings, SettingsError, complete, parse_settings, se
 from datasets import Catalogue, Entry, draw_demo_picture, load_picture
 from networks.evidence import forward_with_evidence
 from networks.losses import loss_terms
-from utils.allocator import keep_freed_memory
 from utils.checkpoint import CheckpointError, load_checkpoint, load_published
-from utils.compare import compare
-from utils.early_exit import ExitCollector, choose_threshold, curve_text
-from utils.engine import evaluate
 from utils.errors import exit_with_one_sentence
 from utils.files import show, write_text
-from utils.metrics import confusion_matrix
-from utils.panels import image_panel
-from utils.pictures import save_png
-from utils.report import Mistake, order_where_it_matters, write_report
-from utils.results import ResultCollector
-from utils.runlog import log_evaluation
+from utils.reporting.compare import compare
+from utils.reporting.early_exit import ExitCollector, choose_threshold, curve_text
+from utils.reporting.metrics import confusion_matrix
+from utils.reporting.panels import image_panel
+from utils.reporting.pictures import save_png
+from utils.reporting.report import Mistake, order_where_it_matters, write_report
+from utils.reporting.results import ResultCollector
+from utils.reporting.runlog import log_evaluation
+from utils.training.allocator import keep_freed_memory
+from utils.training.engine import evaluate
 
 PUBLISHED_MODELS = ("mmal", "sgkrl")
 

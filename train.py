@@ -31,11 +31,25 @@ from config import parse_settings, run_name, settings_of_older_runs
 from datasets import Batch
 from networks.losses import loss_terms
 from networks.outputs import NetworkOutput
-from utils.allocator import keep_freed_memory
 from utils.checkpoint import save_checkpoint, save_last
-from utils.compilation import compile_backbone
-from utils.distributed import any_process, cleanup, is_main, rank, setup_distributed, unwrap, world_size, wrap_network
-from utils.engine import (
+from utils.errors import exit_with_one_sentence
+from utils.files import locked, write_text
+from utils.reporting.metrics import EpochMeter
+from utils.reporting.pictures import save_png
+from utils.reporting.runlog import RunLog
+from utils.training.allocator import keep_freed_memory
+from utils.training.compilation import compile_backbone
+from utils.training.distributed import (
+    any_process,
+    cleanup,
+    is_main,
+    rank,
+    setup_distributed,
+    unwrap,
+    world_size,
+    wrap_network,
+)
+from utils.training.engine import (
     STEPS_BETWEEN_READINGS,
     Execution,
     NonFiniteLossError,
@@ -44,16 +58,18 @@ from utils.engine import (
     evaluate,
     train_one_epoch,
 )
-from utils.errors import exit_with_one_sentence
-from utils.files import locked, write_text
-from utils.interruption import Stopped, StopRequest
-from utils.metrics import EpochMeter
-from utils.pictures import save_png
-from utils.precision import resolve_precision
-from utils.resume import TRAINING_STATE, drop_half_files, drop_old_epochs, holds_epoch, load_resumable, move_aside
-from utils.runlog import RunLog
-from utils.schedule import build_optimizer, build_schedule, plan_epoch
-from utils.seeding import seed_everything
+from utils.training.interruption import Stopped, StopRequest
+from utils.training.precision import resolve_precision
+from utils.training.resume import (
+    TRAINING_STATE,
+    drop_half_files,
+    drop_old_epochs,
+    holds_epoch,
+    load_resumable,
+    move_aside,
+)
+from utils.training.schedule import build_optimizer, build_schedule, plan_epoch
+from utils.training.seeding import seed_everything
 
 # These may differ when a run is continued: they change where and how it is computed, not what.
 FREE_ON_RESUME = {

@@ -35,11 +35,11 @@ from pathlib import Path
 from measuring import PROJECT, machine
 from tqdm import tqdm
 
-from utils.compare import paired_bootstrap
-from utils.distributed import choose_device
 from utils.errors import exit_with_one_sentence
 from utils.files import write_text
-from utils.results import read_predictions
+from utils.reporting.compare import paired_bootstrap
+from utils.reporting.results import read_predictions
+from utils.training.distributed import choose_device
 
 COMMON = (
     *("--dataset", "cub", "--input_size", "224", "--epochs", "8", "--batch_size", "16"),

@@ -24,10 +24,10 @@ from assembly import catalogue_of, evaluation_loader, network_of, settings_of
 from config import complete, parse_settings
 from networks.folding import fold_batch_norm
 from utils.checkpoint import load_checkpoint
-from utils.distributed import choose_device
-from utils.engine import Execution
-from utils.metrics import inclusive_to_edges, paired_box_iou
-from utils.seeding import seed_everything
+from utils.reporting.metrics import inclusive_to_edges, paired_box_iou
+from utils.training.distributed import choose_device
+from utils.training.engine import Execution
+from utils.training.seeding import seed_everything
 
 
 @torch.no_grad()

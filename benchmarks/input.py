@@ -31,9 +31,9 @@ from torchvision import transforms
 from assembly import cache_of, training_loader
 from config import Settings, complete
 from datasets import Entry, read_catalogue
-from utils.augmentation import MEAN, STD
-from utils.distributed import choose_device
-from utils.engine import Execution
+from utils.data.augmentation import MEAN, STD
+from utils.training.distributed import choose_device
+from utils.training.engine import Execution
 
 
 class PlainPictures(Dataset):

@@ -25,8 +25,8 @@ from networks.localization import activation_map, adaptive_mask, cell_boxes_to_p
 from networks.parts import PartProposals
 from networks.suppression import suppress
 from networks.windows import WindowSelector, scale_window_set
-from utils.allocator import keep_freed_memory
-from utils.distributed import choose_device
+from utils.training.allocator import keep_freed_memory
+from utils.training.distributed import choose_device
 
 sys.path.insert(0, str(PROJECT / "tests"))
 

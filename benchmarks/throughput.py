@@ -1,7 +1,7 @@
 """How fast a system trains and answers, against its backbone alone: `python benchmarks/throughput.py --model sgkrl`.
 
-Interleaved in one process, pictures from memory: a training step (`utils.engine.train_one_epoch`: loss, gradients,
-optimizer, figures) and inference (`evaluated` branches and the answer), each
+Interleaved in one process, pictures from memory: a training step (`utils.training.engine.train_one_epoch`: loss,
+gradients, optimizer, figures) and inference (`evaluated` branches and the answer), each
 
     off       float32, NCHW memory layout, batch norm as it is, the C library's allocator: what published code does
     on        the chosen precision, channels_last; inference with batch norm folded into the convolutions
@@ -29,11 +29,11 @@ from datasets import Batch
 from networks import MODELS, build_network
 from networks.folding import cast_for_autocast, fold_batch_norm
 from networks.losses import loss_terms
-from utils.allocator import GLIBC_DEFAULT, keep_freed_memory
-from utils.distributed import choose_device
-from utils.engine import Execution, train_one_epoch
-from utils.precision import resolve_precision
-from utils.schedule import build_optimizer, build_schedule, plan_epoch
+from utils.training.allocator import GLIBC_DEFAULT, keep_freed_memory
+from utils.training.distributed import choose_device
+from utils.training.engine import Execution, train_one_epoch
+from utils.training.precision import resolve_precision
+from utils.training.schedule import build_optimizer, build_schedule, plan_epoch
 
 CLIP = 10.0
 

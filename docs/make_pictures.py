@@ -35,8 +35,8 @@ from networks.evidence import forward_with_evidence  # noqa: E402
 from networks.graph import nearest_neighbours  # noqa: E402
 from networks.windows import REFERENCE_GRID, WINDOW_SETS  # noqa: E402
 from utils.errors import exit_with_one_sentence  # noqa: E402
-from utils.panels import image_panel  # noqa: E402
-from utils.pictures import INK, PAPER, SHADOW, TRACK, WINDOWS, to_pillow  # noqa: E402
+from utils.reporting.panels import image_panel  # noqa: E402
+from utils.reporting.pictures import INK, PAPER, SHADOW, TRACK, WINDOWS, to_pillow  # noqa: E402
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FOUR_BIRDS = 716  # pixels from the top of a run's pictures/test.png: its legend and two rows

@@ -23,7 +23,7 @@ import thin_trunk
 import torch
 
 import train
-from utils.runlog import RunLog
+from utils.reporting.runlog import RunLog
 
 thin_trunk.install()
 os.fsync = lambda file_number: None  # a kill loses nothing that the system was given, and the disk may be slow

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional
 
-from utils.augmentation import MEAN, STD, augmented, normalised
-from utils.engine import Execution
+from utils.data.augmentation import MEAN, STD, augmented, normalised
+from utils.training.engine import Execution
 
 ROWS = torch.tensor(
     [

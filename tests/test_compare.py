@@ -16,10 +16,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import assembly
 import config
 from utils.checkpoint import CheckpointError, save_checkpoint
-from utils.compare import ComparisonError, compare, paired_bootstrap
-from utils.engine import Execution
 from utils.errors import exit_with_one_sentence
-from utils.results import read_predictions
+from utils.reporting.compare import ComparisonError, compare, paired_bootstrap
+from utils.reporting.results import read_predictions
+from utils.training.engine import Execution
 
 pytestmark = pytest.mark.usefixtures("thin_trunk")
 

@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import ColorJitter, RandomResizedCrop
 
 import datasets
 from datasets import Augmentation, DataError, Entry, Pictures, ShuffledSampler, read_catalogue, split_validation
-from utils.augmentation import augmented
+from utils.data.augmentation import augmented
 
 
 def write_picture(path: Path, size: tuple[int, int] = (8, 6), colour: tuple[int, int, int] = (200, 100, 50)) -> Path:

@@ -7,9 +7,9 @@ import torch
 from test_train import TORCHRUN, read_log, run_script
 from torch import nn
 
-from utils import distributed
 from utils.checkpoint import load_checkpoint
 from utils.errors import exit_with_one_sentence
+from utils.training import distributed
 
 
 def test_two_processes_train_as_one_with_the_doubled_batch(tiny_run, tmp_path):

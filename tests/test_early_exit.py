@@ -13,7 +13,7 @@ from torch import Tensor
 import train
 from networks import build_network
 from networks.outputs import object_confidence
-from utils.early_exit import ExitCollector, ExitPoint, choose_threshold, curve_text, exit_curve
+from utils.reporting.early_exit import ExitCollector, ExitPoint, choose_threshold, curve_text, exit_curve
 
 pytestmark = pytest.mark.usefixtures("thin_trunk")
 

@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader
 from datasets import Sample, collate
 from networks.losses import classification_losses
 from networks.outputs import NetworkOutput, combine_branches
-from utils import engine
-from utils.engine import Execution, NonFiniteLossError, StepLosses, evaluate, train_one_epoch
-from utils.metrics import EpochMeter
-from utils.schedule import EpochPlan
+from utils.reporting.metrics import EpochMeter
+from utils.training import engine
+from utils.training.engine import Execution, NonFiniteLossError, StepLosses, evaluate, train_one_epoch
+from utils.training.schedule import EpochPlan
 
 SIZE = 8  # pixels that the toy network sees
 CPU = Execution(torch.device("cpu"))

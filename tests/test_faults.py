@@ -22,12 +22,13 @@ from test_train import FOUR_EPOCHS, PROJECT, assert_same_run, read_log, run_scri
 
 import assembly
 import train
-from utils import checkpoint, engine, files, resume
+from utils import checkpoint, files
 from utils.checkpoint import CheckpointError, SavingError, load_checkpoint, load_last, save_last
-from utils.engine import NonFiniteLossError
 from utils.errors import exit_with_one_sentence
 from utils.files import FolderInUseError, locked
-from utils.interruption import Stopped, StopRequest, leave_run_to_the_main_process
+from utils.training import engine, resume
+from utils.training.engine import NonFiniteLossError
+from utils.training.interruption import Stopped, StopRequest, leave_run_to_the_main_process
 
 pytestmark = pytest.mark.usefixtures("thin_trunk")
 

@@ -19,7 +19,7 @@ from networks.flrdf import FLRDF
 from networks.losses import loss_terms
 from networks.mmal import MMALNet
 from networks.outputs import Features, NetworkOutput
-from utils.augmentation import normalised
+from utils.data.augmentation import normalised
 
 CLASSES, SIZE, CHANNELS = 5, 224, 8
 # Learnable twice: as built, with shares near one half, and with weights that make them differ from each other.

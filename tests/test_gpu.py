@@ -12,9 +12,9 @@ from datasets import Augmentation
 from networks import MODELS, build_network
 from networks.folding import fold_batch_norm
 from networks.losses import loss_terms
-from utils.compilation import compile_backbone
-from utils.engine import Execution
-from utils.precision import has_native_bf16
+from utils.training.compilation import compile_backbone
+from utils.training.engine import Execution
+from utils.training.precision import has_native_bf16
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -13,8 +13,7 @@ import torch.distributed
 import torch.multiprocessing
 import torchvision
 
-from utils import distributed
-from utils.metrics import (
+from utils.reporting.metrics import (
     EpochMeter,
     confusion_matrix,
     inclusive_to_edges,
@@ -24,7 +23,8 @@ from utils.metrics import (
     wilson_interval,
     worst_confusions,
 )
-from utils.seeding import mix, seed_everything
+from utils.training import distributed
+from utils.training.seeding import mix, seed_everything
 
 CPU = torch.device("cpu")
 

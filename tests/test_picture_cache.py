@@ -20,10 +20,10 @@ from torch.utils.data import DataLoader
 
 import train
 from datasets import Augmentation, DataError, Entry, Pictures, collate, fingerprint, load_pixels
-from utils import picture_cache
 from utils.checkpoint import load_checkpoint
+from utils.data import picture_cache
+from utils.data.picture_cache import CacheError, bytes_needed, cache_in_memory, cache_on_disk
 from utils.errors import exit_with_one_sentence
-from utils.picture_cache import CacheError, bytes_needed, cache_in_memory, cache_on_disk
 
 pytestmark = pytest.mark.usefixtures("thin_trunk")
 

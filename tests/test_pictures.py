@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from utils.pictures import (
+from utils.reporting.pictures import (
     DIMMED,
     GAP,
     PADDING,

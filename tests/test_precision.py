@@ -13,11 +13,11 @@ from torch import nn
 
 import train
 from networks import build_network
-from utils import precision
-from utils.allocator import keep_freed_memory
 from utils.checkpoint import CheckpointError, load_checkpoint
-from utils.compilation import compile_backbone
-from utils.precision import cpu_flags, has_native_bf16, resolve_precision
+from utils.training import precision
+from utils.training.allocator import keep_freed_memory
+from utils.training.compilation import compile_backbone
+from utils.training.precision import cpu_flags, has_native_bf16, resolve_precision
 
 pytestmark = pytest.mark.usefixtures("thin_trunk")
 

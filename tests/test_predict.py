@@ -21,7 +21,7 @@ from datasets import DataError, Entry, Pictures
 from networks import MODELS
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from utils.errors import exit_with_one_sentence
-from utils.panels import image_panel
+from utils.reporting.panels import image_panel
 
 PROJECT = Path(predict.__file__).resolve().parent
 

@@ -21,7 +21,7 @@ from datasets import Entry, read_catalogue
 from networks.crops import crop_and_resize, resize_boxes
 from networks.localization import largest_component
 from networks.windows import greedy_selection
-from utils.metrics import paired_box_iou
+from utils.reporting.metrics import paired_box_iou
 
 HINTS = typing.get_type_hints(Settings)
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils.metrics import calibration, confusion_matrix
-from utils.report import Mistake, write_report
+from utils.reporting.metrics import calibration, confusion_matrix
+from utils.reporting.report import Mistake, write_report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 HOSTILE = "</script><script>document.title='taken'</script><img src=http://example.org/x onerror=alert(1)>\"'&"

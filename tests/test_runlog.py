@@ -9,7 +9,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 
-from utils.runlog import RunLog, describe, log_evaluation
+from utils.reporting.runlog import RunLog, describe, log_evaluation
 
 
 def _events(folder):

@@ -9,7 +9,7 @@ import torch
 
 from config import parse_settings
 from networks import build_network
-from utils.schedule import build_optimizer, build_schedule, plan_epoch
+from utils.training.schedule import build_optimizer, build_schedule, plan_epoch
 
 BRANCHES = ("raw", "fused", "object", "window", "graph")
 WEIGHTS = {"raw": 0.5, "fused": 1.0, "object": 2.0, "window": 1.0, "graph": 1.0}

@@ -24,11 +24,11 @@ from assembly import load_trained
 from config import Settings, SettingsError
 from datasets import DataError, Pictures, read_catalogue
 from networks import build_network
-from utils.augmentation import normalised
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from utils.engine import NonFiniteLossError
+from utils.data.augmentation import normalised
 from utils.errors import exit_with_one_sentence
-from utils.interruption import Stopped
+from utils.training.engine import NonFiniteLossError
+from utils.training.interruption import Stopped
 
 pytestmark = pytest.mark.usefixtures("thin_trunk")
 

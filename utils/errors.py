@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from utils.engine import NonFiniteLossError
-from utils.interruption import Stopped
+from utils.training.engine import NonFiniteLossError
+from utils.training.interruption import Stopped
 
 PROJECT = Path(__file__).resolve().parent.parent
 # What the system refuses for reasons that lie outside this code

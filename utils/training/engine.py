@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from networks.outputs import NetworkOutput
-from utils.augmentation import normalised
-from utils.distributed import any_process, evaluation_network, gather, is_main, unwrap, without_synchronisation
-from utils.metrics import EpochMeter, inclusive_to_edges
-from utils.schedule import EpochPlan
+from utils.data.augmentation import normalised
+from utils.reporting.metrics import EpochMeter, inclusive_to_edges
+from utils.training.distributed import any_process, evaluation_network, gather, is_main, unwrap, without_synchronisation
+from utils.training.schedule import EpochPlan
 
 STEPS_BETWEEN_READINGS = 10  # on a GPU, reading the running loss makes the host wait for the device
 WHAT_TO_DO = "the last checkpoint is unharmed; try a lower learning_rate or set clip_gradient_norm"
@@ -78,7 +78,7 @@ def train_one_epoch(
     skip_nonfinite: SkipBudget | None = None,
     description: str = "train",
 ) -> dict[str, float]:
-    """Train on all `batches` once and return the epoch's averages (see `utils.metrics.EpochMeter`) and images/s.
+    """Train on all `batches` once and return the epoch's averages (see `reporting.metrics.EpochMeter`) and images/s.
 
     An epoch begun before goes on with `meter`, which holds its sums, and `batches` that leave out what came before
     `first_step`. Steps count from 1 and are told to `before_step`; where `save_after` asks for it, `save` is called

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from utils.distributed import unwrap
+from utils.training.distributed import unwrap
 
 
 def compile_backbone(network: nn.Module) -> None:

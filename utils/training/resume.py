@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from utils.checkpoint import CheckpointError, load_checkpoint, load_last
-from utils.distributed import gather, is_main, world_size
+from utils.training.distributed import gather, is_main, world_size
 
 TRAINING_STATE = ("optimizer", "schedule", "progress", "skipped_steps")  # in last.pth only
 CHECKPOINTS = ("last.pth", "next.pth", "previous.pth")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from networks.outputs import NetworkOutput
 from utils.files import write_text
-from utils.metrics import (
+from utils.reporting.metrics import (
     calibration,
     confusion_matrix,
     inclusive_to_edges,
@@ -25,7 +25,7 @@ from utils.metrics import (
 
 
 class ResultCollector:
-    """Collects, batch by batch, what each branch answered; pass it to `utils.engine.evaluate` as `on_batch`.
+    """Collects, batch by batch, what each branch answered; pass it to `utils.training.engine.evaluate` as `on_batch`.
 
     Args:
         input_size: side of the picture that object boxes are in pixels of.

@@ -1,4 +1,4 @@
-"""A network's output as a figure: what `utils.pictures` draws, taken from the output contract."""
+"""A network's output as a figure: what `utils.reporting.pictures` draws, taken from the output contract."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from networks.outputs import NetworkOutput
-from utils.pictures import Caption, localization_panel, prediction_panel
+from utils.reporting.pictures import Caption, localization_panel, prediction_panel
 
 PARTS_SHOWN = 3  # of each module that proposes parts, the best ones: more would hide each other
 
@@ -78,7 +78,7 @@ def image_panel(
     probabilities: Sequence[float],
     **more,
 ) -> Tensor:
-    """Draw one image of a batch's output on its own picture: see `utils.pictures.prediction_panel`."""
+    """Draw one image of a batch's output on its own picture: see `utils.reporting.pictures.prediction_panel`."""
     found = {"object_box": output.object_boxes, "mask": output.object_masks, "window_boxes": output.window_boxes}
     if output.part_boxes is not None:
         found["part_boxes"] = parts_to_show(output)

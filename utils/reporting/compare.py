@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy
 
-from utils.results import read_predictions
+from utils.reporting.results import read_predictions
 
 # They say where and how fast a run was computed, not what it is.
 UNIMPORTANT = frozenset(

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from utils.files import write_text
-from utils.metrics import wilson_interval
+from utils.reporting.metrics import wilson_interval
 
 LABELLED_CLASSES = 40  # up to so many, the confusion matrix has their names at its side
 IOU_BINS = 20

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, multiprocessing
 from tqdm import tqdm
 
-from utils.distributed import is_main
 from utils.files import sync_folder
+from utils.training.distributed import is_main
 
 try:
     import fcntl

@@ -11,7 +11,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from utils.distributed import all_reduce_sum, gather, is_distributed
+from utils.training.distributed import all_reduce_sum, gather, is_distributed
 
 
 def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:

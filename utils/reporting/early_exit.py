@@ -20,7 +20,7 @@ class ExitPoint(NamedTuple):
 
 
 class ExitCollector:
-    """Collects batch by batch, as `on_batch` of `utils.engine.evaluate`, what exiting early would do to each image.
+    """Collects batch by batch, as `on_batch` of `training.engine.evaluate`, what exiting early would do to each image.
 
     The network must compute all its branches meanwhile: its `exit_threshold` is 1.
     """

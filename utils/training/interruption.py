@@ -11,8 +11,8 @@ from types import FrameType
 
 import torch
 
-from utils.distributed import any_process, is_main
 from utils.files import drop_inherited_locks
+from utils.training.distributed import any_process, is_main
 
 
 class Stopped(Exception):
