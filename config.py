@@ -29,6 +29,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from utils.errors import UserError
+
 Windows = tuple[tuple[tuple[tuple[int, int], ...], int], ...]
 
 
@@ -249,7 +251,7 @@ EXPECTED: dict[object, str] = {
 }
 
 
-class SettingsError(ValueError):
+class SettingsError(UserError):
     """A setting that cannot be, said in one sentence."""
 
 

@@ -36,10 +36,12 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional
 from tqdm import tqdm
 
+from utils.errors import UserError
+
 Box = tuple[float, float, float, float]
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """The data are not as they should be: one sentence with what came, what was expected and what to do.
 
     It stays one line whatever a hostile file or its name puts into it, and so it does out of a loader's worker, which
@@ -224,7 +226,7 @@ def split_validation(entries: list[Entry], fraction: float, seed: int) -> tuple[
     Every class gives `fraction` of its pictures (rounded), at least one if it has two or more, never its last one.
     """
     if not 0 <= fraction < 1:
-        raise ValueError(f"the fraction to split off must be at least 0 and below 1, got {fraction}")
+        raise UserError(f"the fraction to split off must be at least 0 and below 1, got {fraction}")
     if fraction == 0:
         return list(entries), []
     members: dict[int, list[int]] = {}
@@ -954,7 +956,7 @@ class ShuffledSampler(Sampler[tuple[int, int]]):
 
     def __init__(self, length: int, *, seed: int, rank: int = 0, world_size: int = 1) -> None:
         if not 0 <= rank < world_size:
-            raise ValueError(f"rank must be in 0..{world_size - 1} for a world of {world_size}, got {rank}")
+            raise UserError(f"rank must be in 0..{world_size - 1} for a world of {world_size}, got {rank}")
         self.length = length
         self.seed = seed
         self.rank = rank
@@ -986,7 +988,7 @@ class BalancedSampler(Sampler[tuple[int, int]]):
 
     As with `ShuffledSampler`, all depends on (seed, epoch) alone, and each of `world_size` processes gets its shard, a
     part of every batch. `batch_size` is that of all processes together; a loader in one of them has to take
-    batch_size / world_size pairs at a time. Raises ValueError where groups do not fill the shards of a batch equally.
+    batch_size / world_size pairs at a time. Raises UserError where groups do not fill the shards of a batch equally.
     """
 
     def __init__(
@@ -1000,9 +1002,9 @@ class BalancedSampler(Sampler[tuple[int, int]]):
         world_size: int = 1,
     ) -> None:
         if not 0 <= rank < world_size:
-            raise ValueError(f"rank must be in 0..{world_size - 1} for a world of {world_size}, got {rank}")
+            raise UserError(f"rank must be in 0..{world_size - 1} for a world of {world_size}, got {rank}")
         if images_per_class < 1 or batch_size < 1 or batch_size % (images_per_class * world_size):
-            raise ValueError(
+            raise UserError(
                 f"batch_size {batch_size} came; expected a multiple of images_per_class x processes, "
                 f"{images_per_class} x {world_size}, all of at least 1"
             )
@@ -1014,7 +1016,7 @@ class BalancedSampler(Sampler[tuple[int, int]]):
         self.world_size = world_size
         self.epoch, self.start = 0, 0
         if not self.images:
-            raise ValueError("no labels came; expected one for each image")
+            raise UserError("no labels came; expected one for each image")
         self.batches = len(self._deal(np.random.default_rng(0)))  # how many does not depend on who comes first
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from assembly import load_trained
 from config import Parser
 from utils.data.augmentation import MEAN, STD
-from utils.errors import exit_with_one_sentence
+from utils.errors import UserError, exit_with_one_sentence
 from utils.reporting.metrics import inclusive_to_edges
 
 FORMATS = (".pt2", ".onnx")
@@ -58,12 +58,12 @@ def parse_arguments(arguments: Sequence[str] | None):
     parser.add_argument("--device", default="cpu", help="what the file will run on: cpu, cuda ... (%(default)s)")
     options = parser.parse_args(arguments)
     if options.out.suffix not in FORMATS:
-        raise ValueError(f"out is {options.out}; expected a file that ends in {' or '.join(FORMATS)}")
+        raise UserError(f"out is {options.out}; expected a file that ends in {' or '.join(FORMATS)}")
     missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if options.out.suffix == ".onnx" and missing:
-        raise ValueError(f"ONNX needs {' and '.join(missing)}: pip install {' '.join(ONNX_PACKAGES)}")
+        raise UserError(f"ONNX needs {' and '.join(missing)}: pip install {' '.join(ONNX_PACKAGES)}")
     if options.out.suffix == ".onnx" and tuple(map(int, torch.__version__.split(".")[:2])) < ONNX_TORCH:
-        raise ValueError(f"ONNX needs PyTorch {'.'.join(map(str, ONNX_TORCH))} or newer; this is {torch.__version__}")
+        raise UserError(f"ONNX needs PyTorch {'.'.join(map(str, ONNX_TORCH))} or newer; this is {torch.__version__}")
     return options
 
 

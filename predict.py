@@ -21,7 +21,7 @@ from assembly import load_trained
 from config import Parser
 from datasets import DataError, Entry, Pictures, Sample, collate, load_picture
 from networks.evidence import forward_with_evidence
-from utils.errors import exit_with_one_sentence
+from utils.errors import UserError, exit_with_one_sentence
 from utils.reporting.metrics import inclusive_to_edges
 from utils.reporting.panels import image_panel
 from utils.reporting.pictures import save_png
@@ -44,7 +44,7 @@ def parse_arguments(arguments: Sequence[str] | None):
     options = parser.parse_args(arguments)
     for name in ("top", "batch_size"):
         if getattr(options, name) < 1:
-            raise ValueError(f"{name} is {getattr(options, name)}; expected a whole number of at least 1")
+            raise UserError(f"{name} is {getattr(options, name)}; expected a whole number of at least 1")
     return options
 
 

@@ -32,7 +32,7 @@ from datasets import Batch
 from networks.losses import loss_terms
 from networks.outputs import NetworkOutput
 from utils.checkpoint import save_checkpoint, save_last
-from utils.errors import exit_with_one_sentence
+from utils.errors import Stopped, exit_with_one_sentence
 from utils.files import locked, write_text
 from utils.reporting.metrics import EpochMeter
 from utils.reporting.pictures import save_png
@@ -58,7 +58,7 @@ from utils.training.engine import (
     evaluate,
     train_one_epoch,
 )
-from utils.training.interruption import Stopped, StopRequest
+from utils.training.interruption import StopRequest
 from utils.training.precision import resolve_precision
 from utils.training.resume import (
     TRAINING_STATE,

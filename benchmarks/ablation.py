@@ -35,7 +35,7 @@ from pathlib import Path
 from measuring import PROJECT, machine
 from tqdm import tqdm
 
-from utils.errors import exit_with_one_sentence
+from utils.errors import UserError, exit_with_one_sentence
 from utils.files import write_text
 from utils.reporting.compare import paired_bootstrap
 from utils.reporting.results import read_predictions
@@ -257,7 +257,7 @@ def identity(result: Mapping) -> tuple[str, int, str]:
 
 
 def read_results(path: Path) -> list[dict]:
-    """Return the runs of a file, one a line. Raises ValueError, with the line's number, for another file."""
+    """Return the runs of a file, one a line. Raises UserError, with the line's number, for another file."""
     results = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
@@ -266,7 +266,7 @@ def read_results(path: Path) -> list[dict]:
         except (ValueError, AttributeError):
             known = False
         if not known:
-            raise ValueError(f"line {number} of {path} is no result of this script: mend it, or give another file")
+            raise UserError(f"line {number} of {path} is no result of this script: mend it, or give another file")
         results.append(result)
     return results
 
@@ -286,7 +286,7 @@ def check_against(against: Sequence[str], rows: Sequence[str]) -> None:
     """Raise ValueError for a row to pair with that is not among the table's."""
     for row in against:
         if row not in rows:
-            raise ValueError(f"--against {row} is no row of this table, which has {', '.join(rows)}: give one of them")
+            raise UserError(f"--against {row} is no row of this table, which has {', '.join(rows)}: give one of them")
 
 
 def sorted_rows(results: Sequence[Mapping]) -> list[str]:

@@ -32,6 +32,7 @@ from assembly import cache_of, training_loader
 from config import Settings, complete
 from datasets import Entry, read_catalogue
 from utils.data.augmentation import MEAN, STD
+from utils.errors import UserError
 from utils.training.distributed import choose_device
 from utils.training.engine import Execution
 
@@ -136,7 +137,7 @@ def chosen_entries(options: argparse.Namespace, folder: Path) -> list[Entry]:
     catalogue = read_catalogue("cub", options.data_root)
     entries = catalogue.train + catalogue.test
     if len(entries) < count:
-        raise ValueError(f"{options.data_root} has {len(entries)} pictures; give fewer --images than {count}")
+        raise UserError(f"{options.data_root} has {len(entries)} pictures; give fewer --images than {count}")
     return [entries[position] for position in np.linspace(0, len(entries) - 1, count).astype(int)]
 
 

@@ -34,7 +34,7 @@ from datasets import Pictures, collate, draw_demo_picture, read_catalogue  # noq
 from networks.evidence import forward_with_evidence  # noqa: E402
 from networks.graph import nearest_neighbours  # noqa: E402
 from networks.windows import REFERENCE_GRID, WINDOW_SETS  # noqa: E402
-from utils.errors import exit_with_one_sentence  # noqa: E402
+from utils.errors import UserError, exit_with_one_sentence  # noqa: E402
 from utils.reporting.panels import image_panel  # noqa: E402
 from utils.reporting.pictures import INK, PAPER, SHADOW, TRACK, WINDOWS, to_pillow  # noqa: E402
 
@@ -233,11 +233,11 @@ def _graph_accuracies(run: Path, scope: str) -> dict[str, tuple[float, list[floa
     for order, ending, flag in (("in class order", "", ""), ("shuffled", "-shuffled", " --shuffle")):
         path = run / f"report{ending}.json"
         if not path.is_file():
-            raise ValueError(f"there is no report {path}: write it with python test.py {run / 'best.pth'}{flag}")
+            raise UserError(f"there is no report {path}: write it with python test.py {run / 'best.pth'}{flag}")
         report = json.loads(path.read_text(encoding="utf-8"))
         settings = report["settings"]
         if (settings["dataset"], settings["wiring"], settings["graph_scope"]) != ("demo", "published", scope):
-            raise ValueError(f"{run} was not trained on the demo birds with --wiring published --graph_scope {scope}")
+            raise UserError(f"{run} was not trained on the demo birds with --wiring published --graph_scope {scope}")
         graph = report["branches"]["graph"]
         found[order] = (graph["top1"], graph["top1_interval_95"])
     return found

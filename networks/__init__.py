@@ -24,6 +24,7 @@ from networks.resnet import ResNetClassifier
 from networks.scrim import SCRIM
 from networks.sgkrl import SGKRL
 from networks.windows import resolve_window_set
+from utils.errors import UserError
 
 MODELS = ("resnet", "mmal", "sgkrl", "flrdf", "scrim")
 
@@ -66,14 +67,14 @@ def build_network(
     `input_size` is what the backbone sees, in pixels; `forward` takes pictures of that size or larger ones. `answer`
     names the branches whose mean probability is the system's answer (None: the system's own choice). `windows` is the
     name of a window set or a set of one's own (see `networks.windows`). The settings after it are explained in the
-    systems' own files. Raises ValueError for what cannot be built.
+    systems' own files. Raises UserError for what cannot be built.
     """
     if model not in MODELS:
-        raise ValueError(f"unknown model {model!r}; choose one of {', '.join(MODELS)}")
+        raise UserError(f"unknown model {model!r}; choose one of {', '.join(MODELS)}")
     if num_classes < 2:
-        raise ValueError(f"{num_classes} classes came; at least 2 are needed to tell apart")
+        raise UserError(f"{num_classes} classes came; at least 2 are needed to tell apart")
     if input_size % STRIDE or input_size < 3 * STRIDE:
-        raise ValueError(f"input_size {input_size} came; a multiple of {STRIDE} from {3 * STRIDE} up is needed")
+        raise UserError(f"input_size {input_size} came; a multiple of {STRIDE} from {3 * STRIDE} up is needed")
     if model in ("mmal", "sgkrl"):
         resolve_window_set(windows)  # before weights are downloaded
     trunk = Backbone(backbone, pretrained=pretrained, stride_on_first_conv=stride_on_first_conv, batch_norm=batch_norm)
@@ -123,6 +124,6 @@ def build_network(
     if answer is not None:
         choices = [branch for branch in network.evaluated if branch not in SEVERAL_PER_IMAGE]
         if not answer or not set(answer) <= set(choices):
-            raise ValueError(f"answer {answer!r} came for {model}; choose from its branches {', '.join(choices)}")
+            raise UserError(f"answer {answer!r} came for {model}; choose from its branches {', '.join(choices)}")
         network.answer = tuple(answer)
     return network

@@ -16,6 +16,7 @@ from torchvision.models.resnet import Bottleneck
 
 from networks.batch_norm import BATCH_NORMS, freeze_statistics, look_at, separate_statistics
 from networks.outputs import Features
+from utils.errors import UserError
 
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 STRIDE = 32  # pixels of the input per cell of the final map
@@ -49,14 +50,14 @@ class Backbone(nn.Module):
     ):
         super().__init__()
         if batch_norm not in BATCH_NORMS:
-            raise ValueError(f"unknown batch_norm {batch_norm!r}; choose one of {', '.join(BATCH_NORMS)}")
+            raise UserError(f"unknown batch_norm {batch_norm!r}; choose one of {', '.join(BATCH_NORMS)}")
         if name not in BACKBONES:
-            raise ValueError(f"unknown backbone {name!r}; choose one of {', '.join(BACKBONES)}")
+            raise UserError(f"unknown backbone {name!r}; choose one of {', '.join(BACKBONES)}")
         weights = None if pretrained is None or is_weights_file(pretrained) else _torchvision_weights(name, pretrained)
         try:
             trunk = torchvision.models.get_model(name, weights=weights)
         except (URLError, RuntimeError) as error:  # no network, or a file cut short
-            raise ValueError(
+            raise UserError(
                 f"pretrained weights {pretrained} could not be downloaded ({error}): "
                 "give a .pth file, or set pretrained to none"
             ) from None
@@ -156,9 +157,9 @@ def _convolve(
 
 
 def checked_stride(stride: int) -> int:
-    """Return a stride that the final map of the first pass can have. Raises ValueError for another."""
+    """Return a stride that the final map of the first pass can have. Raises UserError for another."""
     if stride not in (STRIDE, DENSE_STRIDE):
-        raise ValueError(f"localization_stride {stride} came; {STRIDE} or {DENSE_STRIDE} is possible")
+        raise UserError(f"localization_stride {stride} came; {STRIDE} or {DENSE_STRIDE} is possible")
     return stride
 
 
@@ -172,7 +173,7 @@ def _torchvision_weights(name: str, weights_name: str) -> torchvision.models.Wei
     try:
         return choices[weights_name.rpartition(".")[2]]
     except KeyError:
-        raise ValueError(
+        raise UserError(
             f"unknown pretrained weights {weights_name!r} for {name}: give a .pth file or one of "
             f"{', '.join(choices.__members__)}"
         ) from None
@@ -181,7 +182,7 @@ def _torchvision_weights(name: str, weights_name: str) -> torchvision.models.Wei
 def _move_stride_to_first_conv(trunk: nn.Module, name: str) -> None:
     for stage in (trunk.layer2, trunk.layer3, trunk.layer4):
         if not isinstance(stage[0], Bottleneck):
-            raise ValueError(
+            raise UserError(
                 f"stride_on_first_conv needs bottleneck blocks, and {name} has none: use resnet50 or deeper"
             )
         stage[0].conv1.stride = (2, 2)
@@ -191,24 +192,24 @@ def _move_stride_to_first_conv(trunk: nn.Module, name: str) -> None:
 def load_trunk_weights(trunk: nn.Module, path: str | Path) -> None:
     """Load a file of torchvision-named ResNet weights; a `module.` prefix and the unused `fc` are tolerated.
 
-    Raises FileNotFoundError without the file, ValueError where it does not hold exactly this trunk's weights.
+    Raises UserError without the file, and where it does not hold exactly this trunk's weights.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"pretrained weights {path} are not there: give the path of a .pth file")
+        raise UserError(f"pretrained weights {path} are not there: give the path of a .pth file")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # what the bytes of other files make an unpickler raise is listed nowhere
         kind = type(error).__name__
-        raise ValueError(f"pretrained weights {path} are not a plain file of tensors ({kind})") from None
+        raise UserError(f"pretrained weights {path} are not a plain file of tensors ({kind})") from None
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
     ):
-        raise ValueError(f"pretrained weights {path} hold no state dict: a dict of tensors by name was expected")
+        raise UserError(f"pretrained weights {path} hold no state dict: a dict of tensors by name was expected")
     state = {name.removeprefix("module."): value for name, value in state.items()}
     state = {name: value for name, value in state.items() if not name.startswith("fc.")}
     # Old files (torch < 0.4.1) lack these counters, which nothing here reads.
@@ -217,4 +218,4 @@ def load_trunk_weights(trunk: nn.Module, path: str | Path) -> None:
         trunk.load_state_dict(counters | state, strict=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"pretrained weights {path} do not fit this backbone: {reason[:300]}") from None
+        raise UserError(f"pretrained weights {path} do not fit this backbone: {reason[:300]}") from None

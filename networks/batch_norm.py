@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from utils.errors import UserError
+
 BATCH_NORMS = ("shared", "per_pass", "frozen")
 KINDS = ("picture", "object", "part")  # what a backbone pass looks at
 
@@ -59,7 +61,7 @@ def separate_statistics(module: nn.Module) -> None:
 def look_at(module: nn.Module, kind: str) -> None:
     """Choose the statistics of the next pass, for all batch norms per pass below the module."""
     if kind not in KINDS:
-        raise ValueError(f"unknown kind of pass {kind!r}; choose one of {', '.join(KINDS)}")
+        raise UserError(f"unknown kind of pass {kind!r}; choose one of {', '.join(KINDS)}")
     for child in module.modules():
         if isinstance(child, BatchNormPerPass):
             child.kind = kind

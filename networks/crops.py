@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from utils.errors import UserError
+
 
 def crop_and_resize(images: Tensor, boxes: Tensor, size: int, *, outside: str = "border") -> Tensor:
     """Cut `boxes` out of `images` and resize every cut to size x size, bilinearly with aligned corners.
@@ -56,11 +58,11 @@ def boxes_in_image(window_boxes: Tensor, object_boxes: Tensor, input_size: int) 
 def resize_images(images: Tensor, size: int) -> Tensor:
     """Scale square images [B, 3, S, S] down to size x size with antialiasing; unchanged where S is `size` already.
 
-    Raises ValueError where they are not square or smaller than `size`.
+    Raises UserError where they are not square or smaller than `size`.
     """
     height, width = images.shape[-2:]
     if height != width or height < size:
-        raise ValueError(
+        raise UserError(
             f"images of {height}x{width} pixels came, square ones of at least {size}x{size} were expected: "
             "resize them first, or build the network with a smaller input_size"
         )

@@ -18,6 +18,7 @@ from networks.jigsaw import permute_blocks, random_permutations
 from networks.localization import activation_map, cell_boxes_to_pixels, localize
 from networks.outputs import NetworkOutput, combine_branches, requested_branches
 from networks.suppression import RegionSuppression
+from utils.errors import UserError
 
 
 class FLRDF(nn.Module):
@@ -47,12 +48,12 @@ class FLRDF(nn.Module):
     ):
         super().__init__()
         if suppression == "learnable" and not classify_suppressed:
-            raise ValueError(
+            raise UserError(
                 "classify_suppressed is off and suppression 'learnable': nothing would teach the controller; "
                 "set suppression to a number such as 0.5"
             )
         if not 1 <= jigsaw_blocks <= input_size // STRIDE:
-            raise ValueError(f"jigsaw_blocks is {jigsaw_blocks}; expected 1 to {input_size // STRIDE} blocks a side")
+            raise UserError(f"jigsaw_blocks is {jigsaw_blocks}; expected 1 to {input_size // STRIDE} blocks a side")
         self.input_size = input_size
         self.localization_stride = checked_stride(localization_stride)
         self.localization_threshold = localization_threshold

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from networks.classifier import NEARLY_ZERO, Classifier
 from networks.windows import pairwise_iou
+from utils.errors import UserError
 
 EDGES = ("equal", "distance", "overlap")  # what an edge weighs, see `edge_weights`
 
@@ -104,9 +105,9 @@ class GraphHead(nn.Module):
     ):
         super().__init__()
         if edges not in EDGES:
-            raise ValueError(f"unknown graph_edges {edges!r}; choose one of {', '.join(EDGES)}")
+            raise UserError(f"unknown graph_edges {edges!r}; choose one of {', '.join(EDGES)}")
         if edges != "equal" and scope == "batch":
-            raise ValueError(f"graph_edges {edges!r} came with graph_scope 'batch', whose windows share no picture")
+            raise UserError(f"graph_edges {edges!r} came with graph_scope 'batch', whose windows share no picture")
         self.edges = edges
         self.neighbours = neighbours
         self.symmetric = symmetric

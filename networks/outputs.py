@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from utils.errors import UserError
+
 
 class Features(NamedTuple):
     """Feature maps of one backbone pass over pictures of H x W pixels."""
@@ -46,10 +48,10 @@ SEVERAL_PER_IMAGE = ("window", "part")
 
 
 def requested_branches(branches: tuple[str, ...] | None, available: tuple[str, ...]) -> set[str]:
-    """Return the branches asked for (None: all that are available). Raises ValueError for one that does not exist."""
+    """Return the branches asked for (None: all that are available). Raises UserError for one that does not exist."""
     wanted = set(available if branches is None else branches)
     if not wanted or not wanted <= set(available):
-        raise ValueError(f"branches {branches!r} were asked for; choose from {', '.join(available)}")
+        raise UserError(f"branches {branches!r} were asked for; choose from {', '.join(available)}")
     return wanted
 
 

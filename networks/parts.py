@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchvision.ops import SqueezeExcitation
 
 from networks.windows import greedy_selection, overlap_conflicts
+from utils.errors import UserError
 
 REFERENCE_SIZE = 448  # pixels; the input size that anchor sizes are given for, as published
 ANCHOR_SIZES = (48, 96, 192)  # pixels, one for each level of the navigator
@@ -98,7 +99,7 @@ class PartProposals(nn.Module):
 
     `every_level` takes one of each level of the navigator first, the best that those taken leave, so that parts of
     every scale are found and every level learns: a level that is never proposed would never get a gradient. NTS-Net
-    takes the best of all, and so does this for a `count` below the number of levels. Raises ValueError for anchor sizes
+    takes the best of all, and so does this for a `count` below the number of levels. Raises UserError for anchor sizes
     that are not one for each level and where there are fewer anchors than `count`.
     """
 
@@ -114,10 +115,10 @@ class PartProposals(nn.Module):
     ):
         super().__init__()
         if len(sizes) != LEVELS or not all(size >= 1 for size in sizes):
-            raise ValueError(f"anchor_sizes {tuple(sizes)!r} came; expected {LEVELS} sizes of at least 1 pixel")
+            raise UserError(f"anchor_sizes {tuple(sizes)!r} came; expected {LEVELS} sizes of at least 1 pixel")
         boxes, levels = anchor_boxes(grid_size, stride, sizes), anchor_levels(grid_size)
         if not 1 <= count <= len(boxes):
-            raise ValueError(f"part_proposals is {count}; expected 1 to {len(boxes)}, the number of anchors")
+            raise UserError(f"part_proposals is {count}; expected 1 to {len(boxes)}, the number of anchors")
         self.count = count
         self.register_buffer("boxes", boxes, persistent=False)
         self.register_buffer("conflicts", overlap_conflicts(boxes, max_iou), persistent=False)

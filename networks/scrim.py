@@ -18,6 +18,7 @@ from networks.classifier import Classifier
 from networks.crops import crop_windows, resize_images
 from networks.outputs import NetworkOutput, combine_branches, requested_branches
 from networks.parts import ANCHOR_SIZES, CoarsePart, Navigator, PartProposals
+from utils.errors import UserError
 
 MODULES = 2  # "dual"
 
@@ -28,7 +29,7 @@ class SCRIM(nn.Module):
     Each of two modules weights the final map's channels for a part of its own and proposes `part_proposals` regions on
     it; the best `parts_in_answer` of each go on. `anchor_sizes` are in pixels of a 448-pixel input, `part_max_iou` is
     the overlap above which a region is dropped; `parts_of_every_level`: see `networks.parts.PartProposals`. Raises
-    ValueError where more parts are to go on than are proposed.
+    UserError where more parts are to go on than are proposed.
     """
 
     branches = ("raw", "part", "concat")
@@ -50,7 +51,7 @@ class SCRIM(nn.Module):
     ):
         super().__init__()
         if not 1 <= parts_in_answer <= part_proposals:
-            raise ValueError(f"parts_in_answer is {parts_in_answer}; expected 1 to part_proposals, {part_proposals}")
+            raise UserError(f"parts_in_answer is {parts_in_answer}; expected 1 to part_proposals, {part_proposals}")
         self.input_size = input_size
         self.parts_in_answer = parts_in_answer
         self.answer = ("concat",)

@@ -22,6 +22,7 @@ from networks.graph import GraphHead
 from networks.localization import activation_map, adaptive_mask, cell_boxes_to_pixels, localize, with_gradient
 from networks.outputs import NetworkOutput, combine_branches, object_confidence, requested_branches
 from networks.windows import WindowSelector
+from utils.errors import UserError
 
 WIRINGS = ("trained", "published")
 GRAPH_SCOPES = ("image", "batch")
@@ -67,22 +68,22 @@ class SGKRL(nn.Module):
     ):
         super().__init__()
         if wiring not in WIRINGS:
-            raise ValueError(f"unknown wiring {wiring!r}; choose one of {', '.join(WIRINGS)}")
+            raise UserError(f"unknown wiring {wiring!r}; choose one of {', '.join(WIRINGS)}")
         if graph_scope not in GRAPH_SCOPES:
-            raise ValueError(f"unknown graph_scope {graph_scope!r}; choose one of {', '.join(GRAPH_SCOPES)}")
+            raise UserError(f"unknown graph_scope {graph_scope!r}; choose one of {', '.join(GRAPH_SCOPES)}")
         trained = wiring == "trained"
         if trained and graph_scope == "batch":
-            raise ValueError("graph_scope 'batch' came with the trained wiring; it exists only for wiring 'published'")
+            raise UserError("graph_scope 'batch' came with the trained wiring; it exists only for wiring 'published'")
         if crop_gradient and not trained:
-            raise ValueError("crop_gradient came with the published wiring, whose fusion never learns")
+            raise UserError("crop_gradient came with the published wiring, whose fusion never learns")
         graph_residual = trained if graph_residual is None else graph_residual
         spatial_weights = spatial_weights or ("relative" if trained else "absolute")
         if spatial_weights not in SPATIAL_WEIGHTS:
-            raise ValueError(f"unknown spatial_weights {spatial_weights!r}; choose one of {', '.join(SPATIAL_WEIGHTS)}")
+            raise UserError(f"unknown spatial_weights {spatial_weights!r}; choose one of {', '.join(SPATIAL_WEIGHTS)}")
         if not set(without) <= set(PARTS):
-            raise ValueError(f"without {without!r} came; choose from {', '.join(PARTS)}")
+            raise UserError(f"without {without!r} came; choose from {', '.join(PARTS)}")
         if not trained and (graph_residual or spatial_weights == "relative" or without):
-            raise ValueError("graph_residual, relative spatial_weights and without belong to the trained wiring")
+            raise UserError("graph_residual, relative spatial_weights and without belong to the trained wiring")
         self.trained = trained
         self.graph_residual = graph_residual
         self.crop_gradient = crop_gradient

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from utils.errors import UserError
+
 
 def suppress(features: Tensor, share: Tensor | float) -> Tensor:
     """Cap every channel of rectified features [B, C, H, W] at a share of its own maximum over the cells.
@@ -20,14 +22,14 @@ def suppress(features: Tensor, share: Tensor | float) -> Tensor:
 
 class RegionSuppression(nn.Module):
     """Suppression with `control` "learnable", where each image's channel means decide the share of each channel, or a
-    number in (0, 1], the same share for all. Raises ValueError for anything else.
+    number in (0, 1], the same share for all. Raises UserError for anything else.
     """
 
     def __init__(self, channels: int, control: str | float = "learnable"):
         super().__init__()
         is_number = isinstance(control, int | float) and not isinstance(control, bool)
         if control != "learnable" and not (is_number and 0 < control <= 1):
-            raise ValueError(f"suppression is {control!r}; expected 'learnable' or a number above 0 and at most 1")
+            raise UserError(f"suppression is {control!r}; expected 'learnable' or a number above 0 and at most 1")
         self.share = None if control == "learnable" else float(control)
         self.controller = nn.Linear(channels, channels, bias=False) if control == "learnable" else None
 

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from utils.errors import UserError
+
 REFERENCE_GRID = 14  # cells; the published grid, 448 pixels at stride 32
 
 Sizes = tuple[tuple[int, int], ...]
@@ -36,10 +38,10 @@ WINDOW_SETS: dict[str, WindowSet] = {
 
 
 def resolve_window_set(windows: str | Sequence) -> WindowSet:
-    """Return the window set of that name, or a user's own set checked and as tuples. Raises ValueError."""
+    """Return the window set of that name, or a user's own set checked and as tuples. Raises UserError."""
     if isinstance(windows, str):
         if windows not in WINDOW_SETS:
-            raise ValueError(f"unknown window set {windows!r}; choose one of {', '.join(WINDOW_SETS)} or give your own")
+            raise UserError(f"unknown window set {windows!r}; choose one of {', '.join(WINDOW_SETS)} or give your own")
         return WINDOW_SETS[windows]
     try:
         groups = tuple((tuple((h, w) for h, w in sizes), quota) for sizes, quota in windows)
@@ -47,7 +49,7 @@ def resolve_window_set(windows: str | Sequence) -> WindowSet:
         groups = ()
     numbers = [n for sizes, quota in groups for n in (quota, len(sizes), *(side for size in sizes for side in size))]
     if not numbers or not all(isinstance(n, int) and n >= 1 for n in numbers):
-        raise ValueError(
+        raise UserError(
             f"windows {windows!r} were given; expected a tuple of groups (((height, width), ...), quota) "
             "with whole numbers of at least 1, such as ((((4, 4), (3, 5)), 2),)"
         )
@@ -133,7 +135,7 @@ def greedy_selection(
 class WindowSelector(nn.Module):
     """Chooses the windows of a window set with the highest mean activation, few of which overlap.
 
-    Raises ValueError where a group's quota is larger than the number of its placements on the grid.
+    Raises UserError where a group's quota is larger than the number of its placements on the grid.
     """
 
     def __init__(self, window_set: str | Sequence, *, grid_size: int, stride: int, max_iou: float = 0.25):
@@ -143,7 +145,7 @@ class WindowSelector(nn.Module):
         for index, (sizes, quota) in enumerate(self.window_set):
             boxes = window_grid(sizes, grid_size, stride)
             if quota > len(boxes):
-                raise ValueError(
+                raise UserError(
                     f"window group {index + 1} asks for {quota} windows but its sizes {sizes} fit only {len(boxes)} "
                     f"times on a grid of {grid_size}x{grid_size} cells: lower its quota or choose smaller windows"
                 )

@@ -11,6 +11,7 @@ import torchvision
 from torch import Tensor, nn
 
 from networks.backbone import BACKBONES, STRIDE, Backbone, is_weights_file, load_trunk_weights
+from utils.errors import UserError
 
 IMAGENET_WEIGHTS = Path(__file__).resolve().parents[2] / "shared" / "weights" / "resnet50_imagenet_v1.pth"
 BLOCKS = {"resnet18": 2, "resnet34": 3, "resnet50": 3, "resnet101": 3, "resnet152": 3}  # of the last stage
@@ -266,7 +267,7 @@ def test_files_that_torch_did_not_write_are_refused(spare: Backbone, tmp_path: P
 @pytest.mark.parametrize("name", ("absent.pth", "absent.pt"))
 def test_absent_file_is_named(tmp_path: Path, name: str) -> None:
     assert is_weights_file(name)
-    with pytest.raises(FileNotFoundError, match=name), torch.device("meta"):
+    with pytest.raises(UserError, match=name), torch.device("meta"):
         Backbone("resnet18", pretrained=str(tmp_path / name))
 
 

@@ -1,8 +1,9 @@
 """Who may import whom, read from the sources with `ast` and held to the design.
 
-`train.py`, `test.py`, `predict.py`, `export.py`, `tests/` and `benchmarks/` may use everything. The others:
-`networks/` torch, torchvision and itself; `utils/` of the project only itself and `networks.outputs`;
-`config.py` the standard library; `datasets.py` no project module. One system's file never reaches another system's.
+`train.py`, `test.py`, `predict.py`, `export.py`, `tests/` and `benchmarks/` may use everything. The others: `networks/`
+torch, torchvision, itself and what is light of utils (errors, options); `utils/` of the project only itself and
+`networks.outputs`; `config.py` the standard library and what is light; `datasets.py` errors and `utils.data`. One
+system's file never reaches another system's.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = frozenset({"assembly", "train", "test", "predict", "export"})
 SYSTEMS = frozenset({"sgkrl", "mmal", "flrdf", "scrim", "resnet"})
+LIGHT = frozenset({"utils.errors", "utils.options"})  # the standard library is all that they need
 PROJECT = PAGES | {"config", "datasets", "networks", "utils", "tests", "benchmarks"}
 STANDARD_LIBRARY = frozenset(sys.stdlib_module_names) - PROJECT  # the standard library has a `test` too
 
@@ -66,17 +68,25 @@ def refusal(importer: str, imported: str) -> str | None:
     if room in PAGES:
         return None
     if room == "networks":
-        if top in {"networks", "torch", "torchvision"} or top in STANDARD_LIBRARY:
+        if top in {"networks", "torch", "torchvision"} or top in STANDARD_LIBRARY or imported in LIGHT:
             return None
-        return "networks/ may import torch, torchvision and itself only"
+        return "networks/ may import torch, torchvision, utils.errors, utils.options and itself only"
+    if imported in LIGHT and importer in LIGHT:
+        return None
+    if importer in LIGHT:
+        return None if top in STANDARD_LIBRARY | {"torch"} else f"{importer} may import the standard library only"
     if room == "utils":
         if top not in PROJECT or top == "utils" or is_within(imported, "networks.outputs"):
             return None
         return "utils/ may import networks.outputs and itself, no other module of the project"
     if room == "config":
-        return None if top in STANDARD_LIBRARY else "config.py may import the standard library only"
+        if top in STANDARD_LIBRARY or imported in LIGHT:
+            return None
+        return "config.py may import the standard library, utils.errors and utils.options only"
     if room == "datasets":
-        return "datasets.py may import no module of the project" if top in PROJECT else None
+        if top not in PROJECT or imported == "utils.errors" or is_within(imported, "utils.data"):
+            return None
+        return "datasets.py may import utils.errors and utils.data, no other module of the project"
     return f"{importer} is in none of the rooms that the design names"
 
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from utils.errors import UserError
 from utils.files import SavingError, sync_folder, written_whole
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be used, said in one sentence that names the file."""
 
 

@@ -6,16 +6,9 @@ import contextlib
 import errno
 import os
 import sys
-import traceback
 from collections.abc import Iterator
-from pathlib import Path
+from typing import ClassVar
 
-import torch
-
-from utils.training.engine import NonFiniteLossError
-from utils.training.interruption import Stopped
-
-PROJECT = Path(__file__).resolve().parent.parent
 # What the system refuses for reasons that lie outside this code
 MENDABLE = {
     *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),
@@ -24,45 +17,46 @@ MENDABLE = {
 }
 
 
+class UserError(ValueError):
+    """What a user can mend, in one sentence: what came, what was expected, what to do.
+
+    Every error that this code raises on purpose is one; all others are faults of the code and keep their traceback.
+    """
+
+    exit_code: ClassVar[int] = 2  # bad input
+    agreed: ClassVar[bool] = False  # whether all processes of a run raise it together, so that one of them reports it
+
+
+class Stopped(Exception):
+    """The run was asked to stop, has saved its state, and unwinds."""
+
+
 @contextlib.contextmanager
 def exit_with_one_sentence(*, training: bool = False) -> Iterator[None]:
     """End the program with `error: <sentence>` and exit code 2 (bad input) or 1 (the run itself went wrong).
 
-    Errors that this code did not raise on purpose keep their traceback: they are faults to be reported. Of several
-    processes each tells its own error, since another may not have it; what all agreed on is told once. `training`: an
-    interruption says how the run goes on.
+    Of several processes each reports its own error, since another may not have it; what all agreed on is reported once.
+    `training`: an interruption says how the run goes on.
     """
     rank = int(os.environ.get("RANK", "0"))  # torchrun's
     process = f"[process {rank}] " if rank else ""
     again = "with the same command" + (", without --fresh" if "--fresh" in sys.argv else "")
     try:
         yield
-    except (ValueError, OSError) as error:
-        if not _is_meant_for_users(error):
+    except UserError as error:
+        if rank == 0 or not error.agreed:
+            print(f"{process}error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in MENDABLE:
             raise
-        # A loader's worker wraps the error in its traceback; the sentence is the last line.
-        sentence = (str(error).strip() or type(error).__name__).splitlines()[-1].removeprefix("datasets.DataError: ")
-        print(f"{process}error: {sentence}", file=sys.stderr)
+        print(f"{process}error: {error}", file=sys.stderr)
         sys.exit(2)
-    except NonFiniteLossError as error:
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
     except RuntimeError as error:
-        if isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error):
-            print(
-                f"{process}error: another process of this run ended, or the connection to it broke: its own message, "
-                f"if any, says why; a training run continues from its last checkpoint {again}",
-                file=sys.stderr,
-            )
-            sys.exit(1)
-        if not str(error).startswith("DataLoader worker (pid"):  # others are faults inside a worker
+        sentence = _what_ended_the_run(error)
+        if sentence is None:
             raise
-        print(
-            f"{process}error: a process that loads pictures died, most likely for lack of memory: lower workers, "
-            f"image_size or batch_size; a training run continues from its last checkpoint {again}",
-            file=sys.stderr,
-        )
+        print(f"{process}error: {sentence}; a training run continues from its last checkpoint {again}", file=sys.stderr)
         sys.exit(1)
     except (KeyboardInterrupt, Stopped) as stop:
         goes_on = ""
@@ -74,13 +68,15 @@ def exit_with_one_sentence(*, training: bool = False) -> Iterator[None]:
         sys.exit(130)
 
 
-def _is_meant_for_users(error: Exception) -> bool:
-    """Tell our own sentences, and the operating system's, from an error out of the depths or a slip of our own."""
-    if isinstance(error, OSError) and error.errno in MENDABLE:
-        return True
-    if type(error).__module__ in ("config", "datasets", "utils.checkpoint", "utils.files"):
-        return True
-    raised_in = traceback.extract_tb(error.__traceback__)[-1]
-    path = Path(raised_in.filename).resolve()
-    ours = path.is_relative_to(PROJECT) and "site-packages" not in path.parts
-    return ours and (raised_in.line or "").startswith("raise ")  # int("x") on a line of ours is a slip
+def _what_ended_the_run(error: RuntimeError) -> str | None:
+    """A sentence for what PyTorch raises where another process of the run is gone; None for any other error."""
+    from torch.distributed import DistError  # here: scripts that refuse their flags need no torch
+
+    if isinstance(error, DistError) or "/gloo/" in str(error):
+        return "another process of this run ended, or the connection to it broke: its own message, if any, says why"
+    if str(error).startswith("DataLoader worker (pid"):  # others are faults inside a worker
+        return (
+            "a process that loads pictures died, most likely for lack of memory: lower workers, image_size or "
+            "batch_size"
+        )
+    return None

@@ -9,13 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from utils.errors import UserError
+
 try:
     import fcntl
 except ImportError:  # Windows: two runs in one folder are not noticed there
     fcntl = None
 
 
-class SavingError(OSError):
+class SavingError(UserError, OSError):
     """A file could not be written; what was there before is unharmed."""
 
     def __init__(self, path: str | Path, reason: str) -> None:
@@ -62,7 +64,7 @@ def sync_folder(folder: Path) -> None:
             os.close(number)
 
 
-class FolderInUseError(ValueError):
+class FolderInUseError(UserError):
     """Another process works in the folder."""
 
 

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, multiprocessing
 from tqdm import tqdm
 
+from utils.errors import UserError
 from utils.files import sync_folder
 from utils.training.distributed import is_main
 
@@ -40,7 +41,7 @@ BOX_BYTES = 16
 Decode = Callable[[int], tuple[Tensor, Tensor | None]]
 
 
-class CacheError(ValueError):
+class CacheError(UserError):
     """The cache cannot be had, said in one sentence."""
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy
 
+from utils.errors import UserError
 from utils.reporting.results import read_predictions
 
 # They say where and how fast a run was computed, not what it is.
@@ -24,7 +25,7 @@ UNIMPORTANT = frozenset(
 RESAMPLES = 10_000
 
 
-class ComparisonError(ValueError):
+class ComparisonError(UserError):
     """Runs that cannot be compared, said in one sentence."""
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from networks.outputs import NetworkOutput, object_confidence
+from utils.errors import UserError
 
 
 class ExitPoint(NamedTuple):
@@ -54,11 +55,11 @@ def exit_curve(
         early_correct, full_correct: [n] bool, whether its answer is right there, and after everything.
         early_cost, rest_cost: cost of an image up to there, and of the rest.
 
-    Raises ValueError without images.
+    Raises UserError without images.
     """
     images = len(confidence)
     if not images:
-        raise ValueError("no image came; at least one is needed for a curve of accuracy against cost")
+        raise UserError("no image came; at least one is needed for a curve of accuracy against cost")
     order = confidence.double().argsort(descending=True, stable=True)
     confidence = confidence.double()[order]
     zero = torch.zeros(1, dtype=torch.long)

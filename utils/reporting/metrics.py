@@ -11,6 +11,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
+from utils.errors import UserError
 from utils.training.distributed import all_reduce_sum, gather, is_distributed
 
 
@@ -21,12 +22,12 @@ def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple
     Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
 
     Raises:
-        ValueError: correct outside 0 .. total, or confidence outside 0 .. 1 (both excluded).
+        UserError: correct outside 0 .. total, or confidence outside 0 .. 1 (both excluded).
     """
     if not 0 <= correct <= total:
-        raise ValueError(f"{correct} correct of {total}: expected 0 <= correct <= total")
+        raise UserError(f"{correct} correct of {total}: expected 0 <= correct <= total")
     if not 0 < confidence < 1:
-        raise ValueError(f"confidence {confidence}: expected a number between 0 and 1")
+        raise UserError(f"confidence {confidence}: expected a number between 0 and 1")
     if total == 0:
         return 0.0, 1.0
     z = NormalDist().inv_cdf((1 + confidence) / 2)
@@ -164,11 +165,11 @@ def confusion_matrix(predictions: Tensor, labels: Tensor, num_classes: int) -> T
     """Count [C, C] int64 of images by true class (row) and predicted class (column), from two [B] int64 tensors.
 
     Raises:
-        ValueError: a prediction or a label outside 0 .. num_classes - 1.
+        UserError: a prediction or a label outside 0 .. num_classes - 1.
     """
     for name, values in (("prediction", predictions), ("label", labels)):
         if values.numel() > 0 and not 0 <= int(values.min()) <= int(values.max()) < num_classes:
-            raise ValueError(f"a {name} in {int(values.min())} .. {int(values.max())} with {num_classes} classes")
+            raise UserError(f"a {name} in {int(values.min())} .. {int(values.max())} with {num_classes} classes")
     pairs = labels.long() * num_classes + predictions.long()
     return pairs.bincount(minlength=num_classes**2).reshape(num_classes, num_classes)
 

@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor
 
+from utils.errors import UserError
 from utils.files import written_whole
 
 Colour = tuple[int, int, int]
@@ -89,10 +90,10 @@ def localization_panel(
         uint8 [3, height, width].
 
     Raises:
-        ValueError: windows without the crops they lie in.
+        UserError: windows without the crops they lie in.
     """
     if window_boxes is not None and crops is None:
-        raise ValueError("window_boxes lie in the crops, and crops is None: pass both or neither")
+        raise UserError("window_boxes lie in the crops, and crops is None: pass both or neither")
     cells = []
     for index, image in enumerate(images):
         tiles = [

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from networks.outputs import NetworkOutput
+from utils.errors import UserError
 from utils.files import write_text
 from utils.reporting.metrics import (
     calibration,
@@ -109,9 +110,9 @@ class ResultCollector:
 
 
 def read_predictions(path: Path) -> list[Mapping[str, str]]:
-    """Read what `ResultCollector.write` wrote, line by line. Raises ValueError for another file."""
+    """Read what `ResultCollector.write` wrote, line by line. Raises UserError for another file."""
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     if not rows or not {"picture", "label", "prediction", "answer"} <= rows[0].keys():
-        raise ValueError(f"{path} is no table of predictions: write it again with test.py")
+        raise UserError(f"{path} is no table of predictions: write it again with test.py")
     return rows

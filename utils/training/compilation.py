@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from torch import nn
 
+from utils.errors import UserError
 from utils.training.distributed import unwrap
 
 
 def compile_backbone(network: nn.Module) -> None:
     """Run the network's backbone, nearly all of its work, through torch.compile, in place; weights keep their names.
 
-    The parts after it are small and would be compiled anew for every branch selection. Raises ValueError for a
+    The parts after it are small and would be compiled anew for every branch selection. Raises UserError for a
     DataParallel network: its replicas would all run the compiled code of the first device.
     """
     if isinstance(network, nn.DataParallel):
-        raise ValueError(
+        raise UserError(
             "compile is on and nn.DataParallel uses several GPUs: set compile to false, data_parallel to false, "
             "or start one process per GPU with torchrun"
         )

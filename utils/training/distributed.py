@@ -8,6 +8,8 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from utils.errors import UserError
+
 
 def is_distributed() -> bool:
     """True after `setup_distributed` has joined several processes."""
@@ -30,12 +32,12 @@ def is_main() -> bool:
 
 
 def choose_device(name: str) -> torch.device:
-    """Turn the setting into a device; "auto" is the GPU where there is one. Raises ValueError for an absent GPU."""
+    """Turn the setting into a device; "auto" is the GPU where there is one. Raises UserError for an absent GPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
+        raise UserError(
             f"device is {name!r} and {torch.cuda.device_count()} GPUs are visible: set device to cpu or auto"
         )
     return device
@@ -48,7 +50,7 @@ def setup_distributed(name: str = "auto") -> torch.device:
         name: see `choose_device`. Under torchrun a CUDA device becomes the GPU numbered LOCAL_RANK.
 
     Raises:
-        ValueError: no such GPU, or torchrun started more processes on this machine than it has GPUs.
+        UserError: no such GPU, or torchrun started more processes on this machine than it has GPUs.
     """
     device = choose_device(name)
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
@@ -58,7 +60,7 @@ def setup_distributed(name: str = "auto") -> torch.device:
         return device
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if local_rank >= torch.cuda.device_count():
-        raise ValueError(
+        raise UserError(
             f"process {local_rank} of this machine has no GPU of its own: {torch.cuda.device_count()} visible; "
             "start torchrun with --nproc_per_node no larger than that"
         )
@@ -105,13 +107,13 @@ def wrap_network(
     Under torchrun: DistributedDataParallel. Alone with `data_parallel`, a CUDA device without a number ("cuda", not
     "cuda:1", which asks for that one) and several GPUs visible: DataParallel over all of them. Otherwise: the network.
 
-    sync_batch_norm: under torchrun, batch norm takes its statistics from the images of all processes. Raises ValueError
+    sync_batch_norm: under torchrun, batch norm takes its statistics from the images of all processes. Raises UserError
     on a CPU, where PyTorch cannot.
     """
     if is_distributed():
         if sync_batch_norm:
             if device.type != "cuda":
-                raise ValueError(f"sync_batch_norm is True and the device is {device}: it needs GPUs, set it to False")
+                raise UserError(f"sync_batch_norm is True and the device is {device}: it needs GPUs, set it to False")
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         device_ids = [device.index] if device.type == "cuda" else None
         # a schedule can switch branches off, and their parameters then get no gradient

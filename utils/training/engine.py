@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from networks.outputs import NetworkOutput
 from utils.data.augmentation import normalised
+from utils.errors import UserError
 from utils.reporting.metrics import EpochMeter, inclusive_to_edges
 from utils.training.distributed import any_process, evaluation_network, gather, is_main, unwrap, without_synchronisation
 from utils.training.schedule import EpochPlan
@@ -25,11 +26,14 @@ WHAT_TO_DO = "the last checkpoint is unharmed; try a lower learning_rate or set 
 LossFunction = Callable[[NetworkOutput, Tensor], dict[str, Tensor]]
 
 
-class NonFiniteLossError(RuntimeError):
+class NonFiniteLossError(UserError):
     """The loss became NaN or infinite: `terms` names which, `paths` are the images of the step's batch.
 
     `step` is 0 where it showed in the evaluation that follows the last step.
     """
+
+    exit_code = 1
+    agreed = True
 
     def __init__(self, message: str, *, step: int = 0, terms: Sequence[str] = (), paths: Sequence[str] = ()):
         super().__init__(message)

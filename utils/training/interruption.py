@@ -15,10 +15,6 @@ from utils.files import drop_inherited_locks
 from utils.training.distributed import any_process, is_main
 
 
-class Stopped(Exception):
-    """The run was asked to stop, has saved its state, and unwinds."""
-
-
 class StopRequest:
     """While active, the first Ctrl-C or SIGTERM only sets a flag; a Ctrl-C after it stops at once.
 

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, OneCycleLR
 
+from utils.errors import UserError
+
 
 class EpochPlan(NamedTuple):
     """What the epoch number means for the network and the loss; the network itself never sees the number."""
@@ -70,4 +72,4 @@ def build_schedule(
     if kind == "one_cycle":
         highest = [group["lr"] for group in optimizer.param_groups]
         return OneCycleLR(optimizer, highest, total_steps=epochs * steps_per_epoch, cycle_momentum=False)
-    raise ValueError(f"unknown schedule {kind!r}; choose 'steps' or 'one_cycle'")
+    raise UserError(f"unknown schedule {kind!r}; choose 'steps' or 'one_cycle'")
