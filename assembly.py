@@ -20,7 +20,6 @@ from datasets import (
     Pictures,
     ShuffledSampler,
     collate,
-    find_bad_pictures,
     fingerprint,
     leave_out,
     load_pixels,
@@ -30,6 +29,7 @@ from datasets import (
 from networks import build_network
 from networks.folding import cast_for_autocast, fold_batch_norm
 from utils.checkpoint import CheckpointError, load_checkpoint
+from utils.data.checking import find_bad_pictures
 from utils.data.picture_cache import PictureCache, cache_in_memory, cache_on_disk
 from utils.reporting.panels import output_panel
 from utils.training.compilation import compile_backbone

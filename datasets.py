@@ -9,14 +9,11 @@ Everything that is wrong with the data on disk is a `DataError` of one sentence.
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 import re
-import stat
 import warnings
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from functools import cache, partial
 from hashlib import sha256
@@ -29,35 +26,16 @@ import numpy as np
 import PIL
 import torch
 import torchvision
-from PIL import ExifTags, Image, ImageDraw, ImageFilter, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional
-from tqdm import tqdm
 
+from utils.data import decoding
+from utils.data.decoding import Box, load_picture
+from utils.data.errors import DataError, describe
 from utils.errors import UserError
-
-Box = tuple[float, float, float, float]
-
-
-class DataError(UserError):
-    """The data are not as they should be: one sentence with what came, what was expected and what to do.
-
-    It stays one line whatever a hostile file or its name puts into it, and so it does out of a loader's worker, which
-    raises the error anew from the text of its traceback.
-    """
-
-    def __init__(self, sentence: str) -> None:
-        if sentence.startswith("Caught DataError in "):
-            sentence = sentence.rpartition(f"\n{__name__}.DataError: ")[2].rstrip("\n")
-        super().__init__(_one_line(sentence))
-
-
-def _one_line(text: str) -> str:
-    """The text with line ends, and what else would move a terminal's cursor, written out."""
-    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a data set holds
@@ -123,7 +101,7 @@ def read_catalogue(
         _check_complete(dataset, catalogue)
     except OSError as error:
         raise DataError(
-            f"{error.filename or root} cannot be read ({_reason(error)}): expected files of data set {dataset!r} there"
+            f"{error.filename or root} cannot be read ({describe(error)}): expected files of data set {dataset!r} there"
         ) from None
     return _keep_classes(catalogue, classes) if classes else catalogue
 
@@ -329,7 +307,7 @@ def _read_matlab(path: Path, variable: str, fields: Sequence[str] = ()) -> np.nd
     except DataError:
         raise
     except Exception as error:  # on a broken file scipy raises whatever it stumbles over
-        reason = "it lacks that" if isinstance(error, KeyError) else _reason(error)
+        reason = "it lacks that" if isinstance(error, KeyError) else describe(error)
         raise DataError(f"{path} cannot be read as a MATLAB list of {variable!r} ({reason}): fetch it again") from None
     absent = [field for field in fields if field not in (values.dtype.names or ())]
     if absent:
@@ -592,191 +570,6 @@ READERS: dict[str, Callable[[Path], Catalogue]] = {
 # From a file to a sample
 # ---------------------------------------------------------------------------------------------------------------------
 
-# EXIF orientation -> what turns the stored picture upright
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-# How files end; cameras and editors may write a little more behind it. To open WebP already checks the length.
-END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "WEBP": b""}
-TAIL = 1024  # bytes
-
-# Pillow warns of pictures that `load_picture` refuses in a sentence of its own.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-
-
-def load_picture(
-    path: str | Path, box: Box | None = None, *, at_least: int | None = None
-) -> tuple[Image.Image, Box | None]:
-    """Loads a picture file of any mode as upright RGB, with its box.
-
-    Published boxes were drawn on the pixels as stored, by tools that did not heed EXIF orientation. So a box is taken
-    as one of stored pixels, and is turned together with the picture.
-
-    Args:
-        at_least: a large JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, which is several times faster, while its
-            sides keep so many pixels; the box is in pixels of what is returned. None: as stored.
-
-    Raises:
-        DataError: the file cannot be read as a picture.
-    """
-    try:
-        picture, orientation, shrunk = _decode(path, at_least)
-    except Exception as error:  # on a broken file Pillow raises whatever it stumbles over
-        raise DataError(
-            f"{path} cannot be read as a picture ({_reason(error)}): replace it, or take it off the list"
-        ) from error
-    if box is not None and shrunk > 1:
-        box = tuple(edge / shrunk for edge in box)
-    if orientation not in UPRIGHT:
-        return picture, box
-    return picture.transpose(UPRIGHT[orientation]), box and _turn_box(box, picture.size, orientation)
-
-
-def _decode(path: str | Path, at_least: int | None = None) -> tuple[Image.Image, int, int]:
-    """The picture as RGB, its EXIF orientation, and how many times smaller than stored it is. Raises anything."""
-    with _open_picture(path) as image:
-        orientation, shrunk = _orientation(image), 1
-        if at_least is not None and image.format == "JPEG":
-            width, drafted = image.width, image.draft(None, (at_least, at_least))
-            shrunk = round(width / drafted[1][2]) if drafted else 1
-        return _to_rgb(image), orientation, shrunk
-
-
-def _open_picture(path: str | Path) -> Image.Image:
-    """Reads a picture's header, and refuses what should not be decoded. Raises anything."""
-    status = Path(path).stat()
-    if not stat.S_ISREG(status.st_mode):  # to open a pipe would wait for ever
-        raise ValueError("it is a folder" if stat.S_ISDIR(status.st_mode) else "it is not a file")
-    if status.st_size == 0:
-        raise ValueError("the file is empty")
-    image = Image.open(path)
-    try:
-        _check_header(image)
-    except ValueError:
-        image.close()
-        raise
-    return image
-
-
-def _check_header(image: Image.Image) -> None:
-    pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
-    if limit is not None and pixels > limit:
-        raise ValueError(f"{pixels} pixels, above the limit of {limit} against decompression bombs")
-    if image.format == "EPS":
-        raise ValueError("it is PostScript, which is a program to be run")
-    if image.mode == "F":
-        raise ValueError("pixels are floating-point numbers, of which nothing says what is white")
-
-
-def _reason(error: Exception) -> str:
-    """What went wrong, in a few words on one line, without the name of the file."""
-    if isinstance(error, UnidentifiedImageError):
-        return "its content is of no known picture format"
-    words = error.strerror if isinstance(error, OSError) else None
-    return _one_line(words or str(error) or type(error).__name__)
-
-
-def find_bad_pictures(entries: Sequence[Entry], *, thorough: bool, silent: bool = False) -> dict[str, str]:
-    """Looks for pictures that `load_picture` would refuse, and for two kinds that show nothing though it loads them:
-    those with a side below 2 pixels, and files whose end is filled up with zeros.
-
-    Args:
-        thorough: decode every picture. If not, of JPEG, PNG and WebP only the header and the last bytes are read;
-            what ends otherwise than it should, and other formats, are decoded. This finds what was cut off, not
-            damage inside.
-        silent: never show a bar; otherwise there is one on a terminal.
-
-    Returns:
-        Path -> what is wrong with it, in a few words, in the order of `entries`.
-
-    Raises:
-        OSError: this machine is short of memory or open files, which is no picture's fault.
-    """
-    paths = list(dict.fromkeys(str(entry.source) for entry in entries if not isinstance(entry.source, int)))
-    Image.init()  # here, as Pillow does not guard its first use against several threads
-    pool = ThreadPoolExecutor()
-    try:
-        reasons = pool.map(partial(_find_fault, thorough=thorough), paths)
-        checked = zip(paths, reasons, strict=True)
-        bar = tqdm(checked, desc="checking pictures", total=len(paths), leave=False, disable=True if silent else None)
-        return {path: reason for path, reason in bar if reason is not None}
-    finally:
-        pool.shutdown(cancel_futures=True)  # so that an interruption does not wait for all the pictures
-
-
-def _find_fault(path: str, thorough: bool) -> str | None:
-    try:
-        with _open_picture(path) as image:
-            (width, height), kind = image.size, image.format
-        if min(width, height) < 2:
-            return f"only {width} x {height} pixels"
-        ended = _ends_as_it_should(path, kind)
-        if thorough or not ended:
-            _decode(path)
-        if not ended and kind in END_MARKS and _is_filled_up(path, END_MARKS[kind]):
-            return "its end was never written: there are only zeros"
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
-            raise
-        return _reason(error)
-    return None
-
-
-def _is_filled_up(path: str, mark: bytes) -> bool:
-    """Whether zeros stand for the end, as an interrupted copy leaves it: decoders may take them for picture data."""
-    content = Path(path).read_bytes()
-    return content.endswith(bytes(TAIL)) and not content.rstrip(b"\0").endswith(mark)
-
-
-def _ends_as_it_should(path: str, kind: str | None) -> bool:
-    mark = END_MARKS.get(kind)
-    if mark is None:
-        return False
-    with Path(path).open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
-        return mark in file.read()
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # whatever is wrong with the tags, the picture can be read without them
-        return 1
-
-
-def _turn_box(box: Box, size: tuple[int, int], orientation: int) -> Box:
-    """The box after the turn `UPRIGHT[orientation]` of a picture of `size` (width, height)."""
-    (x0, y0, x1, y1), (width, height) = box, size
-    if orientation in (5, 6, 7, 8):
-        x0, y0, x1, y1, width, height = y0, x0, y1, x1, height, width
-    if orientation in (2, 3, 6, 7):
-        x0, x1 = width - x1, width - x0
-    if orientation in (3, 4, 7, 8):
-        y0, y1 = height - y1, height - y0
-    return x0, y0, x1, y1
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit gray: Pillow's own conversion clips it at 255
-        gray = np.asarray(image).astype(np.float32).clip(0, 65535) / 257
-        image = Image.fromarray(gray.round().astype(np.uint8))
-    if image.has_transparency_data:
-        # On white, as on the page that a cut-out is made for; the colours under transparent pixels are arbitrary.
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    if image.mode != "RGB":
-        return image.convert("RGB")
-    image.load()
-    return image
-
 
 class Sample(NamedTuple):
     """One picture, ready for a batch. Normalisation and `augmentation` are left to the device, see utils.data.
@@ -919,14 +712,16 @@ def fingerprint(entries: Sequence[Entry], size: int) -> tuple[str, bytes]:
     files' sizes and times, this code, the libraries. Raises DataError where a file has vanished.
     """
     versions = (PIL.__version__, torch.__version__, torchvision.__version__)
-    name, content = sha256(repr(size).encode()), sha256(Path(__file__).read_bytes() + repr(versions).encode())
+    name, content = sha256(repr(size).encode()), sha256(repr(versions).encode())
+    for module in (__file__, decoding.__file__):
+        content.update(Path(module).read_bytes())
     for source, _, box in entries:
         name.update(repr((str(source), box)).encode())
         if isinstance(source, Path):
             try:
                 status = source.stat()
             except OSError as error:
-                raise DataError(f"{source} cannot be read as a picture ({_reason(error)}): restore it") from None
+                raise DataError(f"{source} cannot be read as a picture ({describe(error)}): restore it") from None
             content.update(repr((status.st_size, status.st_mtime_ns)).encode())
     content.update(name.digest())
     return f"{size}-{name.hexdigest()[:12]}", content.digest()

@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from assembly import load_trained
 from config import Parser
-from datasets import DataError, Entry, Pictures, Sample, collate, load_picture
+from datasets import DataError, Entry, Pictures, Sample, collate
 from networks.evidence import forward_with_evidence
+from utils.data.decoding import load_picture
 from utils.errors import UserError, exit_with_one_sentence
 from utils.reporting.metrics import inclusive_to_edges
 from utils.reporting.panels import image_panel

@@ -5,7 +5,7 @@ something is loaded only once:
 
     import      what `python train.py` loads, and of it PyTorch and torchvision alone
     index       `datasets.read_catalogue`: listing and splitting, no file is opened
-    check       `datasets.find_bad_pictures`: header and last bytes of every file, before training starts
+    check       `checking.find_bad_pictures`: header and last bytes of every file, before training starts
     fingerprint what a disk cache asks of every file: size and time
     step        train.py from its start to the end of its first training step (ResNet-18, a batch of 4)
 """
@@ -27,7 +27,8 @@ import torch
 from measuring import PROJECT, machine, write_json
 from PIL import Image
 
-from datasets import find_bad_pictures, fingerprint, read_catalogue
+from datasets import fingerprint, read_catalogue
+from utils.data.checking import find_bad_pictures
 
 CLASSES = 100
 FIRST_STEP = """

@@ -19,7 +19,9 @@ from test_datasets import BIRD_FILES, make_aircraft, make_cars, make_cub, make_d
 from torch.utils.data import DataLoader
 
 import datasets
-from datasets import DataError, Entry, Pictures, find_bad_pictures, load_picture, read_catalogue
+from datasets import DataError, Entry, Pictures, read_catalogue
+from utils.data.checking import find_bad_pictures
+from utils.data.decoding import load_picture
 
 HTML = "<!DOCTYPE html>\n<html><body>404: not found</body></html>\n"
 

@@ -1,0 +1,81 @@
+"""Looking for pictures that cannot be read, before a run begins."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from utils.data.decoding import Listed, decode, open_picture
+from utils.data.errors import describe
+
+# How files end; cameras and editors may write a little more behind it. To open WebP already checks the length.
+END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "WEBP": b""}
+TAIL = 1024  # bytes
+
+
+def find_bad_pictures(entries: Sequence[Listed], *, thorough: bool, silent: bool = False) -> dict[str, str]:
+    """Looks for pictures that `load_picture` would refuse, and for two kinds that show nothing though it loads them:
+    those with a side below 2 pixels, and files whose end is filled up with zeros.
+
+    Args:
+        thorough: decode every picture. If not, of JPEG, PNG and WebP only the header and the last bytes are read;
+            what ends otherwise than it should, and other formats, are decoded. This finds what was cut off, not
+            damage inside.
+        silent: never show a bar; otherwise there is one on a terminal.
+
+    Returns:
+        Path -> what is wrong with it, in a few words, in the order of `entries`.
+
+    Raises:
+        OSError: this machine is short of memory or open files, which is no picture's fault.
+    """
+    paths = list(dict.fromkeys(str(entry.source) for entry in entries if not isinstance(entry.source, int)))
+    Image.init()  # here, as Pillow does not guard its first use against several threads
+    pool = ThreadPoolExecutor()
+    try:
+        reasons = pool.map(partial(_find_fault, thorough=thorough), paths)
+        checked = zip(paths, reasons, strict=True)
+        bar = tqdm(checked, desc="checking pictures", total=len(paths), leave=False, disable=True if silent else None)
+        return {path: reason for path, reason in bar if reason is not None}
+    finally:
+        pool.shutdown(cancel_futures=True)  # so that an interruption does not wait for all the pictures
+
+
+def _find_fault(path: str, thorough: bool) -> str | None:
+    try:
+        with open_picture(path) as image:
+            (width, height), kind = image.size, image.format
+        if min(width, height) < 2:
+            return f"only {width} x {height} pixels"
+        ended = _ends_as_it_should(path, kind)
+        if thorough or not ended:
+            decode(path)
+        if not ended and kind in END_MARKS and _is_filled_up(path, END_MARKS[kind]):
+            return "its end was never written: there are only zeros"
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise
+        return describe(error)
+    return None
+
+
+def _is_filled_up(path: str, mark: bytes) -> bool:
+    """Whether zeros stand for the end, as an interrupted copy leaves it: decoders may take them for picture data."""
+    content = Path(path).read_bytes()
+    return content.endswith(bytes(TAIL)) and not content.rstrip(b"\0").endswith(mark)
+
+
+def _ends_as_it_should(path: str, kind: str | None) -> bool:
+    mark = END_MARKS.get(kind)
+    if mark is None:
+        return False
+    with Path(path).open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
+        return mark in file.read()

@@ -1,0 +1,35 @@
+"""What is wrong with the data on disk: one class, one sentence."""
+
+from __future__ import annotations
+
+from PIL import UnidentifiedImageError
+
+from utils.errors import UserError
+
+
+class DataError(UserError):
+    """The data are not as they should be: one sentence with what came, what was expected and what to do.
+
+    It stays one line whatever a hostile file or its name puts into it, and so it does out of a loader's worker, which
+    raises the error anew from the text of its traceback: that text's last line is the error's class and the sentence.
+    """
+
+    def __init__(self, sentence: str) -> None:
+        name = type(self).__name__
+        if sentence.startswith(f"Caught {name} in "):
+            last_line = sentence.rstrip("\n").rpartition("\n")[2]
+            sentence = last_line.partition(f"{name}: ")[2]
+        super().__init__(one_line(sentence))
+
+
+def one_line(text: str) -> str:
+    """The text with line ends, and what else would move a terminal's cursor, written out."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+
+
+def describe(error: Exception) -> str:
+    """What went wrong, in a few words on one line, without the name of the file."""
+    if isinstance(error, UnidentifiedImageError):
+        return "its content is of no known picture format"
+    words = error.strerror if isinstance(error, OSError) else None
+    return one_line(words or str(error) or type(error).__name__)
