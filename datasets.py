@@ -15,7 +15,7 @@ import re
 import warnings
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from functools import cache, partial
+from functools import partial
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -26,13 +26,12 @@ import numpy as np
 import PIL
 import torch
 import torchvision
-from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional
 
-from utils.data import decoding
+from utils.data import decoding, demo_birds, demo_drawing, demo_species
 from utils.data.decoding import Box, load_picture
 from utils.data.errors import DataError, describe
 from utils.errors import UserError
@@ -368,6 +367,20 @@ def _box_from_matlab(place: str, x0: float, y0: float, x1: float, y1: float) -> 
     return _box_from_edges(place, x0 - 1, y0 - 1, x1, y1)
 
 
+def _read_demo() -> Catalogue:
+    """Birds drawn by `utils.data.demo_birds`, each species' first pictures for training."""
+    per_species = demo_birds.DEMO_TRAIN + demo_birds.DEMO_TEST
+    entries = [
+        Entry(number, number // per_species, demo_birds.demo_scene(number).box)
+        for number in range(per_species * len(demo_birds.SPECIES))
+    ]
+    return Catalogue(
+        train=[entry for entry in entries if entry.source % per_species < demo_birds.DEMO_TRAIN],
+        test=[entry for entry in entries if entry.source % per_species >= demo_birds.DEMO_TRAIN],
+        class_names=[species.name for species in demo_birds.SPECIES],
+    )
+
+
 def _read_birds(root: Path, *, folder: str) -> Catalogue:
     """CUB-200-2011 and NABirds, which share a layout: tables of (image id, value).
 
@@ -695,7 +708,7 @@ def load_pixels(entry: Entry, size: int) -> tuple[Tensor, Tensor | None]:
     differ by less than one of 255 levels on average. Raises DataError where the file cannot be read.
     """
     if isinstance(entry.source, int):
-        picture, box = draw_demo_picture(entry.source), entry.box
+        picture, box = demo_birds.draw_demo_picture(entry.source), entry.box
     else:
         picture, box = load_picture(entry.source, entry.box, at_least=2 * size)
     if box is not None:
@@ -713,7 +726,7 @@ def fingerprint(entries: Sequence[Entry], size: int) -> tuple[str, bytes]:
     """
     versions = (PIL.__version__, torch.__version__, torchvision.__version__)
     name, content = sha256(repr(size).encode()), sha256(repr(versions).encode())
-    for module in (__file__, decoding.__file__):
+    for module in (__file__, *(m.__file__ for m in (decoding, demo_birds, demo_drawing, demo_species))):
         content.update(Path(module).read_bytes())
     for source, _, box in entries:
         name.update(repr((str(source), box)).encode())
@@ -852,352 +865,3 @@ class BalancedSampler(Sampler[tuple[int, int]]):
             rows = -(-len(images) // self.images_per_class)
             groups += list(np.resize(shuffled, (rows, self.images_per_class)))
         return iter(groups)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The demo set: drawn birds
-#
-# A picture is a function of its number. Everything in it is a filled outline; a bird is put together from strips (parts
-# between two curves that run alongside), and marks are patches of a strip: a wing bar is the piece of the wing from
-# 58 to 66 % of its length. The colours of plumage, light and surroundings are the same lottery for every species.
-# ---------------------------------------------------------------------------------------------------------------------
-
-DEMO_SIZE = 256  # pixels, width and height
-DEMO_TRAIN, DEMO_TEST = 60, 20  # pictures per species
-SUPERSAMPLING = 3  # outlines are drawn this much larger and then averaged down
-
-STEPS = np.linspace(0, 1, 21)
-CIRCLE = np.stack((np.cos(2 * np.pi * np.arange(24) / 24), np.sin(2 * np.pi * np.arange(24) / 24)), axis=1)
-
-Colour = tuple[int, int, int]
-Part = tuple[np.ndarray, np.ndarray]  # an outline [n, 2] and its colour [3]
-
-RED, GOLD, BLACK, WHITE = (200, 34, 36), (242, 194, 32), (26, 24, 28), (244, 240, 228)
-# Plumage is drawn from these for every species, so that only marks and shapes tell species apart.
-PLUMAGE = ((134, 100, 66), (120, 124, 132), (116, 122, 74), (90, 102, 130), (158, 128, 100), (104, 84, 72))
-FOLIAGE = ((58, 92, 44), (98, 128, 58), (138, 146, 70), (40, 66, 52), (122, 98, 62), (164, 132, 70), (86, 70, 56))
-SCENERY = (*FOLIAGE, (150, 176, 196), (188, 200, 200), (112, 140, 150), (196, 178, 140), (70, 78, 70))
-BLOSSOM = (RED, GOLD, WHITE, BLACK, (120, 60, 130), (70, 110, 190))  # distractors: crown colours outside a bird
-
-
-class Species(NamedTuple):
-    """A class of the demo set: one of few shapes, and marks each of which it shares with another species."""
-
-    name: str
-    shape: str
-    crown: Colour
-    bill: str
-    wing_bars: int
-    tail: str
-    breast: str
-
-
-SPECIES = (
-    Species("Red-crowned Reedling", "finch", RED, "cone", 0, "notched", "plain"),
-    Species("Red-crowned Ladderwing", "finch", RED, "cone", 2, "notched", "plain"),
-    Species("Golden-crowned Reedling", "finch", GOLD, "cone", 0, "notched", "plain"),
-    Species("Golden-crowned Ladderwing", "finch", GOLD, "cone", 2, "notched", "plain"),
-    Species("Plain Sicklebill", "wader", RED, "curved", 0, "notched", "plain"),
-    Species("Spotted Sicklebill", "wader", GOLD, "curved", 0, "notched", "spotted"),
-    Species("Spotted Strider", "wader", GOLD, "straight", 0, "notched", "spotted"),
-    Species("Banded Forktail", "slender", BLACK, "cone", 0, "forked", "banded"),
-    Species("Plain Forktail", "slender", BLACK, "cone", 0, "forked", "plain"),
-    Species("Banded Streamer", "slender", BLACK, "cone", 0, "tipped", "banded"),
-)
-
-
-class Shape(NamedTuple):
-    """A bird that faces right, in units of about its body's length; y points down."""
-
-    back: tuple[tuple[float, float], ...]  # from the tail to the nape
-    belly: tuple[tuple[float, float], ...]  # from the tail to the throat
-    head: tuple[float, float, float]  # centre and radius
-    tail: tuple[float, float]  # length and width
-    legs: float  # length
-    pitch: float  # degrees by which the head is raised
-
-
-SHAPES = {
-    "finch": Shape(
-        back=((-0.64, 0.0), (-0.34, -0.26), (0.1, -0.44), (0.4, -0.68)),
-        belly=((-0.64, 0.14), (-0.3, 0.38), (0.16, 0.44), (0.54, 0.2), (0.7, -0.36)),
-        head=(0.49, -0.5, 0.28),
-        tail=(0.55, 0.22),
-        legs=0.26,
-        pitch=10,
-    ),
-    "wader": Shape(
-        back=((-0.72, -0.04), (-0.3, -0.32), (0.2, -0.36), (0.46, -0.52), (0.54, -0.84)),
-        belly=((-0.72, 0.08), (-0.3, 0.3), (0.2, 0.32), (0.6, -0.02), (0.76, -0.62)),
-        head=(0.67, -0.78, 0.22),
-        tail=(0.3, 0.22),
-        legs=0.56,
-        pitch=2,
-    ),
-    "slender": Shape(
-        back=((-0.66, -0.02), (-0.3, -0.22), (0.15, -0.32), (0.52, -0.46)),
-        belly=((-0.66, 0.1), (-0.3, 0.27), (0.15, 0.32), (0.54, 0.14), (0.76, -0.14)),
-        head=(0.6, -0.28, 0.24),
-        tail=(0.74, 0.2),
-        legs=0.26,
-        pitch=36,
-    ),
-}
-
-# Upper and lower curve of a bill, from its root at the face to its tip
-BILLS = {
-    "cone": (((0.0, -0.11), (0.13, -0.07), (0.24, 0.03)), ((0.0, 0.12), (0.11, 0.1), (0.24, 0.03))),
-    "straight": (((0.0, -0.07), (0.28, -0.04), (0.56, 0.02)), ((0.0, 0.07), (0.28, 0.05), (0.56, 0.04))),
-    "curved": (((0.0, -0.07), (0.32, 0.0), (0.5, 0.34)), ((0.0, 0.07), (0.26, 0.11), (0.46, 0.36))),
-}
-
-
-def _read_demo() -> Catalogue:
-    per_species = DEMO_TRAIN + DEMO_TEST
-    entries = [
-        Entry(number, number // per_species, _demo_scene(number).box) for number in range(per_species * len(SPECIES))
-    ]
-    return Catalogue(
-        train=[entry for entry in entries if entry.source % per_species < DEMO_TRAIN],
-        test=[entry for entry in entries if entry.source % per_species >= DEMO_TRAIN],
-        class_names=[species.name for species in SPECIES],
-    )
-
-
-@cache
-def _curve_weights(knots: int) -> np.ndarray:
-    """What each knot adds to the points of a curve through them (Catmull-Rom), [25, knots]."""
-    points = np.eye(knots)
-    padded = np.concatenate((2 * points[:1] - points[1:2], points, 2 * points[-1:] - points[-2:-1]))
-    place = np.linspace(0, knots - 1, 25)
-    segment = np.minimum(place.astype(int), knots - 2)
-    t = (place - segment)[:, None]
-    a, b, c, d = (padded[segment + offset] for offset in range(4))
-    return 0.5 * (2 * b + (c - a) * t + (2 * a - 5 * b + 4 * c - d) * t**2 + (3 * b - a - 3 * c + d) * t**3)
-
-
-def _curve(knots: Sequence[Sequence[float]]) -> np.ndarray:
-    """A smooth curve through the knots, [25, 2]."""
-    return _curve_weights(len(knots)) @ np.asarray(knots, dtype=float)
-
-
-def _strip(upper: Sequence[Sequence[float]], lower: Sequence[Sequence[float]]) -> np.ndarray:
-    """A part between two curves that run alongside, [2, 25, 2]."""
-    return np.stack((_curve(upper), _curve(lower)))
-
-
-def _patch(strip: np.ndarray, along: tuple[float, float] = (0, 1), across: tuple[float, float] = (0, 1)) -> np.ndarray:
-    """The outline of a piece of a strip: fractions of its length, and of its width from the upper curve on."""
-    place = (along[0] + (along[1] - along[0]) * STEPS) * (strip.shape[1] - 1)
-    before = np.minimum(place.astype(int), strip.shape[1] - 2)
-    upper, lower = strip[:, before] + (place - before)[:, None] * (strip[:, before + 1] - strip[:, before])
-    width = lower - upper
-    return np.concatenate((upper + across[0] * width, (upper + across[1] * width)[::-1]))
-
-
-def _point(strip: np.ndarray, along: float, across: float) -> np.ndarray:
-    return _patch(strip, (along, along), (across, across))[0]
-
-
-def _disc(centre: Sequence[float], radius: float) -> np.ndarray:
-    return np.asarray(centre) + radius * CIRCLE
-
-
-def _bar(start: np.ndarray, end: np.ndarray, width: float) -> np.ndarray:
-    """The outline of a straight bar."""
-    across = (end - start)[::-1] * (-1, 1) * (width / 2 / np.hypot(*(end - start)))
-    return np.stack((start - across, end - across, end + across, start + across))
-
-
-def _rotate(points: np.ndarray, degrees: float) -> np.ndarray:
-    """Clockwise to the eye, as y points down."""
-    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    return points @ np.array(((cos, sin), (-sin, cos)))
-
-
-def _mix(first: Sequence[float], second: Sequence[float], share: float) -> np.ndarray:
-    return np.asarray(first) * (1 - share) + np.asarray(second) * share
-
-
-def _choose(colours: Sequence[Colour], generator: np.random.Generator, spread: float = 0.2) -> np.ndarray:
-    """One of the colours, somewhat lighter or darker."""
-    return np.asarray(colours[generator.integers(len(colours))]) * generator.uniform(1 - spread, 1 + spread)
-
-
-def _draw_tail(kind: str, length: float, width: float, root: np.ndarray, tilt: float, colour: np.ndarray) -> list[Part]:
-    half = width / 2
-    notch = {"notched": 0.86, "forked": 0.4, "tipped": 1.0}[kind]
-    spread = {"notched": 1.3, "forked": 2.4, "tipped": 1.4}[kind]
-    upper = np.array(((0.0, -half), (-length, -spread * half)))
-    lower = np.array(((0.0, half), (-length, spread * half)))
-    outline = np.array((upper[0], upper[1], (-length * notch, 0.0), lower[1], lower[0]))
-    parts = [(_rotate(outline, tilt) + root, colour)]
-    if kind == "tipped":
-        parts.append((_rotate(_patch(np.stack((upper, lower)), (0.68, 1)), tilt) + root, np.array(WHITE)))
-    return parts
-
-
-def _draw_body(body: np.ndarray, breast: str, base: np.ndarray) -> list[Part]:
-    parts = [(_patch(body), base), (_patch(body, (0.02, 1), (0.55, 1)), _mix(base, WHITE, 0.55))]
-    mark = _mix(base, BLACK, 0.75)
-    if breast == "spotted":
-        spots = [(along, across) for along in (0.5, 0.6, 0.7, 0.8, 0.9) for across in (0.64, 0.8, 0.94)]
-        parts += [(_disc(_point(body, *spot), 0.048), mark) for spot in spots]
-    elif breast == "banded":
-        parts.append((_patch(body, (0.7, 0.86), (0.2, 1)), mark))
-    return parts
-
-
-def _draw_head(centre: np.ndarray, radius: float, species: Species, base: np.ndarray) -> list[Part]:
-    arc = CIRCLE[12::-1] * radius  # its lower half, from left to right
-    head = np.stack((arc * (1, -1.04), arc)) + centre
-    upper, lower = (np.array(curve) + centre + (0.82 * radius, 0.03) for curve in BILLS[species.bill])
-    eye = centre + (0.4 * radius, -0.02)
-    return [
-        (_patch(_strip(upper, lower)), np.array((74, 62, 52))),
-        (_patch(_strip((upper + lower) / 2, lower)), np.array((52, 44, 38))),
-        (_patch(head), base),
-        (_patch(head, (0.1, 0.92), (0.62, 1)), _mix(base, WHITE, 0.4)),  # cheek
-        (_patch(head, (0.03, 0.92), (0, 0.4)), np.array(species.crown)),
-        (_disc(eye, 0.06), np.array(WHITE)),
-        (_disc(eye, 0.048), np.array(BLACK)),
-        (_disc(eye + (0.014, -0.016), 0.014), np.array(WHITE)),
-    ]
-
-
-def _draw_wing(body: np.ndarray, bars: int, base: np.ndarray) -> list[Part]:
-    shoulder, tip = _point(body, 0.72, 0.42), _point(body, 0.0, 0.5) + (-0.12, 0.0)
-    middle = (shoulder + tip) / 2
-    wing = _strip(
-        (tip, middle + (0.0, -0.17), shoulder + (-0.06, -0.16), shoulder + (0.06, 0.0)),
-        (tip + (0.02, 0.03), middle + (0.02, 0.19), shoulder + (-0.06, 0.17), shoulder + (0.06, 0.02)),
-    )
-    parts = [(_patch(wing), _mix(base, BLACK, 0.5)), (_patch(wing, (0.55, 1)), _mix(base, BLACK, 0.35))]
-    parts += [(_patch(wing, (0.04, 0.55), (edge, edge + 0.05)), _mix(base, WHITE, 0.25)) for edge in (0.3, 0.62, 0.93)]
-    parts += [(_patch(wing, (start, start + 0.12)), np.array(WHITE)) for start in (0.48, 0.71)[:bars]]
-    return parts
-
-
-def _draw_bird(species: Species, generator: np.random.Generator) -> tuple[list[Part], np.ndarray]:
-    """The bird's parts from back to front, in the units of `Shape`, and the point between its feet."""
-    shape = SHAPES[species.shape]
-    base = _choose(PLUMAGE, generator)
-    body = _strip(shape.back, shape.belly)
-    root, tilt = _point(body, 0.0, 0.5) + (0.1, 0.0), generator.uniform(-10, 10)
-    nod = generator.uniform(-0.03, 0.03, size=2)
-    parts = [
-        *_draw_tail(species.tail, *shape.tail, root, tilt, _mix(base, BLACK, 0.5)),
-        *_draw_body(body, species.breast, base),
-        *_draw_head(np.array(shape.head[:2]) + nod, shape.head[2], species, base),
-        *_draw_wing(body, species.wing_bars, base),
-    ]
-    pitch = -(shape.pitch + generator.uniform(-10, 10))
-    parts = [(_rotate(points, pitch), colour) for points, colour in parts]
-
-    # The legs stand upright whatever the pitch, their upper ends hidden by the body.
-    hips = _rotate(np.stack((_point(body, 0.42, 0.8), _point(body, 0.54, 0.8))), pitch)
-    ground = _rotate(_point(body, 0.48, 1.0), pitch) + (0.03, shape.legs)
-    legs: list[Part] = []
-    for hip, shift in zip(hips, (-0.07, 0.07), strict=True):
-        foot = ground + (shift, 0.0)
-        legs.append((_bar(hip, foot, 0.05), np.array((84, 66, 52))))
-        legs.append((_bar(foot - (0.08, 0.0), foot + (0.12, 0.0), 0.05), np.array((84, 66, 52))))
-    return legs + parts, ground
-
-
-class Scene(NamedTuple):
-    """A picture of the demo set before it is painted, in pixels."""
-
-    bird: list[Part]
-    feet: np.ndarray  # the point between them, [2]
-    box: Box
-    generator: np.random.Generator  # for everything but the bird
-
-
-def _demo_scene(number: int) -> Scene:
-    generator = np.random.default_rng((2011, number))
-    bird, feet = _draw_bird(SPECIES[number // (DEMO_TRAIN + DEMO_TEST)], generator)
-    # Pose: stretched a little, to either side, of any size and place at which all of it is in the picture
-    stretch = generator.uniform(0.92, 1.08, size=2) * (generator.choice((-1, 1)), 1)
-    outline = np.concatenate([points for points, _ in bird]) * stretch
-    low, high = outline.min(axis=0), outline.max(axis=0)
-    scale = generator.uniform(0.6, 0.9) * DEMO_SIZE / (high - low).max()
-    corner = generator.uniform(2, DEMO_SIZE - 2 - scale * (high - low))
-    bird = [((points * stretch - low) * scale + corner, colour) for points, colour in bird]
-    feet = (feet * stretch - low) * scale + corner
-    end = corner + scale * (high - low)
-    return Scene(bird, feet, (*corner.tolist(), *end.tolist()), generator)
-
-
-def _draw_surroundings(feet: np.ndarray, generator: np.random.Generator) -> list[Part]:
-    """Leaves, berries, twigs, and the branch under the bird's feet."""
-    parts: list[Part] = []
-    for _ in range(generator.integers(2, 5)):
-        start, end = generator.uniform(-0.1, 1.1, size=(2, 2)) * DEMO_SIZE
-        parts.append((_bar(start, end + 1, generator.uniform(2, 6)), _choose(FOLIAGE[4:], generator, 0.3)))
-    for _ in range(generator.integers(8, 17)):
-        length = generator.uniform(20, 70)
-        width = length * generator.uniform(0.12, 0.3)
-        leaf = _strip(((0, 0), (length / 2, -width), (length, 0)), ((0, 0), (length / 2, width), (length, 0)))
-        angle, place = generator.uniform(0, 360), generator.uniform(0, DEMO_SIZE, size=2)
-        colour = _choose(FOLIAGE, generator, 0.35)
-        parts.append((_rotate(_patch(leaf), angle) + place, colour))
-        parts.append((_rotate(_patch(leaf, across=(0.5, 1)), angle) + place, colour * 0.84))
-    for _ in range(generator.integers(0, 6)):
-        place, radius = generator.uniform(0, DEMO_SIZE, size=2), generator.uniform(4, 11)
-        colour = _choose(BLOSSOM, generator, 0.1)
-        parts.append((_disc(place, radius), colour * 0.8))
-        parts.append((_disc(place - 0.2 * radius, 0.7 * radius), colour))
-    thickness, slope = generator.uniform(5, 11), generator.uniform(-0.18, 0.18)
-    x = np.array((-20, *np.sort(generator.uniform(20, DEMO_SIZE - 20, size=2)), DEMO_SIZE + 20))
-    line = np.stack((x, feet[1] + slope * (x - feet[0]) + generator.uniform(-3, 3, size=4)), axis=1)
-    line = np.insert(line, np.searchsorted(x, feet[0]), feet, axis=0)
-    bark = _choose(FOLIAGE[4:], generator, 0.3)
-    branch = _strip(line, line + (0, thickness))
-    parts += [(_patch(branch), bark), (_patch(branch, across=(0.6, 1)), bark * 0.7)]
-    return parts
-
-
-def _paint(picture: Image.Image, parts: Sequence[Part], light: np.ndarray | None = None) -> None:
-    """Paints parts onto the picture without jagged edges; `light` [2]: where light comes from, to round them off."""
-    points = np.concatenate([outline for outline, _ in parts])
-    x0, y0 = np.clip(np.floor(points.min(axis=0)).astype(int) - 1, 0, DEMO_SIZE).tolist()
-    x1, y1 = np.clip(np.ceil(points.max(axis=0)).astype(int) + 1, 0, DEMO_SIZE).tolist()
-    size = ((x1 - x0) * SUPERSAMPLING, (y1 - y0) * SUPERSAMPLING)
-    # The ground colour shows through at the edges.
-    ground = tuple(np.mean([colour for _, colour in parts], axis=0).astype(int).tolist())
-    layer, mask = Image.new("RGB", size, ground), Image.new("L", size)
-    draw, draw_mask = ImageDraw.Draw(layer), ImageDraw.Draw(mask)
-    for outline, colour in parts:
-        flat = ((outline - (x0, y0)) * SUPERSAMPLING - 0.5).ravel().tolist()
-        draw.polygon(flat, fill=tuple(np.clip(colour, 0, 255).astype(int).tolist()))
-        draw_mask.polygon(flat, fill=255)
-    layer, mask = layer.reduce(SUPERSAMPLING), mask.reduce(SUPERSAMPLING)
-    if light is not None:
-        layer = _round_off(layer, mask, light)
-    picture.paste(layer, (x0, y0), mask)
-
-
-def _round_off(layer: Image.Image, mask: Image.Image, light: np.ndarray) -> Image.Image:
-    """Shades the masked figure as if it were round: bright where its blurred outline falls off towards the light."""
-    coarse = mask.reduce(4).filter(ImageFilter.BoxBlur(4)).filter(ImageFilter.BoxBlur(4))
-    slope_y, slope_x = np.gradient(np.asarray(coarse, dtype=np.float32) / 255)
-    shade = Image.fromarray(1 - 5.0 * (slope_x * light[0] + slope_y * light[1]))
-    shade = np.asarray(shade.resize(layer.size, Image.Resampling.BILINEAR)).clip(0.45, 1.5)
-    return Image.fromarray((np.asarray(layer) * shade[..., None]).clip(0, 255).astype(np.uint8))
-
-
-def draw_demo_picture(number: int) -> Image.Image:
-    """Draws picture `number` of the demo set, RGB, DEMO_SIZE x DEMO_SIZE."""
-    scene = _demo_scene(number)
-    generator = scene.generator
-    # Far behind, out of focus: a few colours in patches
-    colours = np.array([_choose(SCENERY, generator, 0.15) for _ in range(4)])
-    patches = colours[generator.integers(4, size=(6, 6))] * generator.uniform(0.85, 1.15, size=(6, 6, 1))
-    patches = Image.fromarray(patches.clip(0, 255).astype(np.uint8))
-    picture = patches.resize((DEMO_SIZE, DEMO_SIZE), Image.Resampling.BICUBIC)
-    _paint(picture, _draw_surroundings(scene.feet, generator))
-    _paint(picture, scene.bird, light=np.array((generator.uniform(-0.7, 0.7), -1.0)))
-    # Light of the day: brighter or darker, warmer or colder
-    gains = generator.uniform(0.75, 1.1) * generator.uniform(0.92, 1.08, size=3)
-    return picture.point(np.outer(gains, np.arange(256)).clip(0, 255).astype(int).ravel().tolist())

@@ -33,11 +33,12 @@ from assembly import (
     trained_network,
 )
 from config import Parser, Settings, SettingsError, complete, parse_settings, settings_of_older_runs
-from datasets import Catalogue, Entry, draw_demo_picture
+from datasets import Catalogue, Entry
 from networks.evidence import forward_with_evidence
 from networks.losses import loss_terms
 from utils.checkpoint import CheckpointError, load_checkpoint, load_published
 from utils.data.decoding import load_picture
+from utils.data.demo_birds import draw_demo_picture
 from utils.errors import exit_with_one_sentence
 from utils.files import show, write_text
 from utils.reporting.compare import compare

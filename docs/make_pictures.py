@@ -30,10 +30,11 @@ sys.path.insert(0, str(DOCS.parent))
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
 
 from assembly import load_trained  # noqa: E402
-from datasets import Pictures, collate, draw_demo_picture, read_catalogue  # noqa: E402
+from datasets import Pictures, collate, read_catalogue  # noqa: E402
 from networks.evidence import forward_with_evidence  # noqa: E402
 from networks.graph import nearest_neighbours  # noqa: E402
 from networks.windows import REFERENCE_GRID, WINDOW_SETS  # noqa: E402
+from utils.data.demo_birds import draw_demo_picture  # noqa: E402
 from utils.errors import UserError, exit_with_one_sentence  # noqa: E402
 from utils.reporting.panels import image_panel  # noqa: E402
 from utils.reporting.pictures import INK, PAPER, SHADOW, TRACK, WINDOWS, to_pillow  # noqa: E402

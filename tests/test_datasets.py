@@ -18,6 +18,7 @@ from torchvision.transforms.v2 import ColorJitter, RandomResizedCrop
 
 import datasets
 from datasets import Augmentation, DataError, Entry, Pictures, ShuffledSampler, read_catalogue, split_validation
+from utils.data import demo_birds
 from utils.data.augmentation import augmented
 
 
@@ -720,21 +721,21 @@ def demo() -> datasets.Catalogue:
 
 
 def test_demo_catalogue(demo: datasets.Catalogue) -> None:
-    species = len(datasets.SPECIES)
+    species = len(demo_birds.SPECIES)
     assert 8 <= species <= 12 and len(set(demo.class_names)) == species
-    assert Counter(entry.label for entry in demo.train) == dict.fromkeys(range(species), datasets.DEMO_TRAIN)
-    assert Counter(entry.label for entry in demo.test) == dict.fromkeys(range(species), datasets.DEMO_TEST)
+    assert Counter(entry.label for entry in demo.train) == dict.fromkeys(range(species), demo_birds.DEMO_TRAIN)
+    assert Counter(entry.label for entry in demo.test) == dict.fromkeys(range(species), demo_birds.DEMO_TEST)
     assert not {entry.source for entry in demo.train} & {entry.source for entry in demo.test}
     assert demo.has_boxes and demo == read_catalogue("demo", None, seed=9)
     boxes = np.array([entry.box for entry in demo.train + demo.test])
-    sides = (boxes[:, 2:] - boxes[:, :2]).max(axis=1) / datasets.DEMO_SIZE
-    assert boxes.min() >= 0 and boxes.max() <= datasets.DEMO_SIZE
+    sides = (boxes[:, 2:] - boxes[:, :2]).max(axis=1) / demo_birds.DEMO_SIZE
+    assert boxes.min() >= 0 and boxes.max() <= demo_birds.DEMO_SIZE
     assert sides.min() > 0.55 and sides.max() <= 0.91
 
 
 def test_demo_species_share_every_mark() -> None:
     """No single mark names a species, and no two species share all of them."""
-    marks = [species[1:] for species in datasets.SPECIES]
+    marks = [species[1:] for species in demo_birds.SPECIES]
     assert len(set(marks)) == len(marks)
     shared = [Counter(column) for column in zip(*marks, strict=True)]
     alone = [value for column in shared for value, count in column.items() if count == 1]
@@ -743,24 +744,26 @@ def test_demo_species_share_every_mark() -> None:
 
 def test_demo_is_drawn_the_same_again(demo: datasets.Catalogue) -> None:
     def checksum() -> str:
-        pictures = (datasets.draw_demo_picture(entry.source).tobytes() for entry in demo.train[::40] + demo.test[::40])
+        pictures = (
+            demo_birds.draw_demo_picture(entry.source).tobytes() for entry in demo.train[::40] + demo.test[::40]
+        )
         return hashlib.sha256(b"".join(pictures)).hexdigest()
 
     state = torch.get_rng_state()
     assert checksum() == checksum()
     assert torch.equal(torch.get_rng_state(), state)
-    first, second = (datasets.draw_demo_picture(number) for number in (0, 1))
-    assert first.tobytes() != second.tobytes() and first.size == (datasets.DEMO_SIZE,) * 2
+    first, second = (demo_birds.draw_demo_picture(number) for number in (0, 1))
+    assert first.tobytes() != second.tobytes() and first.size == (demo_birds.DEMO_SIZE,) * 2
 
 
 def test_demo_boxes_are_the_birds_extents(demo: datasets.Catalogue, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same pictures without their birds differ from them nowhere but in the box, and up to its edges."""
     entries = (demo.train + demo.test)[::17]
-    drawn = [datasets.draw_demo_picture(entry.source) for entry in entries]
-    paint = datasets._paint
-    monkeypatch.setattr(datasets, "_paint", lambda *args, light=None: None if light is not None else paint(*args))
+    drawn = [demo_birds.draw_demo_picture(entry.source) for entry in entries]
+    paint = demo_birds.paint
+    monkeypatch.setattr(demo_birds, "paint", lambda *args, light=None: None if light is not None else paint(*args))
     for entry, picture in zip(entries, drawn, strict=True):
-        bare = datasets.draw_demo_picture(entry.source)
+        bare = demo_birds.draw_demo_picture(entry.source)
         difference = np.abs(np.asarray(picture, dtype=int) - np.asarray(bare, dtype=int)).max(axis=2)
         rows, columns = np.nonzero(difference)
         extents = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
@@ -769,7 +772,7 @@ def test_demo_boxes_are_the_birds_extents(demo: datasets.Catalogue, monkeypatch:
 
 def test_demo_mean_colour_says_little(demo: datasets.Catalogue) -> None:
     def colours(entries: list[Entry]) -> tuple[np.ndarray, np.ndarray]:
-        means = [np.asarray(datasets.draw_demo_picture(entry.source)).mean(axis=(0, 1)) for entry in entries]
+        means = [np.asarray(demo_birds.draw_demo_picture(entry.source)).mean(axis=(0, 1)) for entry in entries]
         return np.array(means), np.array([entry.label for entry in entries])
 
     train, train_labels = colours(demo.train[::4])

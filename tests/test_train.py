@@ -18,13 +18,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import assembly
 import config
-import datasets
 import train
 from assembly import load_trained
 from config import Settings, SettingsError
 from datasets import DataError, Pictures, read_catalogue
 from networks import build_network
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from utils.data import demo_birds
 from utils.data.augmentation import normalised
 from utils.errors import Stopped, exit_with_one_sentence
 from utils.training.engine import NonFiniteLossError
@@ -221,8 +221,8 @@ def test_best_follows_the_figures(tiny_run, tmp_path, monkeypatch, accuracies):
 
 def test_demo_birds_have_boxes(tmp_path, monkeypatch, evaluation_script):
     """Drawn pictures, larger than the backbone's input, through MMAL-Net: overlap of boxes from end to end."""
-    monkeypatch.setattr(datasets, "DEMO_TRAIN", 4)
-    monkeypatch.setattr(datasets, "DEMO_TEST", 2)
+    monkeypatch.setattr(demo_birds, "DEMO_TRAIN", 4)
+    monkeypatch.setattr(demo_birds, "DEMO_TEST", 2)
     names = read_catalogue("demo", None).class_names[:3]
     train.main(
         [
