@@ -10,17 +10,13 @@ Everything that is wrong with the data on disk is a `DataError` of one sentence.
 from __future__ import annotations
 
 import math
-import os
-import re
-import warnings
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, TypeVar
-from xml.etree import ElementTree
+from typing import NamedTuple
 
 import numpy as np
 import PIL
@@ -28,12 +24,24 @@ import torch
 import torchvision
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional
 
 from utils.data import decoding, demo_birds, demo_drawing, demo_species
 from utils.data.decoding import Box, load_picture
 from utils.data.errors import DataError, describe
+from utils.data.folders import check_root, find_missing, find_pictures, find_root
+from utils.data.tables import (
+    box_from_edges,
+    box_from_matlab,
+    look_up,
+    picture_path,
+    read_class,
+    read_keyed,
+    read_label,
+    read_matlab,
+    read_numbers,
+    read_xml_box,
+)
 from utils.errors import UserError
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -91,9 +99,9 @@ def read_catalogue(
         if dataset == "demo":
             catalogue = _read_demo()
         elif dataset == "folder":
-            catalogue = _read_folder(_check_root(dataset, root), seed=seed, test_fraction=test_fraction)
+            catalogue = _read_folder(check_root(dataset, root), seed=seed, test_fraction=test_fraction)
         elif dataset in READERS:
-            catalogue = READERS[dataset](_check_root(dataset, root))
+            catalogue = READERS[dataset](check_root(dataset, root))
         else:
             raise DataError(f"unknown data set {dataset!r}: expected one of demo, folder, {', '.join(READERS)}")
         catalogue = _drop_repeated(catalogue)
@@ -103,18 +111,6 @@ def read_catalogue(
             f"{error.filename or root} cannot be read ({describe(error)}): expected files of data set {dataset!r} there"
         ) from None
     return _keep_classes(catalogue, classes) if classes else catalogue
-
-
-def _check_root(dataset: str, root: str | Path | None) -> Path:
-    if root is None:
-        raise DataError(f"data set {dataset!r} needs the folder that it lies in: set data_root")
-    try:
-        root = Path(root).expanduser()
-    except RuntimeError as error:  # ~somebody
-        raise DataError(f"data_root {root} is not a folder ({error}): write it without ~") from None
-    if not root.is_dir():
-        raise DataError(f"data_root {root} is not a folder: expected the folder of data set {dataset!r}")
-    return root
 
 
 def _drop_repeated(catalogue: Catalogue) -> Catalogue:
@@ -156,11 +152,7 @@ def _check_complete(dataset: str, catalogue: Catalogue) -> None:
             f" the first is {catalogue.class_names[min(empty)]!r}: add some, or leave the class out"
         )
     files = [entry.source for entry in catalogue.train + catalogue.test if isinstance(entry.source, Path)]
-    listings: dict[Path, set[str]] = {}  # to list each folder once is cheaper than to ask for every file
-    for folder in {file.parent for file in files}:
-        listings[folder] = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
-    # A file system may find a name that it lists in another spelling (case, composed letters): hence the second look.
-    missing = [file for file in files if file.name not in listings[file.parent] and not file.exists()]
+    missing = find_missing(files)
     if missing:
         raise DataError(
             f"{len(missing)} of {len(files)} listed pictures are not on disk, the first is {missing[0]}:"
@@ -223,149 +215,6 @@ def split_validation(entries: list[Entry], fraction: float, seed: int) -> tuple[
 # Index functions, one per layout
 # ---------------------------------------------------------------------------------------------------------------------
 
-Value = TypeVar("Value")
-
-
-def _find_root(root: Path, folder: str, marker: str) -> Path:
-    """`root` or `root/folder`, whichever holds the file `marker`."""
-    for candidate in (root, root / folder):
-        if (candidate / marker).is_file():
-            return candidate
-    raise DataError(
-        f"neither {root / marker} nor {root / folder / marker} exists: set data_root to the data set's folder"
-    )
-
-
-def _quote(value: object) -> str:
-    """What came, for a message: a line of a file that is no list may be megabytes long."""
-    text = str(value)
-    return repr(text if len(text) <= 80 else text[:77] + "...")
-
-
-def _check_list(path: Path) -> None:
-    """Raises DataError unless `path` is a file with something in it."""
-    if not path.exists():
-        raise DataError(f"{path} does not exist: expected the data set's official list there")
-    if not path.is_file():  # to open a pipe would wait for ever
-        raise DataError(f"{path} is not a file: expected the data set's official list there")
-    if path.stat().st_size == 0:
-        raise DataError(f"{path} is empty: restore the data set's official list")
-
-
-def _read_table(path: Path, columns: int) -> Iterator[tuple[str, list[str]]]:
-    """Yields (place, fields) for every line that is not blank; the last field is the rest of the line, with its spaces.
-
-    place: "<file> line <number>", for messages.
-    """
-    place = ""
-    try:
-        _check_list(path)
-        with path.open(encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, start=1):
-                # Spaces of other scripts belong to the names.
-                line = line.strip(" \t\n")
-                if not line:
-                    continue
-                if not place and line.startswith("<"):
-                    raise DataError(f"{path} is a web page ({_quote(line)}): restore the data set's official list")
-                place = f"{path} line {number}"
-                fields = re.split("[ \t]+", line, maxsplit=columns - 1) if columns > 1 else [line]
-                if len(fields) != columns:
-                    raise DataError(f"{place}: expected {columns} fields, got {len(fields)} in {_quote(line)}")
-                yield place, fields
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text ({error.reason}): restore the data set's official list") from None
-    if not place:
-        raise DataError(f"{path} holds blank lines only: restore the data set's official list")
-
-
-def _read_keyed(path: Path, columns: int) -> Iterator[tuple[str, list[str]]]:
-    """`_read_table` for tables whose first field is a key: a line said again is left out, a contradiction refused."""
-    known: dict[str, tuple[str, list[str]]] = {}
-    for place, fields in _read_table(path, columns):
-        if fields[0] not in known:
-            known[fields[0]] = place, fields
-            yield place, fields
-        elif known[fields[0]][1] != fields:
-            first_place, first = known[fields[0]]
-            raise DataError(
-                f"{place} gives {_quote(fields[0])} as {_quote(' '.join(fields[1:]))}, and {first_place} as"
-                f" {_quote(' '.join(first[1:]))}: take one of them out"
-            )
-
-
-def _read_matlab(path: Path, variable: str, fields: Sequence[str] = ()) -> np.ndarray:
-    """Reads a vector (of records with at least `fields`, if given) from a MATLAB file."""
-    from scipy.io import loadmat  # here: it takes a while, and only two data sets need it
-
-    try:
-        _check_list(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is wrong is said below
-            values = np.atleast_1d(loadmat(path, squeeze_me=True)[variable])
-    except DataError:
-        raise
-    except Exception as error:  # on a broken file scipy raises whatever it stumbles over
-        reason = "it lacks that" if isinstance(error, KeyError) else describe(error)
-        raise DataError(f"{path} cannot be read as a MATLAB list of {variable!r} ({reason}): fetch it again") from None
-    absent = [field for field in fields if field not in (values.dtype.names or ())]
-    if absent:
-        raise DataError(f"{path} lacks the field {absent[0]!r} in {variable!r}: expected the list with labels")
-    if not len(values):
-        raise DataError(f"{path} has nothing in {variable!r}: restore the data set's official list")
-    return values
-
-
-def _picture_path(place: str, folder: Path, name: object) -> Path:
-    """Where a listed picture lies: inside `folder`, whatever the list says."""
-    if not isinstance(name, str) or not name.strip():
-        raise DataError(f"{place}: expected a picture's name, got {_quote(name)}")
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise DataError(f"{place}: {_quote(name)} lies outside {folder}, expected a picture in there")
-    return folder / name
-
-
-def _look_up(place: str, key: str, table: Mapping[str, Value], table_name: str) -> Value:
-    if key not in table:
-        raise DataError(f"{place}: {_quote(key)} is not in {table_name}, expected an entry there")
-    return table[key]
-
-
-def _read_label(place: str, number: object, count: int) -> int:
-    """A label from 0 of a class number from 1."""
-    value = _read_class(place, number)
-    if not 1 <= value <= count:
-        raise DataError(f"{place}: class {value} is not in 1..{count}, the classes that have names")
-    return value - 1
-
-
-def _read_class(place: str, number: object) -> int:
-    (value,) = _read_numbers(place, [number])
-    if not value.is_integer():
-        raise DataError(f"{place}: class {value} is not a whole number")
-    return int(value)
-
-
-def _read_numbers(place: str, fields: Sequence[object]) -> tuple[float, ...]:
-    try:
-        numbers = tuple(float(field) for field in fields)
-    except (TypeError, ValueError, OverflowError):
-        raise DataError(f"{place}: expected numbers, got {_quote(' '.join(map(str, fields)))}") from None
-    if not all(map(math.isfinite, numbers)):
-        raise DataError(f"{place}: expected finite numbers, got {_quote(' '.join(map(str, fields)))}")
-    return numbers
-
-
-def _box_from_edges(place: str, x0: float, y0: float, x1: float, y1: float) -> Box:
-    if x1 < x0 or y1 < y0:
-        raise DataError(f"{place}: the box from ({x0:g}, {y0:g}) to ({x1:g}, {y1:g}) ends before it begins")
-    return x0, y0, x1, y1
-
-
-def _box_from_matlab(place: str, x0: float, y0: float, x1: float, y1: float) -> Box:
-    """From first and last pixel, both inside the box and counted from 1."""
-    return _box_from_edges(place, x0 - 1, y0 - 1, x1, y1)
-
 
 def _read_demo() -> Catalogue:
     """Birds drawn by `utils.data.demo_birds`, each species' first pictures for training."""
@@ -387,30 +236,30 @@ def _read_birds(root: Path, *, folder: str) -> Catalogue:
     Sources: Wah et al., "The Caltech-UCSD Birds-200-2011 Dataset"; Van Horn et al., "Building a bird recognition app
     and large scale dataset with citizen scientists" (CVPR 2015).
     """
-    root = _find_root(root, folder, "images.txt")
-    names = {class_id: name for _, (class_id, name) in _read_keyed(root / "classes.txt", 2)}
+    root = find_root(root, folder, "images.txt")
+    names = {class_id: name for _, (class_id, name) in read_keyed(root / "classes.txt", 2)}
     class_ids: dict[str, str] = {}
-    for place, (image, class_id) in _read_keyed(root / "image_class_labels.txt", 2):
-        _look_up(place, class_id, names, "classes.txt")
+    for place, (image, class_id) in read_keyed(root / "image_class_labels.txt", 2):
+        look_up(place, class_id, names, "classes.txt")
         class_ids[image] = class_id
     boxes: dict[str, Box] = {}
-    for place, (image, *fields) in _read_keyed(root / "bounding_boxes.txt", 5):
-        x, y, width, height = _read_numbers(place, fields)
-        boxes[image] = _box_from_edges(place, x, y, x + width, y + height)
+    for place, (image, *fields) in read_keyed(root / "bounding_boxes.txt", 5):
+        x, y, width, height = read_numbers(place, fields)
+        boxes[image] = box_from_edges(place, x, y, x + width, y + height)
     splits: dict[str, list[Entry]] = {"1": [], "0": []}
     split_of = {
-        image: _look_up(place, flag, splits, "the flags 1 (training) and 0 (test)")
-        for place, (image, flag) in _read_keyed(root / "train_test_split.txt", 2)
+        image: look_up(place, flag, splits, "the flags 1 (training) and 0 (test)")
+        for place, (image, flag) in read_keyed(root / "train_test_split.txt", 2)
     }
 
     # The class ids of NABirds are nodes of a tree of which only some hold pictures: the classes are the ids in use.
     used = set(class_ids.values())
     labels = {class_id: label for label, class_id in enumerate(key for key in names if key in used)}
-    for place, (image, file) in _read_keyed(root / "images.txt", 2):
-        label = labels[_look_up(place, image, class_ids, "image_class_labels.txt")]
-        box = _look_up(place, image, boxes, "bounding_boxes.txt")
-        split = _look_up(place, image, split_of, "train_test_split.txt")
-        split.append(Entry(_picture_path(place, root / "images", file), label, box))
+    for place, (image, file) in read_keyed(root / "images.txt", 2):
+        label = labels[look_up(place, image, class_ids, "image_class_labels.txt")]
+        box = look_up(place, image, boxes, "bounding_boxes.txt")
+        split = look_up(place, image, split_of, "train_test_split.txt")
+        split.append(Entry(picture_path(place, root / "images", file), label, box))
     return Catalogue(splits["1"], splits["0"], [names[class_id] for class_id in labels])
 
 
@@ -419,17 +268,17 @@ def _read_cars(root: Path) -> Catalogue:
 
     Source: Krause et al., "3D Object Representations for Fine-Grained Categorization" (3dRR 2013).
     """
-    root = _find_root(root, "stanford_cars", "devkit/cars_meta.mat")
-    names = [str(name) for name in _read_matlab(root / "devkit" / "cars_meta.mat", "class_names")]
+    root = find_root(root, "stanford_cars", "devkit/cars_meta.mat")
+    names = [str(name) for name in read_matlab(root / "devkit" / "cars_meta.mat", "class_names")]
 
     def read(path: Path, pictures: Path) -> list[Entry]:
         corners = ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2")
         entries = []
-        for number, record in enumerate(_read_matlab(path, "annotations", (*corners, "class", "fname")), start=1):
+        for number, record in enumerate(read_matlab(path, "annotations", (*corners, "class", "fname")), start=1):
             place = f"{path} record {number}"
-            box = _box_from_matlab(place, *_read_numbers(place, [record[corner] for corner in corners]))
-            label = _read_label(place, record["class"], len(names))
-            entries.append(Entry(_picture_path(place, pictures, record["fname"]), label, box))
+            box = box_from_matlab(place, *read_numbers(place, [record[corner] for corner in corners]))
+            label = read_label(place, record["class"], len(names))
+            entries.append(Entry(picture_path(place, pictures, record["fname"]), label, box))
         return entries
 
     test = "cars_test_annos_withlabels.mat"
@@ -444,22 +293,22 @@ def _read_aircraft(root: Path) -> Catalogue:
 
     Source: Maji et al., "Fine-Grained Visual Classification of Aircraft" (2013).
     """
-    data = _find_root(root, "fgvc-aircraft-2013b", "data/variants.txt") / "data"
-    names = [name for _, (name,) in _read_keyed(data / "variants.txt", 1)]
+    data = find_root(root, "fgvc-aircraft-2013b", "data/variants.txt") / "data"
+    names = [name for _, (name,) in read_keyed(data / "variants.txt", 1)]
     labels = {name: label for label, name in enumerate(names)}
     boxes = {
-        image: _box_from_matlab(place, *_read_numbers(place, fields))
-        for place, (image, *fields) in _read_keyed(data / "images_box.txt", 5)
+        image: box_from_matlab(place, *read_numbers(place, fields))
+        for place, (image, *fields) in read_keyed(data / "images_box.txt", 5)
     }
 
     def read(split: str) -> list[Entry]:
         return [
             Entry(
-                _picture_path(place, data / "images", f"{image}.jpg"),
-                _look_up(place, variant, labels, "variants.txt"),
-                _look_up(place, image, boxes, "images_box.txt"),
+                picture_path(place, data / "images", f"{image}.jpg"),
+                look_up(place, variant, labels, "variants.txt"),
+                look_up(place, image, boxes, "images_box.txt"),
             )
-            for place, (image, variant) in _read_keyed(data / f"images_variant_{split}.txt", 2)
+            for place, (image, variant) in read_keyed(data / f"images_variant_{split}.txt", 2)
         ]
 
     return Catalogue(read("trainval"), read("test"), names)
@@ -471,42 +320,30 @@ def _read_dogs(root: Path) -> Catalogue:
     Source: Khosla et al., "Novel Dataset for Fine-Grained Image Categorization" (FGVC 2011).
     """
     # The archive of the lists unpacks without a folder of its own.
-    lists = _find_root(root, "lists", "train_list.mat")
+    lists = find_root(root, "lists", "train_list.mat")
     folders: dict[int, str] = {}
     numbers: dict[str, int] = {}
 
     def read(path: Path) -> list[tuple[int, Path, Box]]:
-        files, labels = (_read_matlab(path, variable) for variable in ("file_list", "labels"))
+        files, labels = (read_matlab(path, variable) for variable in ("file_list", "labels"))
         if len(files) != len(labels):
             raise DataError(f"{path} lists {len(files)} files and {len(labels)} labels: expected as many of each")
         found = []
         for record, (file, number) in enumerate(zip(files, labels, strict=True), start=1):
             place = f"{path} record {record}"
-            picture = _picture_path(place, root / "Images", file)
-            number, folder = _read_class(place, number), picture.parent.name
+            picture = picture_path(place, root / "Images", file)
+            number, folder = read_class(place, number), picture.parent.name
             if folders.setdefault(number, folder) != folder:
                 raise DataError(f"{place}: class {number} is {folder!r} here and {folders[number]!r} before: keep one")
             if numbers.setdefault(folder, number) != number:
                 raise DataError(f"{place}: {folder!r} is class {number} here and {numbers[folder]} before: keep one")
-            found.append((number, picture, _read_dog_box(root / "Annotation" / Path(file).with_suffix(""))))
+            found.append((number, picture, read_xml_box(root / "Annotation" / Path(file).with_suffix(""))))
         return found
 
     train, test = read(lists / "train_list.mat"), read(lists / "test_list.mat")
     labels = {number: label for label, number in enumerate(sorted(folders))}
     train, test = ([Entry(file, labels[number], box) for number, file, box in split] for split in (train, test))
     return Catalogue(train, test, [folders[number] for number in labels])
-
-
-def _read_dog_box(path: Path) -> Box:
-    try:
-        box = ElementTree.parse(path).find("object/bndbox")
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist: unpack the data set's annotations there") from None
-    except (ElementTree.ParseError, LookupError, ValueError) as error:  # the latter two: unknown encodings
-        raise DataError(f"{path} is not XML ({error}): unpack the data set's annotations again") from None
-    corners = [None if box is None else box.findtext(corner) for corner in ("xmin", "ymin", "xmax", "ymax")]
-    # Taken as edges: nothing says whether the last pixel counts.
-    return _box_from_edges(str(path), *_read_numbers(str(path), corners))
 
 
 def _read_folder(root: Path, *, seed: int, test_fraction: float) -> Catalogue:
@@ -527,47 +364,11 @@ def _read_folder(root: Path, *, seed: int, test_fraction: float) -> Catalogue:
         return [
             Entry(picture, label)
             for label, name in enumerate(class_names)
-            for picture in _find_pictures(tree, tree / name, owners)
+            for picture in find_pictures(tree, tree / name, owners)
         ]
 
     train, test = map(read, trees) if len(trees) == 2 else split_validation(read(root), test_fraction, seed)
     return Catalogue(train, test, class_names)
-
-
-def _find_pictures(tree: Path, class_folder: Path, owners: dict[str, Path]) -> list[Path]:
-    """The pictures in a class's folder and below it, by folder and name, without what is hidden.
-
-    Links are followed, but each real folder is read once, and none that holds the class's folder: so loops end.
-
-    owners: real folder -> the class's folder that it was read for, in all classes and splits; this adds to it.
-    """
-    if not class_folder.is_dir():
-        return []
-    real_tree = Path(os.path.realpath(tree))
-    above = {real_tree, *real_tree.parents, *Path(os.path.realpath(class_folder)).parents}
-    pictures: list[Path] = []
-    done: set[str] = set()
-    real, linked = [class_folder], []
-    while real or linked:
-        folder = real.pop() if real else linked.pop(0)  # links last: what has a name of its own in the class keeps it
-        target = os.path.realpath(folder)
-        if target in done or Path(target) in above:
-            continue
-        done.add(target)
-        if owners.setdefault(target, class_folder) != class_folder:
-            raise DataError(f"{target} is linked into both {owners[target]} and {class_folder}: take one link away")
-        with os.scandir(folder) as items:
-            for item in sorted(items, key=lambda item: item.name):
-                path = folder / item.name
-                if item.name.startswith("."):
-                    continue
-                if item.is_symlink() and path.is_dir():
-                    linked.append(path)
-                elif item.is_dir(follow_symlinks=False):
-                    real.append(path)
-                elif item.name.lower().endswith(IMG_EXTENSIONS):
-                    pictures.append(path)
-    return sorted(pictures, key=lambda picture: (str(picture.parent), picture.name))
 
 
 READERS: dict[str, Callable[[Path], Catalogue]] = {
