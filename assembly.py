@@ -13,12 +13,10 @@ from torch.utils.data import DataLoader
 from config import Settings, SettingsError, complete, settings_of_older_runs
 from datasets import (
     Augmentation,
-    BalancedSampler,
     Catalogue,
     DataError,
     Entry,
     Pictures,
-    ShuffledSampler,
     collate,
     fingerprint,
     leave_out,
@@ -31,6 +29,7 @@ from networks.folding import cast_for_autocast, fold_batch_norm
 from utils.checkpoint import CheckpointError, load_checkpoint
 from utils.data.checking import find_bad_pictures
 from utils.data.picture_cache import PictureCache, cache_in_memory, cache_on_disk
+from utils.data.samplers import BalancedSampler, ShuffledSampler
 from utils.reporting.panels import output_panel
 from utils.training.compilation import compile_backbone
 from utils.training.distributed import choose_device, rank, unwrap, world_size

@@ -9,12 +9,10 @@ Everything that is wrong with the data on disk is a `DataError` of one sentence.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from hashlib import sha256
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,13 +21,14 @@ import PIL
 import torch
 import torchvision
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler, default_collate
-from torchvision.transforms.v2 import functional
+from torch.utils.data import Dataset, default_collate
 
-from utils.data import decoding, demo_birds, demo_drawing, demo_species
-from utils.data.decoding import Box, load_picture
+from utils.data import demo_birds
+from utils.data.augmentation import Augmentation
+from utils.data.decoding import Box
 from utils.data.errors import DataError, describe
 from utils.data.folders import check_root, find_missing, find_pictures, find_root
+from utils.data.pixels import load_pixels, source_code
 from utils.data.tables import (
     box_from_edges,
     box_from_matlab,
@@ -386,7 +385,7 @@ READERS: dict[str, Callable[[Path], Catalogue]] = {
 
 
 class Sample(NamedTuple):
-    """One picture, ready for a batch. Normalisation and `augmentation` are left to the device, see utils.data.
+    """One picture, ready for a batch. Normalisation and `augmentation` are left to the device, see utils/data/.
 
     image: [3, S, S] uint8, its values pixel by pixel in memory.
     box: [4] float32, the object's edges (x0, y0, x1, y1) in pixels of the image after augmentation (without area where
@@ -413,53 +412,6 @@ class Batch(NamedTuple):
     boxes: Tensor | None
     paths: list[str]
     augmentation: Tensor | None = None
-
-
-class Augmentation(NamedTuple):
-    """What training pictures go through: mirrored with probability `flip`; jittered as torchvision's ColorJitter does.
-
-    brightness, contrast: the factor is drawn evenly from 1 - value to 1 + value.
-    crop_scale: the smallest share of the area of the part that is seen, as RandomResizedCrop draws it; 1: the whole.
-    """
-
-    flip: float = 0.5
-    brightness: float = 0.2
-    contrast: float = 0.2
-    crop_scale: float = 1.0
-
-    def draw(self, generator: np.random.Generator) -> Tensor:
-        """Draws for one picture [8]: mirrored (0 or 1), factors of brightness and contrast, contrast first (0 or 1),
-        and the edges (x0, y0, x1, y1) of the part that is seen, as shares of the sides of the picture after mirroring.
-        """
-        mirrored = generator.random() < self.flip
-        factors, strengths = [1.0, 1.0], (self.brightness, self.contrast)
-        order = generator.permutation(2)
-        for position in order:
-            if strengths[position]:
-                factors[position] = generator.uniform(1 - strengths[position], 1 + strengths[position])
-        part = _draw_part(self.crop_scale, generator) if self.crop_scale < 1 else (0.0, 0.0, 1.0, 1.0)
-        return torch.tensor([mirrored, *factors, order[0], *part], dtype=torch.float32)
-
-
-def _draw_part(smallest: float, generator: np.random.Generator) -> Box:
-    """A part as torchvision's RandomResizedCrop draws it on a square picture, but not in whole pixels: shares of sides.
-
-    Ten tries at an area evenly from `smallest` to 1 and a ratio width / height from 3/4 to 4/3, even in its logarithm.
-    """
-    for _ in range(10):
-        area, ratio = generator.uniform(smallest, 1), math.exp(generator.uniform(math.log(3 / 4), math.log(4 / 3)))
-        width, height = math.sqrt(area * ratio), math.sqrt(area / ratio)
-        if width <= 1 and height <= 1:
-            x, y = generator.uniform(0, 1 - width), generator.uniform(0, 1 - height)
-            return x, y, x + width, y + height
-    return 0.0, 0.0, 1.0, 1.0  # the central crop of a square, whose own ratio is possible
-
-
-def _carry_into_part(box: Tensor, part: Tensor, size: int) -> Tensor:
-    """The box [4] in pixels of the picture of size x size, cut at the part [4] and in pixels of it once enlarged."""
-    starts, ends = part[:2], part[2:]
-    # A box beyond the part is clamped to an edge of it, so has no area: an overlap with anything is then 0.
-    return ((box - (starts * size).repeat(2)) / (ends - starts).repeat(2)).clamp(0, size)
 
 
 class Pictures(Dataset[Sample]):
@@ -495,40 +447,23 @@ class Pictures(Dataset[Sample]):
         if self.augment is None:
             return Sample(image, entry.label, box, path)
         augmentation = self.augment.draw(np.random.default_rng(seed))
-        if box is not None and augmentation[0]:
-            box = torch.stack((self.image_size - box[2], box[1], self.image_size - box[0], box[3]))
-        if box is not None and self.augment.crop_scale < 1:
-            box = _carry_into_part(box, augmentation[4:], self.image_size)
+        if box is not None:
+            box = self.augment.carry(box, augmentation, self.image_size)
         return Sample(image, entry.label, box, path, augmentation)
 
 
-def load_pixels(entry: Entry, size: int) -> tuple[Tensor, Tensor | None]:
-    """Loads an entry's picture, resized to size x size: [3, size, size] uint8, and its box [4] in these pixels.
-
-    Large JPEGs are decoded at a fraction of their size, twice `size` at the least, see `load_picture`: pixels then
-    differ by less than one of 255 levels on average. Raises DataError where the file cannot be read.
-    """
-    if isinstance(entry.source, int):
-        picture, box = demo_birds.draw_demo_picture(entry.source), entry.box
-    else:
-        picture, box = load_picture(entry.source, entry.box, at_least=2 * size)
-    if box is not None:
-        scales = (size / picture.width, size / picture.height) * 2
-        # Plain numbers: a few operations on so small a tensor would take as long as a tenth of the decoding.
-        box = torch.tensor([min(max(edge * scale, 0.0), size) for edge, scale in zip(box, scales, strict=True)])
-    # torchvision's resize is several times as fast as Pillow's on pixels in this order, and differs by rounding only.
-    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-    return functional.resize(pixels, [size, size], antialias=True), box
-
-
 def fingerprint(entries: Sequence[Entry], size: int) -> tuple[str, bytes]:
-    """A name for this list of pictures at this size, and the SHA-256 of all that `load_pixels` makes of them: the
-    files' sizes and times, this code, the libraries. Raises DataError where a file has vanished.
+    """A name for this list of pictures at this size, and the SHA-256 of all that their pixels and boxes depend on.
+
+    The list, its boxes and the size decide the name. The SHA-256 is of these, the files' sizes and times, the versions
+    of Pillow, PyTorch and torchvision, and the code that makes pixels, see `utils.data.pixels.source_code`. No other
+    code counts: a reader of lists, a sampler or this file may change, and decoded pictures that were kept stay good.
+
+    Raises DataError where a file has vanished.
     """
     versions = (PIL.__version__, torch.__version__, torchvision.__version__)
     name, content = sha256(repr(size).encode()), sha256(repr(versions).encode())
-    for module in (__file__, *(m.__file__ for m in (decoding, demo_birds, demo_drawing, demo_species))):
-        content.update(Path(module).read_bytes())
+    content.update(source_code(drawn=any(isinstance(entry.source, int) for entry in entries)))
     for source, _, box in entries:
         name.update(repr((str(source), box)).encode())
         if isinstance(source, Path):
@@ -554,115 +489,3 @@ def collate(samples: Sequence[Sample]) -> Batch:
         paths=list(paths),
         augmentation=None if any(values is None for values in augmentations) else torch.stack(augmentations),
     )
-
-
-class ShuffledSampler(Sampler[tuple[int, int]]):
-    """Shuffled pairs (index, seed for the sample), which depend on (seed, epoch) alone; one of `world_size` shards.
-
-    So workers and checkpoints keep no random state: whoever sets the epoch gets that epoch's pictures. All shards have
-    the same length, for which the order wraps around at its end.
-    """
-
-    def __init__(self, length: int, *, seed: int, rank: int = 0, world_size: int = 1) -> None:
-        if not 0 <= rank < world_size:
-            raise UserError(f"rank must be in 0..{world_size - 1} for a world of {world_size}, got {rank}")
-        self.length = length
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.epoch, self.start = 0, 0
-
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the epoch, and how many pairs of it to leave out, as they were trained on before."""
-        self.epoch, self.start = epoch, start
-
-    def __len__(self) -> int:
-        """Return the number of pairs of a whole epoch."""
-        return math.ceil(self.length / self.world_size)
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        generator = np.random.default_rng((self.seed, self.epoch))
-        order = generator.permutation(self.length)
-        seeds = generator.integers(2**63, size=self.length)
-        shard = np.resize(order, len(self) * self.world_size)[self.rank :: self.world_size]
-        return islice(zip(shard.tolist(), seeds[shard].tolist(), strict=True), self.start, None)
-
-
-class BalancedSampler(Sampler[tuple[int, int]]):
-    """Pairs (index, seed for the sample) in class-balanced batches: groups of `images_per_class` images of one class.
-
-    For losses that compare images: a batch holds batch_size / images_per_class different classes (some of them twice
-    where there are fewer classes). An epoch shows every image at least once. Images are repeated where a class cannot
-    fill its groups, and classes where the others ran out; a group holds an image twice only if its class has too few.
-
-    As with `ShuffledSampler`, all depends on (seed, epoch) alone, and each of `world_size` processes gets its shard, a
-    part of every batch. `batch_size` is that of all processes together; a loader in one of them has to take
-    batch_size / world_size pairs at a time. Raises UserError where groups do not fill the shards of a batch equally.
-    """
-
-    def __init__(
-        self,
-        labels: Sequence[int],
-        *,
-        batch_size: int,
-        images_per_class: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        if not 0 <= rank < world_size:
-            raise UserError(f"rank must be in 0..{world_size - 1} for a world of {world_size}, got {rank}")
-        if images_per_class < 1 or batch_size < 1 or batch_size % (images_per_class * world_size):
-            raise UserError(
-                f"batch_size {batch_size} came; expected a multiple of images_per_class x processes, "
-                f"{images_per_class} x {world_size}, all of at least 1"
-            )
-        self.images = [np.flatnonzero(np.asarray(labels) == label) for label in np.unique(labels)]
-        self.images_per_class = images_per_class
-        self.groups_per_batch = batch_size // images_per_class
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.epoch, self.start = 0, 0
-        if not self.images:
-            raise UserError("no labels came; expected one for each image")
-        self.batches = len(self._deal(np.random.default_rng(0)))  # how many does not depend on who comes first
-
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the epoch, and how many pairs of it to leave out, as they were trained on before."""
-        self.epoch, self.start = epoch, start
-
-    def __len__(self) -> int:
-        """Return the number of pairs of a whole epoch."""
-        return self.batches * self.groups_per_batch * self.images_per_class // self.world_size
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        generator = np.random.default_rng((self.seed, self.epoch))
-        deal = self._deal(generator)
-        groups = [self._groups(images, np.sum(deal == label), generator) for label, images in enumerate(self.images)]
-        order = np.array([next(groups[label]) for label in deal.ravel()])  # [batches * groups, images_per_class]
-        seeds = generator.integers(2**63, size=order.shape)
-        # A process gets neighbouring groups of each batch: different classes, also where there are few.
-        parts = (self.batches, self.world_size, -1)
-        order, seeds = (values.reshape(parts)[:, self.rank].ravel().tolist() for values in (order, seeds))
-        return islice(zip(order, seeds, strict=True), self.start, None)
-
-    def _deal(self, generator: np.random.Generator) -> np.ndarray:
-        """Return [batches, groups per batch] classes: in each batch those that have most groups left."""
-        left = np.array([-(-len(images) // self.images_per_class) for images in self.images])
-        batches = []
-        while left.any():
-            order = np.lexsort((generator.random(len(left)), -left))
-            batch = np.resize(order, self.groups_per_batch)
-            left = np.maximum(left - np.bincount(batch, minlength=len(left)), 0)
-            batches.append(batch)
-        return np.array(batches)
-
-    def _groups(self, images: np.ndarray, count: int, generator: np.random.Generator) -> Iterator[np.ndarray]:
-        """Return groups [images_per_class] of a class: all of its images, shuffled, as often as `count` groups need."""
-        groups: list[np.ndarray] = []
-        while len(groups) < count:
-            shuffled = generator.permutation(images)
-            rows = -(-len(images) // self.images_per_class)
-            groups += list(np.resize(shuffled, (rows, self.images_per_class)))
-        return iter(groups)

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from datasets import Augmentation, BalancedSampler, Pictures, collate, read_catalogue
+from datasets import Augmentation, Pictures, collate, read_catalogue
+from utils.data.samplers import BalancedSampler
 
 Key = tuple[int, int]
 Group = tuple[Key, ...]

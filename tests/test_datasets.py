@@ -17,9 +17,11 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import ColorJitter, RandomResizedCrop
 
 import datasets
-from datasets import Augmentation, DataError, Entry, Pictures, ShuffledSampler, read_catalogue, split_validation
+from datasets import Augmentation, DataError, Entry, Pictures, read_catalogue, split_validation
 from utils.data import demo_birds
-from utils.data.augmentation import augmented
+from utils.data.augmentation import augmented, carry_into_part
+from utils.data.decoding import load_picture
+from utils.data.samplers import ShuffledSampler
 
 
 def write_picture(path: Path, size: tuple[int, int] = (8, 6), colour: tuple[int, int, int] = (200, 100, 50)) -> Path:
@@ -340,7 +342,7 @@ def test_list_in_another_encoding(tmp_path: Path) -> None:
 
 
 def loaded(path: Path) -> np.ndarray:
-    picture, _ = datasets.load_picture(path)
+    picture, _ = load_picture(path)
     assert picture.mode == "RGB"
     return np.asarray(picture)
 
@@ -400,7 +402,7 @@ def test_exif_turns_picture_and_box(tmp_path: Path, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
-    picture, box = datasets.load_picture(tmp_path / "turned.png", (3, 2, 13, 6))
+    picture, box = load_picture(tmp_path / "turned.png", (3, 2, 13, 6))
     assert picture.size == ((40, 20) if orientation < 5 else (20, 40))
     assert box == picture.convert("L").getbbox()
     middle = np.array([(box[0] + box[2]) / picture.width, (box[1] + box[3]) / picture.height]) / 2
@@ -484,8 +486,8 @@ def test_large_jpegs_are_decoded_small_but_not_below_what_is_asked_for(
     exif[0x0112] = 6  # a quarter turn
     Image.fromarray(waves.astype(np.uint8)).save(tmp_path / "waves.jpg", quality=90, exif=exif)
     box = (0.1 * size[0], 0.2 * size[1], 0.5 * size[0], 0.9 * size[1])  # turned: 0.1, 0.1, 0.8, 0.5
-    whole, whole_box = datasets.load_picture(tmp_path / "waves.jpg", box)
-    small, small_box = datasets.load_picture(tmp_path / "waves.jpg", box, at_least=64)
+    whole, whole_box = load_picture(tmp_path / "waves.jpg", box)
+    small, small_box = load_picture(tmp_path / "waves.jpg", box, at_least=64)
     assert (whole.size, small.size) == (size[::-1], decoded[::-1])
     assert [b / s for b, s in zip(small_box, small.size * 2, strict=True)] == pytest.approx(
         [0.1, 0.1, 0.8, 0.5], abs=0.01
@@ -499,7 +501,7 @@ def test_large_jpegs_are_decoded_small_but_not_below_what_is_asked_for(
 
 def test_other_formats_are_decoded_whole(tmp_path: Path) -> None:
     write_picture(tmp_path / "large.png", (400, 300))
-    assert datasets.load_picture(tmp_path / "large.png", at_least=32)[0].size == (400, 300)
+    assert load_picture(tmp_path / "large.png", at_least=32)[0].size == (400, 300)
 
 
 def test_flip_takes_the_box_along(rectangle: Entry) -> None:
@@ -548,7 +550,7 @@ def test_box_of_an_object_beyond_the_part_is_empty() -> None:
         ([0, 0.1, 0.5, 0.5], [20, 25, 80, 100]),
         ([0, 0, 1, 1], [10, 20, 40, 60]),
     ):
-        carried = datasets._carry_into_part(box, torch.tensor(part), 100)
+        carried = carry_into_part(box, torch.tensor(part), 100)
         assert carried.tolist() == pytest.approx(expected, abs=1e-4)
         assert (carried[:2] <= carried[2:]).all()
 

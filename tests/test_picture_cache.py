@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_imports import FILES, imports_of
 from torch.utils.data import DataLoader
 
 import train
@@ -28,6 +29,8 @@ from utils.errors import exit_with_one_sentence
 pytestmark = pytest.mark.usefixtures("thin_trunk")
 
 SIZE = 24
+LOADING = {"utils.data.pixels", "utils.data.decoding"}  # what makes the pixels of a file
+DRAWING = {"utils.data.demo_birds", "utils.data.demo_drawing", "utils.data.demo_species"}
 
 
 @pytest.fixture
@@ -133,6 +136,36 @@ def test_whatever_pixels_depend_on_builds_it_anew(
     # What changed in place takes the old file's place; another list or size gets a file of its own.
     files = len(list(folder.glob("*.pictures")))
     assert files == (2 if change in ("list", "box", "size") else 1)
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_only_code_that_makes_pixels_builds_it_anew(
+    drawn: bool, entries: list[Entry], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A change to a reader of lists, to a sampler, to whatever else leaves the pixels as they are."""
+    if not drawn:
+        entries = [entry for entry in entries if isinstance(entry.source, Path)]
+    unchanged, read_bytes = fingerprint(entries, SIZE), Path.read_bytes
+    matter = set()
+    for module, file in FILES.items():
+        with monkeypatch.context() as patch:
+            edit = {file: b"# a comment"}
+            patch.setattr(Path, "read_bytes", lambda path, edit=edit: read_bytes(path) + edit.get(path.resolve(), b""))
+            name, digest = fingerprint(entries, SIZE)
+        assert name == unchanged[0]
+        if digest != unchanged[1]:
+            matter.add(module)
+    assert matter == (LOADING | DRAWING if drawn else LOADING)
+
+
+def test_no_code_that_makes_pixels_is_forgotten() -> None:
+    """What `load_pixels` may call lies in its module or in those that it imports; sentences for errors show nowhere."""
+    reached, waiting = set(), ["utils.data.pixels"]
+    while waiting:
+        module = waiting.pop()
+        reached.add(module)
+        waiting += [name for name in imports_of(module, FILES[module]) if name in FILES and name not in reached]
+    assert reached - {"utils.data", "utils.data.errors", "utils.errors"} == LOADING | DRAWING
 
 
 def test_a_damaged_file_is_built_anew(entries: list[Entry], tmp_path: Path) -> None:

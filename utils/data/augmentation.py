@@ -1,13 +1,17 @@
-"""What the device does to a batch of pictures before the network sees it: mirror, crop, jitter, normalise.
+"""What training pictures go through before the network sees them: mirrored, cropped, jittered, normalised.
 
-Loader processes only draw the numbers (`datasets.Augmentation`), which a few integers decide; the arithmetic is done
-here for the whole batch at once, where it costs next to nothing, and batches travel as uint8, a quarter of the bytes.
+Loader processes only draw the numbers (`Augmentation`), which a seed decides, and carry the box along. The device does
+the arithmetic for the whole batch at once, where it costs next to nothing, and batches travel as uint8, a quarter of
+the bytes.
 """
 
 from __future__ import annotations
 
+import math
 from functools import cache
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +19,59 @@ from torch import Tensor
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet, which published backbones were trained with
 STD = (0.229, 0.224, 0.225)
 GRAY = (0.2989, 0.587, 0.114)  # what red, green and blue add to torchvision's gray
+
+
+class Augmentation(NamedTuple):
+    """What training pictures go through: mirrored with probability `flip`; jittered as torchvision's ColorJitter does.
+
+    brightness, contrast: the factor is drawn evenly from 1 - value to 1 + value.
+    crop_scale: the smallest share of the area of the part that is seen, as RandomResizedCrop draws it; 1: the whole.
+    """
+
+    flip: float = 0.5
+    brightness: float = 0.2
+    contrast: float = 0.2
+    crop_scale: float = 1.0
+
+    def draw(self, generator: np.random.Generator) -> Tensor:
+        """Draws for one picture [8]: mirrored (0 or 1), factors of brightness and contrast, contrast first (0 or 1),
+        and the edges (x0, y0, x1, y1) of the part that is seen, as shares of the sides of the picture after mirroring.
+        """
+        mirrored = generator.random() < self.flip
+        factors, strengths = [1.0, 1.0], (self.brightness, self.contrast)
+        order = generator.permutation(2)
+        for position in order:
+            if strengths[position]:
+                factors[position] = generator.uniform(1 - strengths[position], 1 + strengths[position])
+        part = _draw_part(self.crop_scale, generator) if self.crop_scale < 1 else (0.0, 0.0, 1.0, 1.0)
+        return torch.tensor([mirrored, *factors, order[0], *part], dtype=torch.float32)
+
+    def carry(self, box: Tensor, drawn: Tensor, size: int) -> Tensor:
+        """The box [4], edges in pixels of the picture of size x size, after what was drawn [8] for that picture."""
+        if drawn[0]:
+            box = torch.stack((size - box[2], box[1], size - box[0], box[3]))
+        return carry_into_part(box, drawn[4:], size) if self.crop_scale < 1 else box
+
+
+def _draw_part(smallest: float, generator: np.random.Generator) -> tuple[float, float, float, float]:
+    """A part as torchvision's RandomResizedCrop draws it on a square picture, but not in whole pixels: shares of sides.
+
+    Ten tries at an area evenly from `smallest` to 1 and a ratio width / height from 3/4 to 4/3, even in its logarithm.
+    """
+    for _ in range(10):
+        area, ratio = generator.uniform(smallest, 1), math.exp(generator.uniform(math.log(3 / 4), math.log(4 / 3)))
+        width, height = math.sqrt(area * ratio), math.sqrt(area / ratio)
+        if width <= 1 and height <= 1:
+            x, y = generator.uniform(0, 1 - width), generator.uniform(0, 1 - height)
+            return x, y, x + width, y + height
+    return 0.0, 0.0, 1.0, 1.0  # the central crop of a square, whose own ratio is possible
+
+
+def carry_into_part(box: Tensor, part: Tensor, size: int) -> Tensor:
+    """The box [4] in pixels of the picture of size x size, cut at the part [4] and in pixels of it once enlarged."""
+    starts, ends = part[:2], part[2:]
+    # A box beyond the part is clamped to an edge of it, so has no area: an overlap with anything is then 0.
+    return ((box - (starts * size).repeat(2)) / (ends - starts).repeat(2)).clamp(0, size)
 
 
 def normalised(images: Tensor, augmentation: Tensor | None = None) -> Tensor:
@@ -33,7 +90,7 @@ def augmented(images: Tensor, augmentation: Tensor) -> Tensor:
 
     Args:
         images: [B, 3, H, W], values in 0..255.
-        augmentation: [B, 8], see `datasets.Augmentation.draw`; on the CPU, as it is looked at before it is moved.
+        augmentation: [B, 8], see `Augmentation.draw`; on the CPU, as it is looked at before it is moved.
     """
     starts, ends = augmentation[:, 4:6], augmentation[:, 6:8]
     cropped = bool((ends - starts < 1).any())  # on a GPU, this would wait for it

@@ -12,8 +12,9 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from utils.data.decoding import Listed, decode, open_picture
+from utils.data.decoding import decode, open_picture
 from utils.data.errors import describe
+from utils.data.pixels import Listed
 
 # How files end; cameras and editors may write a little more behind it. To open WebP already checks the length.
 END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "WEBP": b""}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import stat
 import warnings
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -17,14 +16,6 @@ from PIL import ExifTags, Image
 from utils.data.errors import DataError, describe
 
 Box = tuple[float, float, float, float]
-
-
-class Listed(Protocol):
-    """What is read here of a `datasets.Entry`: the file, or the number of a drawn picture, and the object's box."""
-
-    source: Path | int
-    box: Box | None
-
 
 # EXIF orientation -> what turns the stored picture upright
 UPRIGHT = {
