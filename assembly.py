@@ -30,11 +30,11 @@ from utils.checkpoint import CheckpointError, load_checkpoint
 from utils.data.checking import find_bad_pictures
 from utils.data.picture_cache import PictureCache, cache_in_memory, cache_on_disk
 from utils.data.samplers import BalancedSampler, ShuffledSampler
+from utils.data.workers import leave_run_to_the_main_process
 from utils.reporting.panels import output_panel
 from utils.training.compilation import compile_backbone
 from utils.training.distributed import choose_device, rank, unwrap, world_size
 from utils.training.engine import Execution
-from utils.training.interruption import leave_run_to_the_main_process
 from utils.training.precision import resolve_precision
 from utils.training.schedule import EpochPlan, plan_epoch
 

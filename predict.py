@@ -22,11 +22,11 @@ from config import Parser
 from datasets import DataError, Entry, Pictures, Sample, collate
 from networks.evidence import forward_with_evidence
 from utils.data.decoding import load_picture
+from utils.data.workers import leave_run_to_the_main_process
 from utils.errors import UserError, exit_with_one_sentence
 from utils.reporting.metrics import inclusive_to_edges
 from utils.reporting.panels import image_panel
 from utils.reporting.pictures import save_png
-from utils.training.interruption import leave_run_to_the_main_process
 
 EVIDENCE_SIZE = 112  # points along a side; it is drawn smoothly
 

@@ -24,11 +24,12 @@ import assembly
 import train
 from utils import checkpoint, files
 from utils.checkpoint import CheckpointError, SavingError, load_checkpoint, load_last, save_last
+from utils.data.workers import leave_run_to_the_main_process
 from utils.errors import Stopped, exit_with_one_sentence
 from utils.files import FolderInUseError, locked
 from utils.training import engine, resume
 from utils.training.engine import NonFiniteLossError
-from utils.training.interruption import StopRequest, leave_run_to_the_main_process
+from utils.training.interruption import StopRequest
 
 pytestmark = pytest.mark.usefixtures("thin_trunk")
 

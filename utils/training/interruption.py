@@ -6,12 +6,10 @@ import os
 import signal
 import sys
 import threading
-from contextlib import suppress
 from types import FrameType
 
 import torch
 
-from utils.files import drop_inherited_locks
 from utils.training.distributed import any_process, is_main
 
 
@@ -55,24 +53,3 @@ class StopRequest:
         """Tell whether any process was asked to stop; all processes have to ask at the same time."""
         self.agreed = any_process(self.requested, device)
         return self.agreed
-
-
-def leave_run_to_the_main_process(worker: int) -> None:
-    """Set a loader's process apart: it keeps no lock, and only its parent can end it.
-
-    The terminal's Ctrl-C goes to a process group, and batch systems send SIGTERM to every process of a job: a loader
-    that obeyed would take the run with it before that has saved.
-    """
-    drop_inherited_locks()
-    if hasattr(os, "setpgrp"):  # not on Windows
-        os.setpgrp()
-    if hasattr(signal, "sigwaitinfo"):  # not on Windows and macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        threading.Thread(target=_end_with_the_parents_signal, daemon=True).start()
-
-
-def _end_with_the_parents_signal() -> None:
-    while True:
-        with suppress(InterruptedError):
-            if signal.sigwaitinfo([signal.SIGTERM]).si_pid == os.getppid():
-                os._exit(0)

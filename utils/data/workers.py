@@ -1,0 +1,31 @@
+"""Processes that load pictures: the run they belong to is another process's, and ends them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from contextlib import suppress
+
+from utils.files import drop_inherited_locks
+
+
+def leave_run_to_the_main_process(worker: int) -> None:
+    """Set a loader's process apart: it keeps no lock, and only its parent can end it.
+
+    The terminal's Ctrl-C goes to a process group, and batch systems send SIGTERM to every process of a job: a loader
+    that obeyed would take the run with it before that has saved.
+    """
+    drop_inherited_locks()
+    if hasattr(os, "setpgrp"):  # not on Windows
+        os.setpgrp()
+    if hasattr(signal, "sigwaitinfo"):  # not on Windows and macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_end_with_the_parents_signal, daemon=True).start()
+
+
+def _end_with_the_parents_signal() -> None:
+    while True:
+        with suppress(InterruptedError):
+            if signal.sigwaitinfo([signal.SIGTERM]).si_pid == os.getppid():
+                os._exit(0)
