@@ -8,136 +8,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch.utils.data import DataLoader
 
 from config import Settings, SettingsError, complete, settings_of_older_runs
 from datasets import (
-    Augmentation,
-    Catalogue,
-    DataError,
-    Entry,
     Pictures,
     collate,
-    fingerprint,
-    leave_out,
-    load_pixels,
-    read_catalogue,
-    split_validation,
 )
 from networks import build_network
 from networks.folding import cast_for_autocast, fold_batch_norm
 from utils.checkpoint import CheckpointError, load_checkpoint
-from utils.data.checking import find_bad_pictures
-from utils.data.picture_cache import PictureCache, cache_in_memory, cache_on_disk
-from utils.data.samplers import BalancedSampler, ShuffledSampler
-from utils.data.workers import leave_run_to_the_main_process
 from utils.reporting.panels import output_panel
 from utils.training.compilation import compile_backbone
-from utils.training.distributed import choose_device, rank, unwrap, world_size
+from utils.training.distributed import choose_device, unwrap
 from utils.training.engine import Execution
 from utils.training.precision import resolve_precision
 from utils.training.schedule import EpochPlan, plan_epoch
-
-
-def catalogue_of(settings: Settings) -> tuple[Catalogue, dict[str, str]]:
-    """Return the data set without the unreadable pictures, and those with the reason; without leave to skip, refuse."""
-    catalogue = read_catalogue(
-        settings.dataset,
-        settings.data_root,
-        classes=settings.classes,
-        seed=settings.seed,
-        test_fraction=settings.test_fraction,
-    )
-    skip = settings.on_bad_image == "skip"
-    bad = find_bad_pictures(catalogue.train + catalogue.test, thorough=skip)
-    if not bad:
-        return catalogue, bad
-    if not skip:
-        path, reason = next(iter(bad.items()))
-        raise DataError(
-            f"{len(bad)} of {len(catalogue.train + catalogue.test)} pictures cannot be read, the first is {path} "
-            f"({reason}): repair them, or set on_bad_image to skip"
-        )
-    return leave_out(catalogue, bad), bad
-
-
-def choose_split(settings: Settings, catalogue: Catalogue) -> tuple[list[Entry], list[Entry], str]:
-    """Return the training images, those that choose the best epoch, and the latter in words."""
-    if settings.select_on == "test":
-        return catalogue.train, catalogue.test, f"the {len(catalogue.test)} TEST images: test figures are optimistic"
-    train, validation = split_validation(catalogue.train, settings.validation, settings.seed)
-    if not validation:
-        raise SettingsError("no class has an image to spare for validation: raise validation, or set select_on to test")
-    share = f"{settings.validation:.0%} of the training images, by class, seed {settings.seed}"
-    return train, validation, f"{len(validation)} validation images ({share})"
-
-
-def training_loader(settings: Settings, entries: list[Entry]) -> DataLoader:
-    processes = {"seed": settings.seed, "rank": rank(), "world_size": world_size()}
-    if settings.batch_size % (world_size() * max(settings.images_per_class, 1)):
-        per_class = f" in groups of images_per_class {settings.images_per_class}" if settings.images_per_class else ""
-        raise SettingsError(
-            f"batch_size {settings.batch_size} cannot be shared equally by {world_size()} processes{per_class}"
-        )
-    batch_size = settings.batch_size // world_size()
-    if settings.images_per_class:
-        labels = [entry.label for entry in entries]
-        groups = {"batch_size": settings.batch_size, "images_per_class": settings.images_per_class}
-        sampler = BalancedSampler(labels, **groups, **processes)
-    else:
-        sampler = ShuffledSampler(len(entries), **processes)
-    augment = Augmentation(settings.flip, settings.brightness, settings.contrast, settings.crop_scale)
-    return DataLoader(
-        Pictures(entries, image_size=settings.image_size, augment=augment),
-        batch_size=batch_size,
-        sampler=sampler,
-        drop_last=len(sampler) > batch_size,  # a last batch of a few images has poor batch-norm statistics
-        collate_fn=collate,
-        pin_memory=torch.cuda.is_available(),
-        **workers_of(settings),
-        generator=torch.Generator(),  # the loader's own, so that it draws nothing from the network's
-    )
-
-
-def evaluation_loader(settings: Settings, entries: list[Entry]) -> DataLoader:
-    return DataLoader(
-        Pictures(entries, image_size=settings.image_size),
-        batch_size=settings.evaluation_batch_size,
-        collate_fn=collate,
-        pin_memory=torch.cuda.is_available(),
-        **workers_of(settings),
-        generator=torch.Generator(),
-    )
-
-
-def workers_of(settings: Settings) -> dict[str, object]:
-    """Return how a loader shares its work among processes, which stay between epochs."""
-    if settings.workers == 0:
-        return {}
-    return {
-        "num_workers": settings.workers,
-        "prefetch_factor": settings.prefetch,
-        "persistent_workers": True,
-        "worker_init_fn": leave_run_to_the_main_process,
-    }
-
-
-def cache_of(settings: Settings, entries: list[Entry]) -> PictureCache | None:
-    """Return the pictures decoded, if they are to be: in memory, or in a file below checkpoint_dir."""
-
-    def decode(row: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return load_pixels(entries[row], settings.image_size)
-
-    sources = [entry.source for entry in entries]
-    if settings.cache == "ram":
-        return cache_in_memory(sources, settings.image_size, decode)
-    if settings.cache == "disk":
-        name, digest = fingerprint(entries, settings.image_size)
-        folder = Path(settings.checkpoint_dir).expanduser() / "cache"
-        return cache_on_disk(
-            folder / f"{settings.dataset}-{name}.pictures", digest, sources, settings.image_size, decode
-        )
-    return None
 
 
 def network_of(settings: Settings, num_classes: int, *, pretrained: bool) -> torch.nn.Module:

@@ -1,7 +1,10 @@
-"""Data sets of fine-grained classes: one sample type for all of them, one small index function for each.
+"""Data sets of fine-grained classes: one sample type for all of them, one small reader for each.
 
 `read_catalogue` lists a data set (file, label, object box), `Pictures` loads what is listed and draws how training is
-to change it, `ShuffledSampler` says in which order and with which random seed, `collate` makes a batch.
+to change it, `collate` makes a batch; `load_catalogue`, `choose_split` and the loaders do what settings ask for.
+
+To add a data set, write its reader, from a folder to a `Catalogue`, name it in `READERS`, and give it a row in
+config.py's table of data sets. The tools are in `utils/data/`: lists, decoding, samplers, augmentation, cache.
 
 Boxes are (x0, y0, x1, y1) continuous edges in pixels: a box as wide as a picture of 500 pixels is (0, ..., 500, ...).
 Everything that is wrong with the data on disk is a `DataError` of one sentence.
@@ -14,21 +17,24 @@ from fnmatch import fnmatchcase
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import PIL
 import torch
 import torchvision
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from utils.data import demo_birds
 from utils.data.augmentation import Augmentation
+from utils.data.checking import find_bad_pictures
 from utils.data.decoding import Box
 from utils.data.errors import DataError, describe
 from utils.data.folders import check_root, find_missing, find_pictures, find_root
+from utils.data.picture_cache import PictureCache, cache_in_memory, cache_on_disk
 from utils.data.pixels import load_pixels, source_code
+from utils.data.samplers import BalancedSampler, ShuffledSampler
 from utils.data.tables import (
     box_from_edges,
     box_from_matlab,
@@ -41,6 +47,7 @@ from utils.data.tables import (
     read_numbers,
     read_xml_box,
 )
+from utils.data.workers import leave_run_to_the_main_process
 from utils.errors import UserError
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -81,7 +88,7 @@ def read_catalogue(
     seed: int = 0,
     test_fraction: float = 0.2,
 ) -> Catalogue:
-    """Lists a data set.
+    """List a data set.
 
     Args:
         dataset: "demo", "folder", or a key of `READERS`.
@@ -113,7 +120,7 @@ def read_catalogue(
 
 
 def _drop_repeated(catalogue: Catalogue) -> Catalogue:
-    """Keeps one of equal entries, which lists that were joined hold and which would only count a picture twice.
+    """Keep one of equal entries, which lists that were joined hold and which would only count a picture twice.
 
     Raises DataError where a picture is listed in two ways: nothing says which of them is right.
     """
@@ -138,7 +145,7 @@ def _drop_repeated(catalogue: Catalogue) -> Catalogue:
 
 
 def _check_complete(dataset: str, catalogue: Catalogue) -> None:
-    """Raises DataError if a class or a split has no pictures, or if listed files are not on disk."""
+    """Raise DataError if a class or a split has no pictures, or if listed files are not on disk."""
     if not catalogue.train or not catalogue.test:
         raise DataError(
             f"data set {dataset!r} has {len(catalogue.train)} training and {len(catalogue.test)} test pictures:"
@@ -189,7 +196,7 @@ def leave_out(catalogue: Catalogue, sources: Container[str]) -> Catalogue:
 
 
 def split_validation(entries: list[Entry], fraction: float, seed: int) -> tuple[list[Entry], list[Entry]]:
-    """Splits entries into (rest, validation), class by class, both in the order they came in.
+    """Split entries into (rest, validation), class by class, both in the order they came in.
 
     Every class gives `fraction` of its pictures (rounded), at least one if it has two or more, never its last one.
     """
@@ -211,7 +218,7 @@ def split_validation(entries: list[Entry], fraction: float, seed: int) -> tuple[
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Index functions, one per layout
+# Readers, one per layout
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -477,7 +484,7 @@ def fingerprint(entries: Sequence[Entry], size: int) -> tuple[str, bytes]:
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Stacks samples into a batch; boxes and augmentation are None unless every sample has them."""
+    """Stack samples into a batch; boxes and augmentation are None unless every sample has them."""
     images, labels, boxes, paths, augmentations = zip(*samples, strict=True)
     # In a worker, PyTorch's own function stacks straight into the memory that the batch is handed over in. It is
     # three times as fast where pixels stay in the order in which they are.
@@ -489,3 +496,140 @@ def collate(samples: Sequence[Sample]) -> Batch:
         paths=list(paths),
         augmentation=None if any(values is None for values in augmentations) else torch.stack(augmentations),
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run's settings make of it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class DataSettings(Protocol):
+    """What is read of a run's settings; `config.Settings` has all of it, and says there what each means."""
+
+    dataset: str
+    data_root: str | None
+    classes: tuple[str, ...] | None
+    test_fraction: float
+    seed: int
+    on_bad_image: str
+    select_on: str
+    validation: float
+    image_size: int
+    flip: float
+    brightness: float
+    contrast: float
+    crop_scale: float
+    batch_size: int
+    evaluation_batch_size: int
+    images_per_class: int
+    workers: int
+    prefetch: int
+    cache: str
+    checkpoint_dir: str
+
+
+def load_catalogue(settings: DataSettings) -> tuple[Catalogue, dict[str, str]]:
+    """Return the data set without the unreadable pictures, and those with the reason; without leave to skip, refuse."""
+    catalogue = read_catalogue(
+        settings.dataset,
+        settings.data_root,
+        classes=settings.classes,
+        seed=settings.seed,
+        test_fraction=settings.test_fraction,
+    )
+    skip = settings.on_bad_image == "skip"
+    bad = find_bad_pictures(catalogue.train + catalogue.test, thorough=skip)
+    if not bad:
+        return catalogue, bad
+    if not skip:
+        path, reason = next(iter(bad.items()))
+        raise DataError(
+            f"{len(bad)} of {len(catalogue.train + catalogue.test)} pictures cannot be read, the first is {path} "
+            f"({reason}): repair them, or set on_bad_image to skip"
+        )
+    return leave_out(catalogue, bad), bad
+
+
+def choose_split(settings: DataSettings, catalogue: Catalogue) -> tuple[list[Entry], list[Entry], str]:
+    """Return the training images, those that choose the best epoch, and the latter in words."""
+    if settings.select_on == "test":
+        return catalogue.train, catalogue.test, f"the {len(catalogue.test)} TEST images: test figures are optimistic"
+    train, validation = split_validation(catalogue.train, settings.validation, settings.seed)
+    if not validation:
+        raise DataError("no class has an image to spare for validation: raise validation, or set select_on to test")
+    share = f"{settings.validation:.0%} of the training images, by class, seed {settings.seed}"
+    return train, validation, f"{len(validation)} validation images ({share})"
+
+
+def training_loader(
+    settings: DataSettings, entries: list[Entry], *, rank: int = 0, world_size: int = 1
+) -> DataLoader[Batch]:
+    """Batches of augmented pictures for process `rank` of `world_size`, which share `batch_size`; the sampler's
+    `set_epoch` decides which. Raises UserError where they cannot share it equally.
+    """
+    processes = {"seed": settings.seed, "rank": rank, "world_size": world_size}
+    if settings.batch_size % (world_size * max(settings.images_per_class, 1)):
+        per_class = f" in groups of images_per_class {settings.images_per_class}" if settings.images_per_class else ""
+        raise UserError(
+            f"batch_size {settings.batch_size} cannot be shared equally by {world_size} processes{per_class}"
+        )
+    batch_size = settings.batch_size // world_size
+    if settings.images_per_class:
+        labels = [entry.label for entry in entries]
+        groups = {"batch_size": settings.batch_size, "images_per_class": settings.images_per_class}
+        sampler = BalancedSampler(labels, **groups, **processes)
+    else:
+        sampler = ShuffledSampler(len(entries), **processes)
+    augment = Augmentation(settings.flip, settings.brightness, settings.contrast, settings.crop_scale)
+    return DataLoader(
+        Pictures(entries, image_size=settings.image_size, augment=augment),
+        batch_size=batch_size,
+        sampler=sampler,
+        drop_last=len(sampler) > batch_size,  # a last batch of a few images has poor batch-norm statistics
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        **_worker_options(settings),
+        generator=torch.Generator(),  # the loader's own, so that it draws nothing from the network's
+    )
+
+
+def evaluation_loader(settings: DataSettings, entries: list[Entry]) -> DataLoader[Batch]:
+    """Batches of the pictures as they are listed, not augmented."""
+    return DataLoader(
+        Pictures(entries, image_size=settings.image_size),
+        batch_size=settings.evaluation_batch_size,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        **_worker_options(settings),
+        generator=torch.Generator(),
+    )
+
+
+def _worker_options(settings: DataSettings) -> dict[str, object]:
+    """Return how a loader shares its work among processes, which stay between epochs."""
+    if settings.workers == 0:
+        return {}
+    return {
+        "num_workers": settings.workers,
+        "prefetch_factor": settings.prefetch,
+        "persistent_workers": True,
+        "worker_init_fn": leave_run_to_the_main_process,
+    }
+
+
+def build_cache(settings: DataSettings, entries: list[Entry]) -> PictureCache | None:
+    """Return the pictures decoded, if they are to be: in memory, or in a file below checkpoint_dir."""
+
+    def decode(row: int) -> tuple[Tensor, Tensor | None]:
+        return load_pixels(entries[row], settings.image_size)
+
+    sources = [entry.source for entry in entries]
+    if settings.cache == "ram":
+        return cache_in_memory(sources, settings.image_size, decode)
+    if settings.cache == "disk":
+        name, digest = fingerprint(entries, settings.image_size)
+        folder = Path(settings.checkpoint_dir).expanduser() / "cache"
+        return cache_on_disk(
+            folder / f"{settings.dataset}-{name}.pictures", digest, sources, settings.image_size, decode
+        )
+    return None

@@ -24,16 +24,12 @@ import torch.nn.functional as F
 
 from assembly import (
     Trained,
-    catalogue_of,
-    choose_split,
-    collate,
     draw_panel,
-    evaluation_loader,
     load_trained,
     trained_network,
 )
 from config import Parser, Settings, SettingsError, complete, parse_settings, settings_of_older_runs
-from datasets import Catalogue, Entry
+from datasets import Catalogue, Entry, choose_split, collate, evaluation_loader, load_catalogue
 from networks.evidence import forward_with_evidence
 from networks.losses import loss_terms
 from utils.checkpoint import CheckpointError, load_checkpoint, load_published
@@ -181,7 +177,7 @@ def rebuild(options: argparse.Namespace, more: Sequence[str]) -> tuple[Trained, 
             "for a published checkpoint they are given, --model among them)"
         )
     trained = load_trained(options.checkpoint, **overrides)
-    catalogue, _ = catalogue_of(trained.settings)
+    catalogue, _ = load_catalogue(trained.settings)
     if list(catalogue.class_names) != trained.saved["class_names"]:
         raise CheckpointError(
             f"{options.checkpoint} knows {len(trained.saved['class_names'])} classes and the data in "
@@ -199,7 +195,7 @@ def rebuild_published(path: Path, content: dict, overrides: dict, more: Sequence
         raise CheckpointError(
             f"model is {settings.model}; published checkpoints are of {' or '.join(PUBLISHED_MODELS)}"
         )
-    catalogue, _ = catalogue_of(settings)
+    catalogue, _ = load_catalogue(settings)
     epoch = content.get("epoch")
     saved = {
         "class_names": list(catalogue.class_names),

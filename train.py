@@ -17,18 +17,13 @@ from pathlib import Path
 import torch
 
 from assembly import (
-    cache_of,
-    catalogue_of,
-    choose_split,
     draw_panel,
     evaluated_branches,
-    evaluation_loader,
     network_of,
-    training_loader,
     weights_of_losses,
 )
 from config import parse_settings, run_name, settings_of_older_runs
-from datasets import Batch
+from datasets import Batch, build_cache, choose_split, evaluation_loader, load_catalogue, training_loader
 from networks.losses import loss_terms
 from networks.outputs import NetworkOutput
 from utils.checkpoint import save_checkpoint, save_last
@@ -85,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     keep_freed_memory()
 
     # Build: data, network, optimizer. Nothing is written before all of it stands.
-    catalogue, bad_pictures = catalogue_of(settings)
+    catalogue, bad_pictures = load_catalogue(settings)
     train_entries, selection_entries, selected_on = choose_split(settings, catalogue)
     device = setup_distributed(settings.device)
     precision = resolve_precision(settings.precision, device)
@@ -93,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         precision = "float32"
     settings = dataclasses.replace(settings, precision=precision)
     execution = Execution(device, settings.precision, settings.channels_last)
-    train_loader = training_loader(settings, train_entries)
+    train_loader = training_loader(settings, train_entries, rank=rank(), world_size=world_size())
     selection_loader = evaluation_loader(settings, selection_entries[rank() :: world_size()])
     steps = len(train_loader)
 
@@ -192,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 stop.agree(device)
                 save_within_epoch(steps)
 
-        cache = cache_of(settings, train_entries + selection_entries)
+        cache = build_cache(settings, train_entries + selection_entries)
         for loader in (train_loader, selection_loader):
             loader.dataset.cache = cache
 

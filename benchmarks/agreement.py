@@ -20,8 +20,9 @@ from measuring import machine, write_json
 from torch import Tensor
 from tqdm import tqdm
 
-from assembly import catalogue_of, evaluation_loader, network_of, settings_of
+from assembly import network_of, settings_of
 from config import complete, parse_settings
+from datasets import evaluation_loader, load_catalogue
 from networks.folding import fold_batch_norm
 from utils.checkpoint import load_checkpoint
 from utils.reporting.metrics import inclusive_to_edges, paired_box_iou
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> dict:
         saved = None
         settings = parse_settings([*others, *(("--data_root", options.data_root) if options.data_root else ())])
     seed_everything(settings.seed)
-    catalogue, _ = catalogue_of(settings)
+    catalogue, _ = load_catalogue(settings)
     entries = catalogue.test
     if 0 < options.images < len(entries):
         entries = [entries[i] for i in torch.linspace(0, len(entries) - 1, options.images).long().tolist()]

@@ -28,9 +28,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from assembly import cache_of, training_loader
 from config import Settings, complete
-from datasets import Entry, read_catalogue
+from datasets import Entry, build_cache, read_catalogue, training_loader
 from utils.data.augmentation import MEAN, STD
 from utils.errors import UserError
 from utils.training.distributed import choose_device
@@ -78,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> dict:
                 pretrained="none",
             )
         )
-        caches = {name: cache_of(dataclasses.replace(settings, cache=name), entries) for name in ("ram", "disk")}
+        caches = {name: build_cache(dataclasses.replace(settings, cache=name), entries) for name in ("ram", "disk")}
         stored = [entry.source.stat().st_size for entry in entries]
         report = {
             "options": {

@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import assembly
 import config
+import datasets
 from utils.checkpoint import CheckpointError, save_checkpoint
 from utils.errors import exit_with_one_sentence
 from utils.reporting.compare import ComparisonError, compare, paired_bootstrap
@@ -284,11 +285,11 @@ def test_published_checkpoints_are_evaluated_directly(picture_tree, tmp_path, ev
     assert (report["epoch"], report["answer"]) == (50, "object")
     assert report["settings"]["wiring"] == "published"
     assert report["settings"]["graph_scope"] == "batch"
-    catalogue, _ = assembly.catalogue_of(settings)
+    catalogue, _ = datasets.load_catalogue(settings)
     right = 0
-    for entry, sample in zip(catalogue.test, assembly.Pictures(catalogue.test, image_size=96), strict=True):
+    for entry, sample in zip(catalogue.test, datasets.Pictures(catalogue.test, image_size=96), strict=True):
         with torch.no_grad():  # epoch 50 masks the background
-            images = Execution(torch.device("cpu")).images(assembly.collate([sample]).images)
+            images = Execution(torch.device("cpu")).images(datasets.collate([sample]).images)
             output = network(images, mask_background=True)
         right += output.logits["object"].argmax().item() == entry.label
     assert report["branches"]["object"]["top1"] == pytest.approx(right / len(catalogue.test))

@@ -20,7 +20,7 @@ import pytest
 import torch
 from test_train import FOUR_EPOCHS, PROJECT, assert_same_run, read_log, run_script, run_two_processes
 
-import assembly
+import datasets
 import train
 from utils import checkpoint, files
 from utils.checkpoint import CheckpointError, SavingError, load_checkpoint, load_last, save_last
@@ -544,11 +544,11 @@ def test_a_save_that_falls_on_a_skipped_step_is_left_out(tiny_run, tmp_path, mon
 
 
 def test_a_worker_that_dies_ends_the_run_with_a_sentence(tiny_run, tmp_path, monkeypatch, capsys):
-    class Dying(assembly.Pictures):
+    class Dying(datasets.Pictures):
         def __getitem__(self, key):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(assembly, "Pictures", Dying)
+    monkeypatch.setattr(datasets, "Pictures", Dying)
     with pytest.raises(SystemExit) as ending, exit_with_one_sentence():
         train.main(tiny_run(tmp_path, "--workers", "1"))
     assert ending.value.code == 1

@@ -17,7 +17,7 @@ from PIL import Image
 import assembly
 import config
 import predict
-from datasets import DataError, Entry, Pictures
+from datasets import DataError, Entry, Pictures, collate
 from networks import MODELS
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from utils.errors import exit_with_one_sentence
@@ -97,7 +97,7 @@ def test_predictions_equal_the_network_on_the_data_sets_own_pictures(model, chec
     (line,) = map(json.loads, capsys.readouterr().out.splitlines())
     trained = assembly.load_trained(checkpoints / f"{model}.pth", data_root=".")
     sample = Pictures([Entry(pictures / "one" / "same name.png", 0)], image_size=96)[0]
-    images = trained.execution.images(assembly.collate([sample]).images)
+    images = trained.execution.images(collate([sample]).images)
     with torch.no_grad():
         output = trained.network(images)
         expected = trained.network.predict_logits(output).softmax(dim=1)[0]

@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import assembly
 import config
+import datasets
 import train
 from assembly import load_trained
 from config import Settings, SettingsError
@@ -26,7 +27,7 @@ from networks import build_network
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from utils.data import demo_birds
 from utils.data.augmentation import normalised
-from utils.errors import Stopped, exit_with_one_sentence
+from utils.errors import Stopped, UserError, exit_with_one_sentence
 from utils.training.engine import NonFiniteLossError
 
 pytestmark = pytest.mark.usefixtures("thin_trunk")
@@ -816,12 +817,12 @@ def test_two_processes_train_and_evaluate_together(model, launcher, tiny_run, pi
 
 
 def test_a_batch_that_processes_cannot_share_is_refused(tiny_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(assembly, "world_size", lambda: 4)
+    monkeypatch.setattr(train, "world_size", lambda: 4)
     for options, words in (
         (("--batch_size", "6"), ["6", "4"]),
         (("--images_per_class", "2"), ["4", "images_per_class 2"]),
     ):
-        with pytest.raises(SettingsError) as refusal:
+        with pytest.raises(UserError) as refusal:
             train.main(tiny_run(tmp_path, *options))
         assert all(word in str(refusal.value) for word in words)
     assert list(tmp_path.iterdir()) == []
@@ -829,7 +830,7 @@ def test_a_batch_that_processes_cannot_share_is_refused(tiny_run, tmp_path, monk
 
 def test_a_broken_picture_met_by_a_worker_ends_with_one_line(tiny_run, picture_tree, tmp_path, capsys, monkeypatch):
     """One that was whole when the run began."""
-    monkeypatch.setattr(assembly, "find_bad_pictures", lambda entries, **options: {})
+    monkeypatch.setattr(datasets, "find_bad_pictures", lambda entries, **options: {})
     tree = Path(shutil.copytree(picture_tree, tmp_path / "tree"))
     for path in tree.glob("red/*.png"):
         path.write_bytes(b"not a picture")

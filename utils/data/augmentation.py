@@ -34,7 +34,7 @@ class Augmentation(NamedTuple):
     crop_scale: float = 1.0
 
     def draw(self, generator: np.random.Generator) -> Tensor:
-        """Draws for one picture [8]: mirrored (0 or 1), factors of brightness and contrast, contrast first (0 or 1),
+        """Draw for one picture [8]: mirrored (0 or 1), factors of brightness and contrast, contrast first (0 or 1),
         and the edges (x0, y0, x1, y1) of the part that is seen, as shares of the sides of the picture after mirroring.
         """
         mirrored = generator.random() < self.flip

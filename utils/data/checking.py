@@ -22,7 +22,7 @@ TAIL = 1024  # bytes
 
 
 def find_bad_pictures(entries: Sequence[Listed], *, thorough: bool, silent: bool = False) -> dict[str, str]:
-    """Looks for pictures that `load_picture` would refuse, and for two kinds that show nothing though it loads them:
+    """Look for pictures that `load_picture` would refuse, and for two kinds that show nothing though it loads them:
     those with a side below 2 pixels, and files whose end is filled up with zeros.
 
     Args:

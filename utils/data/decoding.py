@@ -35,7 +35,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 def load_picture(
     path: str | Path, box: Box | None = None, *, at_least: int | None = None
 ) -> tuple[Image.Image, Box | None]:
-    """Loads a picture file of any mode as upright RGB, with its box.
+    """Load a picture file of any mode as upright RGB, with its box.
 
     Published boxes were drawn on the pixels as stored, by tools that did not heed EXIF orientation. So a box is taken
     as one of stored pixels, and is turned together with the picture.
@@ -71,7 +71,7 @@ def decode(path: str | Path, at_least: int | None = None) -> tuple[Image.Image, 
 
 
 def open_picture(path: str | Path) -> Image.Image:
-    """Reads a picture's header, and refuses what should not be decoded. Raises anything."""
+    """Read a picture's header, and refuse what should not be decoded. Raises anything."""
     status = Path(path).stat()
     if not stat.S_ISREG(status.st_mode):  # to open a pipe would wait for ever
         raise ValueError("it is a folder" if stat.S_ISDIR(status.st_mode) else "it is not a file")

@@ -160,7 +160,7 @@ def _draw_surroundings(feet: np.ndarray, generator: np.random.Generator) -> list
 
 
 def draw_demo_picture(number: int) -> Image.Image:
-    """Draws picture `number` of the demo set, RGB, DEMO_SIZE x DEMO_SIZE."""
+    """Draw picture `number` of the demo set, RGB, DEMO_SIZE x DEMO_SIZE."""
     scene = demo_scene(number)
     generator = scene.generator
     # Far behind, out of focus: a few colours in patches

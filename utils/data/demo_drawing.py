@@ -86,7 +86,7 @@ def choose(colours: Sequence[Colour], generator: np.random.Generator, spread: fl
 
 
 def paint(picture: Image.Image, parts: Sequence[Part], light: np.ndarray | None = None) -> None:
-    """Paints parts onto the picture without jagged edges; `light` [2]: where light comes from, to round them off."""
+    """Paint parts onto the picture without jagged edges; `light` [2]: where light comes from, to round them off."""
     points = np.concatenate([outline for outline, _ in parts])
     x0, y0 = np.clip(np.floor(points.min(axis=0)).astype(int) - 1, 0, picture.size).tolist()
     x1, y1 = np.clip(np.ceil(points.max(axis=0)).astype(int) + 1, 0, picture.size).tolist()
@@ -106,7 +106,7 @@ def paint(picture: Image.Image, parts: Sequence[Part], light: np.ndarray | None 
 
 
 def _round_off(layer: Image.Image, mask: Image.Image, light: np.ndarray) -> Image.Image:
-    """Shades the masked figure as if it were round: bright where its blurred outline falls off towards the light."""
+    """Shade the masked figure as if it were round: bright where its blurred outline falls off towards the light."""
     coarse = mask.reduce(4).filter(ImageFilter.BoxBlur(4)).filter(ImageFilter.BoxBlur(4))
     slope_y, slope_x = np.gradient(np.asarray(coarse, dtype=np.float32) / 255)
     shade = Image.fromarray(1 - 5.0 * (slope_x * light[0] + slope_y * light[1]))

@@ -37,7 +37,7 @@ def find_root(root: Path, folder: str, marker: str) -> Path:
 def find_missing(files: Sequence[Path]) -> list[Path]:
     """Those that are not on disk."""
     listings: dict[Path, set[str]] = {}  # to list each folder once is cheaper than to ask for every file
-    for folder in {file.parent for file in files}:
+    for folder in dict.fromkeys(file.parent for file in files):
         listings[folder] = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
     # A file system may find a name that it lists in another spelling (case, composed letters): hence the second look.
     return [file for file in files if file.name not in listings[file.parent] and not file.exists()]

@@ -27,7 +27,7 @@ class Listed(Protocol):
 
 
 def load_pixels(entry: Listed, size: int) -> tuple[Tensor, Tensor | None]:
-    """Loads an entry's picture, resized to size x size: [3, size, size] uint8, and its box [4] in these pixels.
+    """Load an entry's picture, resized to size x size: [3, size, size] uint8, and its box [4] in these pixels.
 
     Large JPEGs are decoded at a fraction of their size, twice `size` at the least, see `load_picture`: pixels then
     differ by less than one of 255 levels on average. Raises DataError where the file cannot be read.

@@ -28,7 +28,7 @@ def _quote(value: object) -> str:
 
 
 def _check_list(path: Path) -> None:
-    """Raises DataError unless `path` is a file with something in it."""
+    """Raise DataError unless `path` is a file with something in it."""
     if not path.exists():
         raise DataError(f"{path} does not exist: expected the data set's official list there")
     if not path.is_file():  # to open a pipe would wait for ever
@@ -38,7 +38,7 @@ def _check_list(path: Path) -> None:
 
 
 def read_table(path: Path, columns: int) -> Iterator[tuple[str, list[str]]]:
-    """Yields (place, fields) for every line that is not blank; the last field is the rest of the line, with its spaces.
+    """Yield (place, fields) for every line that is not blank; the last field is the rest of the line, with its spaces.
 
     place: "<file> line <number>", for messages.
     """
@@ -80,7 +80,7 @@ def read_keyed(path: Path, columns: int) -> Iterator[tuple[str, list[str]]]:
 
 
 def read_matlab(path: Path, variable: str, fields: Sequence[str] = ()) -> np.ndarray:
-    """Reads a vector (of records with at least `fields`, if given) from a MATLAB file."""
+    """Read a vector (of records with at least `fields`, if given) from a MATLAB file."""
     from scipy.io import loadmat  # here: it takes a while, and only two data sets need it
 
     try:
