@@ -16,6 +16,8 @@ import torchvision
 from PIL import Image
 from thin_trunk import get_thin_model
 
+from datasets import Entry
+
 PROJECT = Path(__file__).resolve().parent.parent
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in what a shell script starts in the background
@@ -74,6 +76,15 @@ def tiny_run(picture_tree):
         return [word for name, value in values.items() for word in (f"--{name}", str(value))] + list(more)
 
     return arguments
+
+
+@pytest.fixture
+def rectangle(tmp_path: Path) -> Entry:
+    """A bright rectangle on a dark ground, with its box."""
+    pixels = numpy.full((120, 200, 3), 40, dtype=numpy.uint8)
+    pixels[30:90, 20:100] = 200
+    Image.fromarray(pixels).save(tmp_path / "rectangle.png")
+    return Entry(tmp_path / "rectangle.png", 3, (20, 30, 100, 90))
 
 
 @pytest.fixture(scope="session")

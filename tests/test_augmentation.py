@@ -1,12 +1,19 @@
-"""Batched augmentation and normalisation against torchvision's functions, image by image."""
+"""What is drawn for a picture and its box; batched augmentation and normalisation against torchvision's functions."""
 
 from __future__ import annotations
 
+import random
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
-from torchvision.transforms.v2 import functional
+from made_pictures import bright_box
+from PIL import Image
+from torchvision.transforms.v2 import ColorJitter, RandomResizedCrop, functional
 
-from utils.data.augmentation import MEAN, STD, augmented, normalised
+from datasets import Entry, Pictures, Sample
+from utils.data.augmentation import MEAN, STD, Augmentation, augmented, carry_into_part, normalised
 from utils.training.engine import Execution
 
 ROWS = torch.tensor(
@@ -138,3 +145,136 @@ def test_pictures_reach_the_network_augmented_and_normalised(
     assert plain.dtype == changed.dtype == torch.float32
     assert plain.is_contiguous(memory_format=layout) and changed.is_contiguous(memory_format=layout)
     assert torch.equal(execution.images(plain, rows), plain)  # such images are finished
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is drawn
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def as_trained_on(sample: Sample) -> torch.Tensor:
+    """The image [3, S, S] in 0..255, augmented as the device does it."""
+    if sample.augmentation is None:
+        return sample.image.float()
+    return augmented(sample.image[None], sample.augmentation[None])[0]
+
+
+def test_flip_takes_the_box_along(rectangle: Entry) -> None:
+    plain = Pictures([rectangle], image_size=96)[0]
+    flipped = Pictures([rectangle], image_size=96, augment=Augmentation(flip=1, brightness=0, contrast=0))[0]
+    assert torch.equal(as_trained_on(flipped), plain.image.flip(-1).float())
+    assert flipped.box.tolist() == pytest.approx([48, 24, 86.4, 72])
+    assert bright_box(as_trained_on(flipped)) == pytest.approx(flipped.box.tolist(), abs=1)
+
+
+def test_box_found_again_under_augmentation(rectangle: Entry) -> None:
+    pictures = Pictures([rectangle], image_size=64, augment=Augmentation())
+    samples = [pictures[0, seed] for seed in range(40)]
+    for sample in samples:
+        assert bright_box(as_trained_on(sample)) == pytest.approx(sample.box.tolist(), abs=1)
+    assert 8 <= sum(sample.box[0] > 10 for sample in samples) <= 32
+    assert len({float(as_trained_on(sample).mean()) for sample in samples}) > 30
+
+
+@pytest.mark.parametrize("flip", [0, 1])
+def test_box_found_again_in_a_random_part(rectangle: Entry, flip: float) -> None:
+    pictures = Pictures([rectangle], image_size=96, augment=Augmentation(flip, 0, 0, crop_scale=0.4))
+    plain = Pictures([rectangle], image_size=96, augment=Augmentation(flip, 0, 0))
+    boxes = []
+    for seed in range(40):
+        sample = pictures[0, seed]
+        box = sample.box.tolist()
+        x0, y0, x1, y1 = (sample.augmentation[4:] * 96).tolist()
+        original = plain[0, seed].box.tolist()
+        starts_inside = [original[0] >= x0 + 1, original[1] >= y0 + 1]
+        ends_inside = [original[2] <= x1 - 1, original[3] <= y1 - 1]
+        assert all(value > 0 for value, inside in zip(box[:2], starts_inside, strict=True) if inside)
+        assert all(value < 96 for value, inside in zip(box[2:], ends_inside, strict=True) if inside)
+        if min(box[2] - box[0], box[3] - box[1]) > 3:  # less than that is blurred away
+            assert bright_box(as_trained_on(sample)) == pytest.approx(box, abs=2)
+        boxes.append(tuple(box))
+    assert len(set(boxes)) > 30
+
+
+def test_box_of_an_object_beyond_the_part_is_empty() -> None:
+    box = torch.tensor([10.0, 20, 40, 60])
+    for part, expected in (
+        ([0.5, 0, 1, 1], [0, 20, 0, 60]),
+        ([0, 0, 0.05, 0.1], [100, 100, 100, 100]),
+        ([0.1, 0.2, 0.4, 0.6], [0, 0, 100, 100]),
+        ([0, 0.1, 0.5, 0.5], [20, 25, 80, 100]),
+        ([0, 0, 1, 1], [10, 20, 40, 60]),
+    ):
+        carried = carry_into_part(box, torch.tensor(part), 100)
+        assert carried.tolist() == pytest.approx(expected, abs=1e-4)
+        assert (carried[:2] <= carried[2:]).all()
+
+
+def test_jitter_is_distributed_as_torchvisions(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(60, 190, size=(16, 16, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    pictures = Pictures([Entry(tmp_path / "noise.png", 0)], image_size=16, augment=Augmentation(0, 0.3, 0.4))
+    ours = torch.stack([as_trained_on(pictures[0, seed]) for seed in range(400)])
+    torch.manual_seed(0)
+    jitter, image = ColorJitter(brightness=0.3, contrast=0.4), torch.from_numpy(noise).permute(2, 0, 1)
+    theirs = torch.stack([jitter(image).float() for _ in range(400)])
+    for statistic in (lambda x: x.mean(dim=(1, 2, 3)), lambda x: x.std(dim=(1, 2, 3))):
+        first, second = statistic(ours).sort().values, statistic(theirs).sort().values
+        assert (first - second).abs().mean() < 0.15 * (second[-1] - second[0])
+
+
+def test_augmentation_depends_on_the_seed_alone(rectangle: Entry) -> None:
+    pictures = Pictures([rectangle] * 3, image_size=32, augment=Augmentation())
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    first = pictures[1, 77]
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.array_equal(np.random.get_state()[1], before[1])
+    assert random.getstate() == before[2]
+    torch.manual_seed(2)
+    assert torch.equal(first.augmentation, pictures[2, 77].augmentation)
+    assert not torch.equal(first.augmentation, pictures[1, 78].augmentation)
+
+
+def test_draws_stay_as_they_were() -> None:
+    """They decide what a continued run trains on: another order of draws would make it another run."""
+    draws = [Augmentation(0.5, 0.2, 0.4).draw(np.random.default_rng(seed)).tolist() for seed in (7, 2**62)]
+    expected = []
+    for seed in (7, 2**62):
+        generator = np.random.default_rng(seed)
+        mirrored, order, factors = generator.random() < 0.5, generator.permutation(2).tolist(), {}
+        for position in order:
+            factors[position] = generator.uniform(*((0.8, 1.2), (0.6, 1.4))[position])
+        expected.append([float(mirrored), factors[0], factors[1], float(order == [1, 0]), 0, 0, 1, 1])
+    assert draws == [pytest.approx(values, rel=1e-6) for values in expected]
+    assert Augmentation(0, 0, 0).draw(np.random.default_rng(0)).tolist()[:3] == [0, 1, 1]
+
+
+def test_nothing_more_is_drawn_for_whole_pictures() -> None:
+    generator, ours = np.random.default_rng(3), np.random.default_rng(3)
+    Augmentation(0.5, 0.2, 0.4, crop_scale=1.0).draw(ours)
+    generator.random(), generator.permutation(2), generator.uniform(size=2)
+    assert ours.bit_generator.state == generator.bit_generator.state
+    whole, part = (Augmentation(crop_scale=scale).draw(np.random.default_rng(3)) for scale in (1.0, 0.3))
+    assert torch.equal(whole[:4], part[:4]) and not torch.equal(whole[4:], part[4:])
+
+
+@pytest.mark.parametrize("scale", [0.08, 0.5, 0.9])
+def test_parts_are_as_random_resized_crop_draws_them(scale: float) -> None:
+    augment, generator = Augmentation(0, 0, 0, crop_scale=scale), np.random.default_rng(0)
+    parts = torch.stack([augment.draw(generator)[4:] for _ in range(3000)]).double()
+    x0, y0, x1, y1 = parts.unbind(dim=1)
+    width, height = x1 - x0, y1 - y0
+    assert (parts[:, :2] >= 0).all() and (parts[:, 2:] <= 1).all()
+    assert (width * height).min() > scale - 1e-5 and (width * height).max() <= 1
+    assert (width / height).min() > 3 / 4 - 1e-5 and (width / height).max() < 4 / 3 + 1e-5
+
+    torch.manual_seed(0)
+    size = 10000  # rounding to pixels is then lost in the statistics
+    crop, picture = RandomResizedCrop(size, scale=(scale, 1)), torch.zeros(1).expand(1, size, size)
+    theirs = [crop.make_params([picture]) for _ in range(3000)]
+    top, left, h, w = (torch.tensor([p[n] for p in theirs]) / size for n in ("top", "left", "height", "width"))
+    for ours, expected in ((width * height, w * h), (width / height, w / h), (x0, left), (y0, top)):
+        values = torch.linspace(expected.min(), expected.max(), 50)
+        below, expected_below = ((samples[:, None] < values).double().mean(dim=0) for samples in (ours, expected))
+        assert (below - expected_below).abs().max() < 0.05  # Kolmogorov-Smirnov, one in a thousand

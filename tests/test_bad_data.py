@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from layouts import BIRD_FILES, make_aircraft, make_cars, make_cub, make_dogs, replace_line
+from made_pictures import write_picture
 from PIL import Image, PngImagePlugin
 from scipy.io import loadmat, savemat
-from test_datasets import BIRD_FILES, make_aircraft, make_cars, make_cub, make_dogs, replace_line, write_picture
 from torch.utils.data import DataLoader
 
 import datasets
