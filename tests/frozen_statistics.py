@@ -1,7 +1,7 @@
 """Train with batch norm in evaluation mode: `python frozen_statistics.py ARGUMENT ...`, under torchrun or without.
 
 So an image's gradient does not depend on the others of its batch, and one process can be compared with several.
-Run as a script by tests/test_distributed.py.
+Run by tests/test_distributed.py, see tests/launching.py.
 """
 
 from __future__ import annotations

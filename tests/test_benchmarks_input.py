@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parent.parent
+from launching import run_script
 
 
 def test_it_reports_every_setting(tmp_path: Path) -> None:
     options = ["--images", "8", "--batch_size", "4", "--image_size", "96", "--rounds", "1", "--workers", "0", "1"]
-    result = subprocess.run(
-        [sys.executable, "benchmarks/input.py", *options, "--device", "cpu", "--json", str(tmp_path / "out.json")],
-        cwd=PROJECT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    result = run_script("benchmarks/input.py", *options, "--device", "cpu", "--json", str(tmp_path / "out.json"))
     assert result.returncode == 0, result.stderr
     assert "Warning" not in result.stderr
     report = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
-from test_train import TORCHRUN, read_log, run_script
+from launching import TORCHRUN, run_python, run_script, run_two_processes
+from test_train import read_log
 from torch import nn
 
 from utils.checkpoint import load_checkpoint
@@ -16,9 +19,9 @@ def test_two_processes_train_as_one_with_the_doubled_batch(tiny_run, tmp_path):
     """In batches of 4, or of 2 in each process; of the 6 validation images, batches of 4 and 2, or 3 and 3."""
     options = ("--epochs", "2", "--dropout", "0", "--learning_rate", "0.001", "--keep_checkpoints", "2")
     runs = []
-    for name, launcher in (("one", ()), ("two", ("tests/two_processes.py",))):
+    for name, launch in (("one", run_script), ("two", run_two_processes)):
         arguments = tiny_run(tmp_path / name, *options, "--seed", "3")
-        result = run_script(*launcher, "tests/frozen_statistics.py", *arguments)
+        result = launch("tests/frozen_statistics.py", *arguments, thin=True)
         assert result.returncode == 0, result.stderr[-2000:]
         folder = tmp_path / name / "folder-resnet"
         runs.append([load_checkpoint(folder / f"epoch-00{epoch}.pth")["network"] for epoch in (1, 2)])
@@ -37,10 +40,17 @@ def test_two_processes_train_as_one_with_the_doubled_batch(tiny_run, tmp_path):
     assert (log_of_two[0]["train/images"], log_of_two[0]["validation/images"]) == (12, 6)
 
 
-def test_a_process_that_is_killed_ends_the_other_with_a_sentence(tiny_run, tmp_path):
+@pytest.mark.parametrize(
+    "launch",
+    [
+        pytest.param(run_two_processes, id="forked"),
+        pytest.param(partial(run_python, *TORCHRUN), id="by torchrun", marks=pytest.mark.slow),
+    ],
+)
+def test_a_process_that_is_killed_ends_the_other_with_a_sentence(launch, tiny_run, tmp_path):
     arguments = tiny_run(tmp_path, "--epochs", "3", "--workers", "1")
-    result = run_script(*TORCHRUN, "tests/troubled_rank.py", "kill", "2", *arguments, timeout=100)
-    assert result.returncode == 1
+    result = launch("tests/troubled_rank.py", "kill", "2", *arguments, timeout=100)
+    assert result.returncode == (2 if launch is run_two_processes else 1)  # both processes failed
     assert result.stderr.count("error: another process of this run ended, or the connection to it broke") == 1
     assert "continues from its last checkpoint" in result.stderr
     assert "[rank0]: Traceback" not in result.stderr

@@ -8,7 +8,6 @@ import math
 import os
 import pickle
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -18,7 +17,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import FOUR_EPOCHS, PROJECT, assert_same_run, read_log, run_script, run_two_processes
+from launching import PROJECT, Script, run_script, run_two_processes
+from test_train import FOUR_EPOCHS, assert_same_run, read_log
 
 import datasets
 import train
@@ -33,9 +33,7 @@ from utils.training.interruption import StopRequest
 
 pytestmark = pytest.mark.usefixtures("thin_trunk")
 
-TESTS = Path(__file__).resolve().parent
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-TROUBLED = str(TESTS / "troubled_rank.py")
+TROUBLED = "tests/troubled_rank.py"
 WITHIN_EPOCHS = [
     *("--epochs", "4", "--save_every_steps", "1", "--schedule", "one_cycle", "--clip_gradient_norm", "1"),
     *("--dropout", "0.5", "--warmup_epochs", "1", "--mask_from_epoch", "3"),
@@ -60,14 +58,7 @@ def wait_for(condition, seconds: float = 60) -> None:
 def test_a_run_killed_again_and_again_equals_an_uninterrupted_one(tiny_run, tmp_path):
     arguments = without_checkpoint_dir(tiny_run(tmp_path, *WITHIN_EPOCHS, "--workers", "2", model="sgkrl"))
     folders = [tmp_path / name for name in ("whole", "killed")]
-    result = subprocess.run(
-        [sys.executable, str(TESTS / "killed_runs.py"), "11", "3", *map(str, folders), *arguments],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=250,
-        check=False,
-    )
+    result = run_script("tests/killed_runs.py", "11", "3", *map(str, folders), *arguments, timeout=250)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     moments = [line.removeprefix("killed: ") for line in result.stdout.splitlines() if line.startswith("killed: ")]
     assert len(moments) >= 8
@@ -96,10 +87,9 @@ def test_two_processes_stopped_within_an_epoch_go_on_exactly(tiny_run, tmp_path)
 def test_a_signal_finishes_the_step_saves_and_the_run_goes_on_from_there(tiny_run, tmp_path):
     """It goes to the whole process group, as a terminal's Ctrl-C does."""
     arguments = without_checkpoint_dir(tiny_run(tmp_path, *FOUR_EPOCHS, "--epochs", "60", "--workers", "2"))
-    command = [sys.executable, "train.py", *arguments, "--checkpoint_dir", str(tmp_path)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = ["train.py", *arguments, "--checkpoint_dir", str(tmp_path)]
     folder = tmp_path / "folder-resnet"
-    with subprocess.Popen(command, cwd=PROJECT, env=ENVIRONMENT, start_new_session=True, **pipes) as process:
+    with Script(*command, thin=True) as process:
         wait_for(lambda: (folder / "log.jsonl").exists() and len(read_log(folder)) >= 2 or process.poll() is not None)
         os.killpg(process.pid, signal.SIGINT)
         output, errors = process.communicate(timeout=60)
@@ -109,7 +99,7 @@ def test_a_signal_finishes_the_step_saves_and_the_run_goes_on_from_there(tiny_ru
     saved = load_checkpoint(folder / "last.pth")
     done = saved["epoch"], (saved["progress"] or {"step": 0})["step"]
     assert done >= (2, 0)
-    again = run_script(*command[1:-2], "--checkpoint_dir", str(tmp_path), "--epochs", "61")
+    again = run_script(*command, "--epochs", "61")
     assert again.returncode == 2  # another schedule would be another run
     assert "epochs" in again.stderr
 
@@ -117,10 +107,8 @@ def test_a_signal_finishes_the_step_saves_and_the_run_goes_on_from_there(tiny_ru
 def test_sigterm_to_every_process_of_a_job_finishes_the_step_and_saves(tiny_run, tmp_path):
     """As Slurm sends it, to the processes that load pictures as well."""
     arguments = without_checkpoint_dir(tiny_run(tmp_path, *FOUR_EPOCHS, "--epochs", "60", "--workers", "2"))
-    command = [sys.executable, "train.py", *arguments, "--checkpoint_dir", str(tmp_path)]
     folder = tmp_path / "folder-resnet"
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=PROJECT, env=ENVIRONMENT, **pipes) as process:
+    with Script("train.py", *arguments, "--checkpoint_dir", str(tmp_path), thin=True) as process:
         wait_for(lambda: (folder / "log.jsonl").exists() and len(read_log(folder)) >= 1 or process.poll() is not None)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         assert len(children) >= 2
@@ -387,18 +375,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(tiny_run, tmp_path):
     train.main(arguments)
     folder = tmp_path / "folder-resnet"
     before = {path.name: path.read_bytes() for path in folder.glob("*.pth")}
-    limit = (1_000_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
-    command = [sys.executable, "train.py", *arguments, "--fresh"]
-    result = subprocess.run(
-        command,
-        cwd=PROJECT,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
-    )
+    result = run_script("train.py", *arguments, "--fresh", thin=True, file_limit=1_000_000)
     assert result.returncode == 2, result.stderr
     assert "Traceback" not in result.stderr
     assert re.fullmatch(r"error: \S+next\.pth could not be written .*unharmed\n", result.stderr.splitlines(True)[-1])

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
+from launching import run_script
 from PIL import Image
 
 import assembly
@@ -23,7 +23,7 @@ from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from utils.errors import exit_with_one_sentence
 from utils.reporting.panels import image_panel
 
-PROJECT = Path(predict.__file__).resolve().parent
+pytestmark = pytest.mark.usefixtures("thin_trunk")
 
 
 @pytest.fixture(scope="module")
@@ -190,15 +190,8 @@ def test_a_file_that_is_no_checkpoint_is_refused(pictures, tmp_path):
 
 def test_nothing_but_json_is_on_standard_output(checkpoints, pictures, tmp_path):
     """As a program that reads it sees it, with loader processes; and no bar where there is no terminal."""
-    command = [sys.executable, str(PROJECT / "predict.py"), "--checkpoint", str(checkpoints / "mmal.pth"), "--json"]
-    ended = subprocess.run(
-        [*command, "--workers", "2", "--out", "out", str(pictures)],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=120,
-    )
+    words = ("--checkpoint", str(checkpoints / "mmal.pth"), "--json", "--workers", "2", "--out", "out", str(pictures))
+    ended = run_script("predict.py", *words, folder=tmp_path, thin=True)
     assert ended.returncode == 1
     assert len([json.loads(line) for line in ended.stdout.splitlines()]) == len(READABLE)
     assert "\r" not in ended.stderr
@@ -246,8 +239,8 @@ def test_names_that_are_no_text_are_written_out(checkpoints, tmp_path, form):
     folder.mkdir()
     Image.new("RGB", (30, 20), "red").save(tmp_path / "red.png")
     (tmp_path / "red.png").rename(folder / os.fsdecode(b"br\xf8d.png"))
-    command = [sys.executable, str(PROJECT / "predict.py"), *run(checkpoints / "resnet.pth", folder, *form)]
-    ended = subprocess.run(command, capture_output=True, cwd=tmp_path, timeout=120)
+    words = run(checkpoints / "resnet.pth", folder, *form)
+    ended = run_script("predict.py", *words, folder=tmp_path, thin=True)
     assert ended.returncode == 0, ended.stderr
-    assert rb"\udcf8d.png" in ended.stdout
+    assert r"\udcf8d.png" in ended.stdout
     assert len(list((tmp_path / "predictions").iterdir())) == 1

@@ -8,12 +8,13 @@ import math
 import os
 import re
 import shutil
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from launching import TORCHRUN, run_python, run_script, run_two_processes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import assembly
@@ -32,7 +33,6 @@ from utils.training.engine import NonFiniteLossError
 
 pytestmark = pytest.mark.usefixtures("thin_trunk")
 
-PROJECT = Path(train.__file__).resolve().parent
 BRANCHES = ("raw", "fused", "object", "window", "graph")
 
 # Everything that a resumed run could get wrong: flips, jitter and dropout are on; warm-up ends, the mask begins and the
@@ -757,27 +757,8 @@ def test_figures_are_printed_even_where_nothing_can_be_written(short_copy, evalu
 # ---- From the command line ------------------------------------------------------------------------------------------
 
 
-def run_script(*words: str, timeout: float = 120) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    command = [sys.executable, *words]
-    with subprocess.Popen(command, cwd=PROJECT, env=environment, **pipes) as process:
-        try:
-            output, errors = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            process.terminate()  # not killed: torchrun then ends the processes that it started
-            process.wait(timeout=60)
-            raise
-    return subprocess.CompletedProcess(command, process.returncode, output, errors)
-
-
-def run_two_processes(*words: str) -> subprocess.CompletedProcess:
-    """As `torchrun --nproc_per_node 2`, in less time; see tests/two_processes.py."""
-    return run_script("tests/two_processes.py", *words)
-
-
 def test_an_impossible_value_ends_with_one_line(tiny_run, tmp_path):
-    result = run_script("train.py", *tiny_run(tmp_path), "--input_size", "100")
+    result = run_python("train.py", *tiny_run(tmp_path), "--input_size", "100")
     assert result.returncode == 2
     assert re.fullmatch(r"error: input_size is 100; .*multiple of 32.*\n", result.stderr)
     assert result.stdout == ""
@@ -792,11 +773,14 @@ def test_an_unknown_flag_ends_with_its_name(tiny_run, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-
-
-@pytest.mark.parametrize(("model", "launcher"), [("resnet", TORCHRUN), ("scrim", ["tests/two_processes.py"])])
-def test_two_processes_train_and_evaluate_together(model, launcher, tiny_run, picture_tree, tmp_path):
+@pytest.mark.parametrize(
+    ("model", "launch"),
+    [
+        pytest.param("resnet", partial(run_python, *TORCHRUN), id="resnet by torchrun", marks=pytest.mark.slow),
+        ("scrim", partial(run_two_processes, thin=True)),
+    ],
+)
+def test_two_processes_train_and_evaluate_together(model, launch, tiny_run, picture_tree, tmp_path):
     """With a single image to select on: the second process has none, and must not keep the first one waiting."""
     tree = tmp_path / "tree"
     shutil.copytree(picture_tree, tree / "train")
@@ -804,7 +788,7 @@ def test_two_processes_train_and_evaluate_together(model, launcher, tiny_run, pi
     shutil.copy(picture_tree / "red" / "0.png", tree / "test" / "red")
     options = ("--data_root", str(tree), "--select_on", "test", "--warmup_epochs", "0")
     arguments = tiny_run(tmp_path, *options, model=model)
-    result = run_script(*launcher, "train.py", *arguments)
+    result = launch("train.py", *arguments)
     assert result.returncode == 0, result.stderr[-2000:]
     folder = tmp_path / f"folder-{model}"
     (line,) = read_log(folder)

@@ -1,7 +1,7 @@
 """Train with a second process in trouble: `torchrun troubled_rank.py TROUBLE STEP ARGUMENT ...`.
 
 TROUBLE: `stop` asks it to stop, `kill` kills it, `nan` breaks its loss; in that step, counted over the run; step 0:
-never. Run as a script by the tests of several processes.
+never. Run by the tests of several processes, see tests/launching.py.
 """
 
 from __future__ import annotations
