@@ -21,6 +21,8 @@ from networks.resnet import ResNetClassifier
 from networks.scrim import SCRIM
 from networks.sgkrl import SGKRL
 
+pytestmark = pytest.mark.usefixtures("thin_trunk")
+
 CLASSES, SIZE = 5, 128
 SYSTEMS: dict[str, tuple[str, dict]] = {
     "resnet": ("resnet", {}),
