@@ -34,6 +34,21 @@ def thin_trunk():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _quick_png_files():
+    """Compress PNG files the least: it is more than half of a short run, and no pixel depends on it."""
+    save = Image.Image.save
+
+    def quick(image: Image.Image, file: object, format: str | None = None, **options: object) -> None:
+        if format == "PNG":
+            options = {"compress_level": 1} | options
+        save(image, file, format, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Image.Image, "save", quick)
+        yield
+
+
 @pytest.fixture(scope="session")
 def picture_tree(tmp_path_factory) -> Path:
     """A `folder` data set: 24 noisy pictures of 40 x 40 pixels in 3 classes of different colours."""

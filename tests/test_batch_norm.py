@@ -13,6 +13,8 @@ from networks.backbone import Backbone
 from networks.batch_norm import KINDS, BatchNormPerPass, freeze_statistics, look_at, separate_statistics
 from networks.folding import fold_batch_norm
 
+pytestmark = pytest.mark.usefixtures("thin_trunk")
+
 SIZE = 96
 
 

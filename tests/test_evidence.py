@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from networks import MODELS, build_network
 from networks.evidence import _lay_over, forward_with_evidence
 
+pytestmark = pytest.mark.usefixtures("thin_trunk")
+
 WINDOWS = ((((5, 5),), 2),)
 
 

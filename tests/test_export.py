@@ -50,8 +50,10 @@ def random_images(count: int, size: int, seed: int = 0) -> torch.Tensor:
     ("model", "options"),
     [
         *((model, {}) for model in MODELS),
-        ("sgkrl", {"wiring": "published", "graph_scope": "batch", "answer": ("graph",)}),
-        ("mmal", {"batch_norm": "per_pass"}),
+        pytest.param(
+            "sgkrl", {"wiring": "published", "graph_scope": "batch", "answer": ("graph",)}, marks=pytest.mark.slow
+        ),
+        pytest.param("mmal", {"batch_norm": "per_pass"}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -133,7 +135,9 @@ def test_the_example_runs_the_file_without_this_code(checkpoint, pictures, tmp_p
 
 
 @pytest.mark.skipif(not ONNX_IS_THERE, reason="onnx, onnxscript or onnxruntime is missing: ONNX files are not tried")
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "model", [model if model == "sgkrl" else pytest.param(model, marks=pytest.mark.slow) for model in MODELS]
+)
 def test_onnx_answers_as_the_eager_systems_do(model, tmp_path):
     import onnxruntime
 

@@ -21,6 +21,8 @@ from networks.mmal import MMALNet
 from networks.outputs import Features, NetworkOutput
 from utils.data.augmentation import normalised
 
+pytestmark = pytest.mark.usefixtures("thin_trunk")
+
 CLASSES, SIZE, CHANNELS = 5, 224, 8
 # Learnable twice: as built, with shares near one half, and with weights that make them differ from each other.
 CONTROLS: tuple[str | float, ...] = ("learnable", "learnable, spread", 0.1, 0.3, 0.7, 1.0)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import random
-import socket
+import sys
 
 import numpy
 import pytest
 import torch
 import torch.distributed
-import torch.multiprocessing
 import torchvision
+from launching import run_two_processes
 
 from utils.reporting.metrics import (
     EpochMeter,
@@ -147,10 +147,8 @@ def test_meter_shows_a_loss_that_is_not_finite():
     assert numpy.isnan(meter.compute()["loss/total"])
 
 
-def _one_process(rank, port, folder):
+def _one_process(rank, folder):
     """What each of two processes does: the first sees more images, and a loss term that the second never meets."""
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     assert distributed.setup_distributed("cpu") == CPU
     meter = EpochMeter(CPU)
     batches = list(_random_batches([8, 3, 2]))
@@ -172,10 +170,8 @@ def _one_process(rank, port, folder):
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this PyTorch has no gloo")
 def test_two_processes_sum_what_they_saw(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_one_process, args=(port, str(tmp_path)), nprocs=2)
+    ended = run_two_processes("tests/test_metrics.py", str(tmp_path))  # this file, see its end
+    assert ended.returncode == 0, ended.stderr
     results = [torch.load(tmp_path / f"{rank}.pth") for rank in range(2)]
     expected = _direct(list(_random_batches([8, 3, 2])))
     expected |= {"loss/only_here": 7.0, "images": 14}
@@ -259,3 +255,7 @@ def test_mix_is_fixed_and_fits_int64():
     assert all(0 <= value < 2**63 for value in values)
     assert mix(12, 3) != mix(1, 23)
     mix(-1, 2**100)
+
+
+if __name__ == "__main__":
+    _one_process(int(os.environ["RANK"]), sys.argv[1])
