@@ -28,7 +28,9 @@ def benchmark():
         yield importlib.import_module
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "model", [model if model == "sgkrl" else pytest.param(model, marks=pytest.mark.slow) for model in MODELS]
+)
 def test_throughput_of_every_system(model: str, benchmark, tmp_path: Path, capsys) -> None:
     path = tmp_path / "folder" / "figures.json"
     words = f"--model {model} --backbone resnet18 --input_size 96 --classes 5 --device cpu --rounds 1"

@@ -26,6 +26,7 @@ from utils.errors import exit_with_one_sentence
 
 PROJECT = Path(export.__file__).resolve().parent
 WINDOWS = ((((5, 5),), 2), (((8, 8),), 1))
+EVERY_RUN = ("sgkrl", "scrim")  # that share the fewest parts; the other systems are traced by the slow tests
 ONNX_IS_THERE = all(importlib.util.find_spec(name) for name in (*export.ONNX_PACKAGES, "onnxruntime"))
 NAMES = ["blue", "green <b>", "rød"]
 
@@ -49,7 +50,8 @@ def random_images(count: int, size: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("model", "options"),
     [
-        *((model, {}) for model in MODELS),
+        *((model, {}) for model in MODELS if model in EVERY_RUN),
+        *(pytest.param(model, {}, marks=pytest.mark.slow) for model in MODELS if model not in EVERY_RUN),
         pytest.param(
             "sgkrl", {"wiring": "published", "graph_scope": "batch", "answer": ("graph",)}, marks=pytest.mark.slow
         ),
@@ -136,7 +138,7 @@ def test_the_example_runs_the_file_without_this_code(checkpoint, pictures, tmp_p
 
 @pytest.mark.skipif(not ONNX_IS_THERE, reason="onnx, onnxscript or onnxruntime is missing: ONNX files are not tried")
 @pytest.mark.parametrize(
-    "model", [model if model == "sgkrl" else pytest.param(model, marks=pytest.mark.slow) for model in MODELS]
+    "model", [model if model in EVERY_RUN else pytest.param(model, marks=pytest.mark.slow) for model in MODELS]
 )
 def test_onnx_answers_as_the_eager_systems_do(model, tmp_path):
     import onnxruntime

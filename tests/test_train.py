@@ -758,7 +758,7 @@ def test_figures_are_printed_even_where_nothing_can_be_written(short_copy, evalu
 
 
 def test_an_impossible_value_ends_with_one_line(tiny_run, tmp_path):
-    result = run_python("train.py", *tiny_run(tmp_path), "--input_size", "100")
+    result = run_script("train.py", *tiny_run(tmp_path), "--input_size", "100")
     assert result.returncode == 2
     assert re.fullmatch(r"error: input_size is 100; .*multiple of 32.*\n", result.stderr)
     assert result.stdout == ""
