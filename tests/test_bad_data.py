@@ -17,7 +17,7 @@ from layouts import BIRD_FILES, make_aircraft, make_cars, make_cub, make_dogs, r
 from made_pictures import write_picture
 from PIL import Image, PngImagePlugin
 from scipy.io import loadmat, savemat
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 import datasets
 from datasets import DataError, Entry, Pictures, read_catalogue
@@ -636,6 +636,24 @@ def test_a_sentence_out_of_a_worker_stays_one(tmp_path: Path, bad_pictures: dict
             load_picture(tmp_path / name)
         assert str(from_worker.value) == str(from_here.value)
         assert str(from_worker.value).isprintable()
+
+
+class UnluckyError(DataError):
+    """Lives in another module than DataError."""
+
+
+class Unlucky(Dataset):
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> None:
+        raise UnluckyError("bad luck\nUnluckyError: with words of its own, DataError: too") from ValueError("no reason")
+
+
+def test_a_sentence_out_of_a_worker_is_found_wherever_its_class_lives() -> None:
+    with pytest.raises(UnluckyError) as error:
+        next(iter(DataLoader(Unlucky(), num_workers=1)))
+    assert str(error.value) == "bad luck\\nUnluckyError: with words of its own, DataError: too"
 
 
 def test_real_birds_are_good() -> None:

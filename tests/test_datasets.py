@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
+import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +18,25 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import datasets
-from datasets import DataError, Entry, Pictures, read_catalogue, split_validation
+from config import Settings
+from datasets import (
+    Batch,
+    DataError,
+    DataSettings,
+    Entry,
+    Pictures,
+    build_cache,
+    choose_split,
+    evaluation_loader,
+    load_catalogue,
+    read_catalogue,
+    split_validation,
+    training_loader,
+)
 from utils.data.augmentation import Augmentation
+from utils.data.pixels import load_pixels
 from utils.data.samplers import ShuffledSampler
+from utils.errors import UserError
 
 
 def check_cub(root: Path, base: Path) -> None:
@@ -198,6 +217,113 @@ def test_collate_without_boxes(rectangle: Entry) -> None:
     pictures = Pictures([rectangle, rectangle._replace(box=None)], image_size=32)
     assert datasets.collate([pictures[0], pictures[0]]).boxes.shape == (2, 4)
     assert datasets.collate([pictures[0], pictures[1]]).boxes is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What settings make of the data
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def made_settings(picture_tree: Path, **changes: object) -> SimpleNamespace:
+    """No more than what `DataSettings` names, so that a field read beside these would be missed."""
+    values = {
+        **{"dataset": "folder", "data_root": str(picture_tree), "classes": None, "test_fraction": 0.25, "seed": 3},
+        **{"on_bad_image": "stop", "select_on": "validation", "validation": 0.34, "image_size": 32, "flip": 0.5},
+        **{"brightness": 0.2, "contrast": 0.2, "crop_scale": 0.5, "batch_size": 4, "evaluation_batch_size": 5},
+        **{"images_per_class": 0, "workers": 0, "prefetch": 2, "cache": "none", "checkpoint_dir": "nowhere"},
+    }
+    assert values.keys() == DataSettings.__annotations__.keys()
+    return SimpleNamespace(**values | changes)
+
+
+def test_the_settings_that_are_read_are_those_of_a_run() -> None:
+    assert DataSettings.__annotations__.keys() <= {field.name for field in dataclasses.fields(Settings)}
+
+
+def test_settings_choose_the_split(picture_tree: Path) -> None:
+    settings = made_settings(picture_tree)
+    catalogue, bad = load_catalogue(settings)
+    assert bad == {}
+    assert catalogue == read_catalogue("folder", picture_tree, seed=3, test_fraction=0.25)
+    train, validation, words = choose_split(settings, catalogue)
+    assert (train, validation) == split_validation(catalogue.train, 0.34, seed=3)
+    assert words == "6 validation images (34% of the training images, by class, seed 3)"
+    train, selection, words = choose_split(made_settings(picture_tree, select_on="test"), catalogue)
+    assert (train, selection) == (catalogue.train, catalogue.test)
+    assert words == "the 6 TEST images: test figures are optimistic"
+    singles = catalogue._replace(train=[entry for entry in catalogue.train if entry.source.stem == "3"])
+    with pytest.raises(DataError, match="no class has an image to spare for validation: raise validation, or set"):
+        choose_split(settings, singles)
+
+
+@pytest.mark.parametrize("images_per_class", [0, 2])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_processes_share_the_batches_of_a_run(picture_tree: Path, images_per_class: int, workers: int) -> None:
+    settings = made_settings(picture_tree, images_per_class=images_per_class, workers=workers)
+    entries = load_catalogue(settings)[0].train
+
+    def batches(**process: int) -> list[Batch]:
+        loader = training_loader(settings, entries, **process)
+        loader.sampler.set_epoch(2)
+        return list(loader)
+
+    whole, first, second = batches(), batches(rank=0, world_size=2), batches(rank=1, world_size=2)
+    assert len(whole) == len(first) == len(second) > 3
+    seen = set()
+    for batch, *parts in zip(whole, first, second, strict=True):
+        assert [len(part.labels) for part in parts] == [2, 2]
+        assert sorted(batch.paths) == sorted(parts[0].paths + parts[1].paths)
+        rows = dict(zip(batch.paths, batch.augmentation, strict=True))
+        for part in parts:
+            assert all(rows[path].equal(row) for path, row in zip(part.paths, part.augmentation, strict=True))
+        seen |= set(batch.paths)
+    assert len(seen) > len(entries) - 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"batch_size": 6}, "6 cannot be shared equally by 4 processes"),
+        ({"images_per_class": 2}, "4 cannot be shared equally by 4 processes in groups of images_per_class 2"),
+    ],
+)
+def test_a_batch_that_processes_cannot_share_is_refused(picture_tree: Path, changes: dict, sentence: str) -> None:
+    settings = made_settings(picture_tree, **changes)
+    with pytest.raises(UserError) as refusal:
+        training_loader(settings, load_catalogue(settings)[0].train, rank=1, world_size=4)
+    assert str(refusal.value) == f"batch_size {sentence}"
+
+
+def test_evaluation_reads_the_pictures_as_listed(picture_tree: Path) -> None:
+    settings = made_settings(picture_tree)
+    entries = load_catalogue(settings)[0].test
+    batches = list(evaluation_loader(settings, entries))
+    assert [len(batch.labels) for batch in batches] == [5, 1]
+    assert [path for batch in batches for path in batch.paths] == [str(entry.source) for entry in entries]
+    assert all(batch.augmentation is None for batch in batches)
+
+
+@pytest.mark.parametrize("cache", ["none", "ram", "disk"])
+def test_settings_choose_the_cache(picture_tree: Path, tmp_path: Path, cache: str) -> None:
+    settings = made_settings(picture_tree, cache=cache, checkpoint_dir=str(tmp_path))
+    entries = load_catalogue(settings)[0].test
+    kept = build_cache(settings, entries)
+    assert [path.name.split("-")[0] for path in tmp_path.glob("cache/*.pictures")] == ["folder"] * (cache == "disk")
+    if cache == "none":
+        assert kept is None
+        return
+    assert list(kept) == [entry.source for entry in entries]
+    assert all(kept[entry.source][0].equal(load_pixels(entry, 32)[0]) for entry in entries)
+
+
+def test_settings_decide_about_unreadable_pictures(picture_tree: Path, tmp_path: Path) -> None:
+    tree = Path(shutil.copytree(picture_tree, tmp_path / "tree"))
+    (tree / "red" / "3.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"1 of 24 pictures cannot be read, the first is .*red/3\.png .* on_bad_image"):
+        load_catalogue(made_settings(tree))
+    catalogue, bad = load_catalogue(made_settings(tree, on_bad_image="skip"))
+    assert list(bad) == [str(tree / "red" / "3.png")]
+    assert len(catalogue.train + catalogue.test) == 23
 
 
 # ---------------------------------------------------------------------------------------------------------------------
