@@ -32,7 +32,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from assembly import load_trained  # noqa: E402
 from datasets import Pictures, collate, read_catalogue  # noqa: E402
 from networks.evidence import forward_with_evidence  # noqa: E402
-from networks.graph import nearest_neighbours  # noqa: E402
+from networks.graph import nearest_neighbours, published_neighbours  # noqa: E402
 from networks.windows import REFERENCE_GRID, WINDOW_SETS  # noqa: E402
 from utils.data.demo_birds import draw_demo_picture  # noqa: E402
 from utils.errors import UserError, exit_with_one_sentence  # noqa: E402
@@ -205,7 +205,7 @@ def draw_leak(batch_run: Path, image_run: Path) -> Image.Image:
 
     windows = output.window_boxes
     corners, k = windows[..., :2], network.graph.neighbours
-    over_batch = nearest_neighbours(corners.flatten(0, 1)[None], k, keep_self=True)[0]
+    over_batch = published_neighbours(corners.flatten(0, 1)[None], k)[0]
     inside = torch.block_diag(*nearest_neighbours(corners, k)).bool()
     figure = Image.new("RGB", (1010 * scale, 496 * scale), PAPER)
     draw = ImageDraw.Draw(figure)

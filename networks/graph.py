@@ -1,11 +1,12 @@
 """A graph over the windows of a picture and the graph convolutions that reason on it.
 
-Kipf & Welling, "Semi-Supervised Classification with Graph Convolutional Networks", ICLR 2017; the neighbourhood rule is
-that of SG-KRL.
+Kipf & Welling, "Semi-Supervised Classification with Graph Convolutional Networks", ICLR 2017; the neighbourhood rules
+are those of SG-KRL: ours, in which the order of equally near windows is defined, and the published one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -19,24 +20,36 @@ from utils.errors import UserError
 EDGES = ("equal", "distance", "overlap")  # what an edge weighs, see `edge_weights`
 
 
-def nearest_neighbours(corners: Tensor, k: int, *, keep_self: bool = False) -> Tensor:
+def nearest_neighbours(corners: Tensor, k: int) -> Tensor:
     """Link every node to its k nearest by the distance of corners [G, N, 2], in pixels.
 
     Returns adjacency [G, N, N] bool; `adjacency[g, i, j]` is the edge from i to its neighbour j. Equally near nodes are
-    taken by the lowest index. A node is no neighbour of itself, and k is at most N - 1.
-
-    `keep_self=True` is the published rule: of the k + 1 nearest, the node itself included, the first is dropped on the
-    assumption that it is the node; where several nodes share a corner that may be another one and a self edge remains.
+    taken by the lowest index. A node is no neighbour of itself; of fewer than k others all are taken.
     """
-    G, N, _ = corners.shape
+    N = corners.shape[1]
     position = corners.detach().long()  # corners are whole pixels: distances are exact, equal ones compare as equal
     squared = ((position[:, :, None] - position[:, None, :]) ** 2).sum(dim=-1)
-    if not keep_self:
-        itself = torch.eye(N, dtype=torch.bool, device=corners.device)
-        squared = squared.masked_fill(itself, -1)  # nearer than any other: sorts first, and is dropped
+    itself = torch.eye(N, dtype=torch.bool, device=corners.device)
+    squared = squared.masked_fill(itself, -1)  # nearer than any other: sorts first, and is dropped
     nearest = squared.argsort(dim=-1, stable=True)[:, :, 1 : k + 1]
-    adjacency = torch.zeros(G, N, N, dtype=torch.bool, device=corners.device)
-    return adjacency.scatter(2, nearest, True)
+    return torch.zeros_like(squared, dtype=torch.bool).scatter(2, nearest, True)
+
+
+def published_neighbours(corners: Tensor, k: int) -> Tensor:
+    """Link nodes as the published SG-KRL does, by the same two calls; corners [G, N, 2] to adjacency [G, N, N] bool.
+
+    Of a node's k + 1 nearest, itself included, the first is dropped on the assumption that it is the node. Where nodes
+    share a corner it may be another one, and an edge from the node to itself remains. Which of equally near nodes are
+    taken, and which comes first, is decided by `topk` and defined nowhere. Of fewer than k + 1 nodes all are taken.
+    """
+    corners = corners.detach().float()
+    # `cdist` takes a matrix product from 26 nodes on, but a traced graph has to hold for any number. It may always take
+    # one: corners are whole pixels, their products are exact, and distances are in the same order either way.
+    product = "use_mm_for_euclid_dist"
+    mode = product if torch.compiler.is_compiling() else f"{product}_if_necessary"
+    distances = torch.cdist(corners, corners, compute_mode=mode)
+    nearest = distances.topk(min(k + 1, corners.shape[1]), largest=False).indices[:, :, 1:]
+    return torch.zeros_like(distances, dtype=torch.bool).scatter(2, nearest, True)
 
 
 def edge_weights(boxes: Tensor, rule: str) -> Tensor:
@@ -86,8 +99,9 @@ class GraphHead(nn.Module):
 
     `scope="image"` links windows of the same picture. `scope="batch"` is what the published code does: neighbours are
     sought among all windows of the batch, so that a prediction depends on the pictures it happens to share a batch
-    with. `symmetric` adds the reverse of every edge. `edges`: what they weigh, see `edge_weights`. `zero_start` lets
-    the logits start near zero, for a sum with others.
+    with. `neighbourhood` is the rule that links windows, `nearest_neighbours` or `published_neighbours`; `symmetric`
+    adds the reverse of every edge. `edges`: what they weigh, see `edge_weights`. `zero_start` lets the logits start
+    near zero, for a sum with others. Raises UserError for an unknown `edges`, and for weights with `scope="batch"`.
     """
 
     def __init__(
@@ -97,6 +111,7 @@ class GraphHead(nn.Module):
         *,
         hidden_channels: tuple[int, ...] = (512, 256),
         neighbours: int = 3,
+        neighbourhood: Callable[[Tensor, int], Tensor] = nearest_neighbours,
         symmetric: bool = True,
         scope: str = "image",
         edges: str = "equal",
@@ -110,6 +125,7 @@ class GraphHead(nn.Module):
             raise UserError(f"graph_edges {edges!r} came with graph_scope 'batch', whose windows share no picture")
         self.edges = edges
         self.neighbours = neighbours
+        self.neighbourhood = neighbourhood
         self.symmetric = symmetric
         self.scope = scope
         self.convolutions = nn.ModuleList(GraphConvolution(i, o) for i, o in pairwise((in_channels, *hidden_channels)))
@@ -125,7 +141,7 @@ class GraphHead(nn.Module):
         corners = window_boxes[..., :2]
         if self.scope == "batch":
             nodes, corners = nodes.flatten(0, 1)[None], corners.flatten(0, 1)[None]
-        adjacency = nearest_neighbours(corners, self.neighbours, keep_self=self.scope == "batch")
+        adjacency = self.neighbourhood(corners, self.neighbours)
         if self.symmetric:
             adjacency = adjacency | adjacency.transpose(1, 2)
         weights = None if self.edges == "equal" else edge_weights(window_boxes, self.edges)

@@ -18,7 +18,7 @@ from networks.attention import SemanticFusion, SemanticWeighting
 from networks.backbone import DENSE_STRIDE, STRIDE, Backbone, checked_stride
 from networks.classifier import Classifier
 from networks.crops import crop_objects, crop_windows, resize_images
-from networks.graph import GraphHead
+from networks.graph import GraphHead, nearest_neighbours, published_neighbours
 from networks.localization import activation_map, adaptive_mask, cell_boxes_to_pixels, localize, with_gradient
 from networks.outputs import NetworkOutput, combine_branches, object_confidence, requested_branches
 from networks.windows import WindowSelector
@@ -111,6 +111,7 @@ class SGKRL(nn.Module):
             channels,
             num_classes,
             neighbours=graph_neighbours,
+            neighbourhood=nearest_neighbours if trained else published_neighbours,
             edges=graph_edges,
             symmetric=trained,
             scope=graph_scope,

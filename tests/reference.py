@@ -220,13 +220,12 @@ def neighbour_edges(corners: np.ndarray, neighbours: int) -> list[tuple[int, int
     return edges
 
 
-def published_batch_edges(corners: np.ndarray, neighbours: int) -> list[tuple[int, int]]:
-    """The published rule: the `neighbours + 1` nearest, the node itself among them, less the first of these."""
-    edges = []
-    for i in range(len(corners)):
-        everyone = sorted(range(len(corners)), key=lambda j: (squared_distance(corners[i], corners[j]), j))
-        edges.extend((i, j) for j in everyone[: neighbours + 1][1:])
-    return edges
+def published_edges(corners: Tensor, neighbours: int) -> list[tuple[int, int]]:
+    """The published rule on float corners `[N, 2]`: the `neighbours + 1` nearest, the node itself among them, less the
+    first of these. Which of equal distances come first is left to `topk`, as published.
+    """
+    nearest = torch.cdist(corners, corners).topk(min(neighbours + 1, len(corners)), largest=False).indices
+    return [(i, j) for i, row in enumerate(nearest.tolist()) for j in row[1:]]
 
 
 def propagate(nodes: Tensor, edges: list[tuple[int, int]]) -> Tensor:
@@ -409,13 +408,12 @@ def published_graph(weights: dict[str, Tensor], nodes: Tensor, window_boxes: Ten
         return nodes
 
     if graph_scope == "batch":
-        corners = window_boxes[..., :2].reshape(batch * count, 2).numpy()
-        edges = published_batch_edges(corners, 3)
+        edges = published_edges(window_boxes[..., :2].reshape(batch * count, 2), 3)
         hidden = transform(nodes.reshape(batch * count, channels), edges).reshape(batch, count, -1)
     else:
         hidden = torch.stack(
             [
-                transform(image_nodes, neighbour_edges(image_boxes[:, :2].numpy(), 3))
+                transform(image_nodes, published_edges(image_boxes[:, :2], 3))
                 for image_nodes, image_boxes in zip(nodes, window_boxes, strict=True)
             ]
         )

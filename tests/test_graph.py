@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -10,7 +11,14 @@ import reference
 import torch
 from torch import Tensor
 
-from networks.graph import GraphConvolution, GraphHead, edge_weights, nearest_neighbours, propagation_matrix
+from networks.graph import (
+    GraphConvolution,
+    GraphHead,
+    edge_weights,
+    nearest_neighbours,
+    propagation_matrix,
+    published_neighbours,
+)
 
 
 def random_corners(graphs: int, nodes: int, *, span: int = 14, seed: int = 0) -> np.ndarray:
@@ -31,26 +39,16 @@ def edges_of(adjacency: np.ndarray) -> list[tuple[int, int]]:
 # ---- neighbours ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("keep_self", (False, True))
 @pytest.mark.parametrize("span", (1, 2, 4, 14))
 @pytest.mark.parametrize("nodes", (1, 2, 3, 4, 5, 7, 12))
-def test_neighbours_equal_reference(nodes: int, span: int, keep_self: bool) -> None:
+def test_neighbours_equal_reference(nodes: int, span: int) -> None:
     corners = random_corners(40, nodes, span=span, seed=nodes)
-    rule = reference.published_batch_edges if keep_self else reference.neighbour_edges
     for neighbours in (1, 3):
-        result = nearest_neighbours(torch.from_numpy(corners).float(), neighbours, keep_self=keep_self)
+        result = nearest_neighbours(torch.from_numpy(corners).float(), neighbours)
         assert result.dtype == torch.bool
-        expected = [reference.edges_to_adjacency(rule(one, neighbours), nodes) for one in corners]
+        edges = [reference.neighbour_edges(one, neighbours) for one in corners]
+        expected = [reference.edges_to_adjacency(one, nodes) for one in edges]
         np.testing.assert_array_equal(result.numpy(), np.stack(expected))
-
-
-def test_neighbours_of_a_whole_batch_of_windows() -> None:
-    corners = random_corners(1, 6 * 7, span=5, seed=3)
-    result = nearest_neighbours(torch.from_numpy(corners).float(), 3, keep_self=True)[0].numpy()
-    expected = reference.edges_to_adjacency(reference.published_batch_edges(corners[0], 3), 42)
-    np.testing.assert_array_equal(result, expected)
-    assert result.diagonal().any()
-    assert (result.sum(axis=1) == 3).all()
 
 
 @pytest.mark.parametrize("nodes", (1, 2, 3, 7))
@@ -71,13 +69,53 @@ def test_equal_distances_lowest_index_first() -> None:
     assert nearest_neighbours(corners, 2)[0, 0].tolist() == [False, True, True, False, False]
 
 
-def test_published_rule_drops_the_first_of_equal_corners() -> None:
-    corners = torch.tensor([[[10, 10], [10, 10], [10, 10], [50, 50], [90, 10]]]).float()
-    adjacency = nearest_neighbours(corners, 3, keep_self=True)[0]
-    assert adjacency[0].tolist() == [False, True, True, True, False]  # itself is the first and goes
-    assert adjacency[1].tolist() == [False, True, True, True, False]  # 0 goes, the self edge remains
-    assert adjacency[2].tolist() == [False, True, True, True, False]
-    assert adjacency[3].tolist() == [True, True, True, False, False]  # 90,10 and 10,10 are equally far
+@pytest.mark.parametrize("span", (1, 2, 4, 14))  # 1: all corners coincide
+@pytest.mark.parametrize("nodes", (1, 2, 3, 4, 5, 7, 12, 25, 26, 42, 140))  # `cdist` takes another way from 26 on
+def test_published_neighbours_equal_reference(nodes: int, span: int) -> None:
+    corners = torch.from_numpy(random_corners(5, nodes, span=span, seed=nodes)).float()
+    for neighbours in (1, 3):
+        result = published_neighbours(corners, neighbours)
+        assert result.dtype == torch.bool
+        assert (result.sum(dim=2) == min(neighbours, nodes - 1)).all()
+        edges = [reference.published_edges(one, neighbours) for one in corners]
+        expected = [reference.edges_to_adjacency(one, nodes) for one in edges]
+        np.testing.assert_array_equal(result.numpy(), np.stack(expected))
+
+
+@pytest.mark.parametrize("nodes", (4, 7, 42))
+def test_published_neighbours_are_the_nearest_less_one(nodes: int) -> None:
+    """Whatever the order of equal ones: of the four nearest corners, the node's own among them, one is left out."""
+    for corners in random_corners(20, nodes, span=5, seed=nodes):
+        adjacency = published_neighbours(torch.from_numpy(corners).float()[None], 3)[0].numpy()
+        for node, linked in zip(corners, adjacency, strict=True):
+            squared = np.array([reference.squared_distance(node, other) for other in corners])
+            nearest = sorted(squared)[:4]
+            assert nearest[0] == 0
+            assert sorted(squared[linked]) == nearest[1:]
+
+
+def test_published_neighbours_keep_self_edges_where_corners_coincide() -> None:
+    corners = torch.tensor([[10, 10], [10, 10], [10, 10], [50, 50], [90, 10]]).float()
+    adjacency = published_neighbours(corners[None], 3)[0]
+    own = adjacency[:3, :3].sum(dim=1)
+    assert own.tolist() == [2, 2, 2]  # one of the three at the same corner was dropped, the node itself or another
+    assert adjacency[:3, 3].all()
+    assert not adjacency.diagonal()[3:].any()  # alone at their corners, these two were dropped themselves
+    assert published_neighbours(corners[None, :1], 3).tolist() == [[[False]]]
+    whole_batch = torch.from_numpy(random_corners(1, 6 * 7, span=5, seed=3)).float()
+    assert published_neighbours(whole_batch, 3).diagonal(dim1=1, dim2=2).any()
+    assert not nearest_neighbours(whole_batch, 3).diagonal(dim1=1, dim2=2).any()
+
+
+@pytest.mark.parametrize("nodes", (7, 42))
+def test_published_neighbours_are_the_same_traced_and_under_autocast(nodes: int) -> None:
+    corners = torch.from_numpy(random_corners(6, nodes, span=6, seed=nodes)).float()
+    expected = published_neighbours(corners, 3)
+    torch.compiler.reset()
+    compiled = torch.compile(published_neighbours, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(corners, 3), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(published_neighbours(corners, 3), expected)
 
 
 # ---- propagation --------------------------------------------------------------------------------------------------
@@ -209,6 +247,10 @@ def build_head(**settings: object) -> GraphHead:
     return head
 
 
+def build_published_head(*, scope: str) -> GraphHead:
+    return build_head(neighbourhood=published_neighbours, symmetric=False, scope=scope)
+
+
 def head_reference(head: GraphHead, nodes: Tensor, boxes: Tensor, graph_scope: str) -> Tensor:
     weights = [value.detach() for name, value in head.named_parameters() if name.endswith("weight")]
     biases = [value.detach() for name, value in head.named_parameters() if name.endswith("bias")]
@@ -226,13 +268,13 @@ def head_inputs(batch: int, count: int = 7) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("scope", ("image", "batch"))
-@pytest.mark.parametrize("count", (1, 2, 3, 7))
-def test_published_head_equals_reference(count: int, scope: str) -> None:
-    head = build_head(symmetric=False, scope=scope)
-    nodes, boxes = head_inputs(4, count)
+@pytest.mark.parametrize(("batch", "count"), ((1, 1), (1, 3), (4, 1), (4, 2), (4, 3), (4, 7), (12, 7)))
+def test_published_head_equals_reference(batch: int, count: int, scope: str) -> None:
+    head = build_published_head(scope=scope)
+    nodes, boxes = head_inputs(batch, count)
     with torch.no_grad():
         result = head(nodes, boxes)
-    assert result.shape == (4, 5)
+    assert result.shape == (batch, 5)
     torch.testing.assert_close(result, head_reference(head, nodes, boxes, scope), rtol=1e-4, atol=1e-5)
 
 
@@ -250,7 +292,7 @@ def test_graph_inside_the_image_does_not_know_its_batch(symmetric: bool) -> None
 
 
 def test_graph_over_the_batch_knows_its_batch() -> None:
-    head = build_head(symmetric=False, scope="batch")
+    head = build_published_head(scope="batch")
     nodes, boxes = head_inputs(6)
     with torch.no_grad():
         assert not torch.allclose(head(nodes, boxes)[:1], head(nodes[:1], boxes[:1]), atol=1e-3)
@@ -282,9 +324,10 @@ def test_head_that_starts_near_zero() -> None:
 
 
 @pytest.mark.parametrize("scope", ("image", "batch"))
-def test_no_host_synchronisation_and_no_graph_break(scope: str) -> None:
-    head = build_head(symmetric=scope == "image", scope=scope)
-    inputs = head_inputs(3)
+@pytest.mark.parametrize("build", (build_head, build_published_head))
+def test_no_host_synchronisation_and_no_graph_break(build: Callable[..., GraphHead], scope: str) -> None:
+    head = build(scope=scope)
+    inputs = head_inputs(5)
     with torch.no_grad():
         expected = head(*inputs)
         with reference.ForbidHostReads():
