@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import permutations as orders
 
 import pytest
@@ -10,7 +11,7 @@ import reference
 import torch
 from torch import Tensor
 
-from networks.jigsaw import permute_blocks, random_permutations
+from networks.jigsaw import cyclic_permutations, exchange_with_corner, permute_blocks, random_permutations
 
 CPU = torch.device("cpu")
 PICTURES = (  # height, width, blocks along a side
@@ -109,6 +110,13 @@ def test_every_image_has_its_own_order() -> None:
     assert len(together.flatten(1).unique(dim=0)) == 6
 
 
+def test_one_order_for_the_whole_batch() -> None:
+    images, permutation = pictures(4, 11, 13), shuffled_orders(1, 9, seed=4)
+    expected = permuted_one_by_one(images, permutation.repeat(4, 1), 3)
+    assert torch.equal(permute_blocks(images, permutation, 3), expected)
+    assert torch.equal(permute_blocks(images, permutation.expand(4, -1), 3), expected)
+
+
 @pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16, torch.uint8), ids=str)
 def test_types_channels_and_memory_orders(dtype: torch.dtype) -> None:
     images = (pictures(3, 10, 7, channels=5) * 20 + 100).to(dtype)
@@ -190,6 +198,90 @@ def test_orders_differ_between_images_and_calls_and_follow_the_seed() -> None:
     assert not torch.equal(random_permutations(8, 16, CPU), first)
 
 
+# ---- random cycles ------------------------------------------------------------------------------------------------
+
+
+def exchanged_one_by_one(visits: list[int], count: int) -> list[int]:
+    """PMG's jigsaw: every place visited changes its block with the block at the top left corner."""
+    blocks = list(range(count))
+    for place in visits:
+        blocks[0], blocks[place] = blocks[place], blocks[0]
+    return blocks
+
+
+def cycle_through_first(permutation: list[int]) -> list[int]:
+    """The blocks met on the way from block 0 back to it."""
+    met = [0]
+    while permutation[met[-1]] != 0:
+        met.append(permutation[met[-1]])
+    return met
+
+
+@pytest.mark.parametrize("count", (2, 3, 4, 5))
+def test_exchanges_equal_swaps_one_by_one(count: int) -> None:
+    visits = list(orders(range(1, count)))
+    result = exchange_with_corner(torch.tensor(visits)).tolist()
+    assert result == [exchanged_one_by_one(list(one), count) for one in visits]
+    assert len(set(map(tuple, result))) == math.factorial(count - 1)
+
+
+@pytest.mark.parametrize("blocks", (2, 4, 8))
+def test_exchanges_equal_published_jigsaws(blocks: int) -> None:
+    """The corner is visited, too, at some time: it changes its block with itself."""
+    places = shuffled_orders(3, blocks**2, seed=blocks)
+    images = pictures(3, 8 * blocks, 8 * blocks)
+    without_corner = places[places != 0].reshape(3, -1)
+    result = permute_blocks(images, exchange_with_corner(without_corner), blocks)
+    swapped = images.clone()
+    for image, visits in zip(swapped, places.tolist(), strict=True):
+        for place in visits:
+            y, x = (8 * number for number in divmod(place, blocks))
+            corner = image[:, :8, :8].clone()
+            image[:, :8, :8] = image[:, y : y + 8, x : x + 8].clone()
+            image[:, y : y + 8, x : x + 8] = corner
+    assert torch.equal(result, swapped)
+
+
+@pytest.mark.parametrize("count", (2, 4, 9, 16, 64))
+@pytest.mark.parametrize("batch", (1, 7))
+def test_a_random_cycle_goes_through_all_blocks_and_moves_each(batch: int, count: int) -> None:
+    torch.manual_seed(count)
+    permutations = cyclic_permutations(batch, count, CPU)
+    assert permutations.shape == (batch, count)
+    assert permutations.dtype == torch.int64
+    assert permutations.device == CPU
+    for one in permutations.tolist():
+        assert sorted(cycle_through_first(one)) == list(range(count))
+        assert all(block != place for place, block in enumerate(one))
+
+
+def test_a_cycle_through_one_block_leaves_it() -> None:
+    assert cyclic_permutations(3, 1, CPU).tolist() == [[0], [0], [0]]
+
+
+@pytest.mark.parametrize("count", (2, 3, 4, 5))
+def test_all_cycles_are_equally_likely(count: int) -> None:
+    draws, cycles = 12_000, math.factorial(count - 1)
+    torch.manual_seed(0)
+    drawn = [tuple(one) for one in cyclic_permutations(draws, count, CPU).tolist()]
+    counts = {one: drawn.count(one) for one in set(drawn)}
+    assert len(counts) == cycles
+    assert cycles == 1 or abs(surprise(list(counts.values()), draws / cycles)) < 4
+    # An image's order says nothing about its neighbour's: all pairs are equally likely too.
+    pairs = list(zip(drawn[::2], drawn[1::2], strict=True))
+    counts = {one: pairs.count(one) for one in set(pairs)}
+    assert len(counts) == cycles**2
+    assert cycles == 1 or abs(surprise(list(counts.values()), draws / 2 / cycles**2)) < 4
+
+
+def test_cycles_follow_the_seed() -> None:
+    torch.manual_seed(2)
+    first, second = cyclic_permutations(8, 16, CPU), cyclic_permutations(8, 16, CPU)
+    assert len(torch.cat([first, second]).unique(dim=0)) == 16
+    torch.manual_seed(2)
+    assert torch.equal(cyclic_permutations(8, 16, CPU), first)
+
+
 # ---- tracing ------------------------------------------------------------------------------------------------------
 
 
@@ -197,16 +289,21 @@ def shuffle(images: Tensor, blocks: int) -> Tensor:
     return permute_blocks(images, random_permutations(len(images), blocks**2, images.device), blocks)
 
 
+def shuffle_in_a_cycle(images: Tensor, blocks: int) -> Tensor:
+    return permute_blocks(images, cyclic_permutations(len(images), blocks**2, images.device), blocks)
+
+
 @pytest.mark.parametrize("blocks", (1, 2, 3))
-def test_no_host_synchronisation_and_no_graph_break(blocks: int) -> None:
+@pytest.mark.parametrize("function", (shuffle, shuffle_in_a_cycle))
+def test_no_host_synchronisation_and_no_graph_break(function: Callable[[Tensor, int], Tensor], blocks: int) -> None:
     images = pictures(4, 11, 14)
     torch.manual_seed(4)
-    expected = shuffle(images, blocks)
+    expected = function(images, blocks)
     torch.manual_seed(4)
     with reference.ForbidHostReads():
-        result = shuffle(images, blocks)
+        result = function(images, blocks)
     assert torch.equal(result, expected)
     torch.compiler.reset()
-    compiled = torch.compile(shuffle, backend="eager", fullgraph=True)
+    compiled = torch.compile(function, backend="eager", fullgraph=True)
     torch.manual_seed(4)
     assert torch.equal(compiled(images, blocks), expected)
