@@ -27,6 +27,7 @@ from utils.errors import exit_with_one_sentence
 PROJECT = Path(export.__file__).resolve().parent
 WINDOWS = ((((5, 5),), 2), (((8, 8),), 1))
 EVERY_RUN = ("sgkrl", "scrim")  # that share the fewest parts; the other systems are traced by the slow tests
+FOUR_WINDOWS = ((((5, 5),), 2), (((8, 8),), 2))  # a node and its three neighbours in a single picture, as published
 ONNX_IS_THERE = all(importlib.util.find_spec(name) for name in (*export.ONNX_PACKAGES, "onnxruntime"))
 NAMES = ["blue", "green <b>", "rød"]
 
@@ -53,7 +54,9 @@ def random_images(count: int, size: int, seed: int = 0) -> torch.Tensor:
         *((model, {}) for model in MODELS if model in EVERY_RUN),
         *(pytest.param(model, {}, marks=pytest.mark.slow) for model in MODELS if model not in EVERY_RUN),
         pytest.param(
-            "sgkrl", {"wiring": "published", "graph_scope": "batch", "answer": ("graph",)}, marks=pytest.mark.slow
+            "sgkrl",
+            {"wiring": "published", "graph_scope": "batch", "answer": ("graph",), "windows": FOUR_WINDOWS},
+            marks=pytest.mark.slow,
         ),
         pytest.param("mmal", {"batch_norm": "per_pass"}, marks=pytest.mark.slow),
     ],
