@@ -515,7 +515,8 @@ def random_published_state_dict(
 class ForbidHostReads(TorchDispatchMode):
     """Inside this, an operator that would make the host wait for a device raises, on the CPU too.
 
-    That is: reading a value (`item`, `bool(tensor)`, `tolist`) and every result whose shape depends on values.
+    That is: reading a value (`item`, `bool(tensor)`, `tolist`), every result whose shape depends on values, and a copy
+    from the device to the host.
     """
 
     SHAPE_FROM_VALUES = frozenset(
@@ -537,7 +538,12 @@ class ForbidHostReads(TorchDispatchMode):
             and (kwargs or {}).get("output_size") is None
         ):
             raise AssertionError(f"{name} with a tensor of repeats makes the host wait for the device")
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if name in ("_to_copy", "copy_") and result.device.type == "cpu":
+            source = args[1] if name == "copy_" else args[0]
+            if source.device.type != "cpu":
+                raise AssertionError(f"{name} to the host makes it wait for the device")
+        return result
 
 
 @contextmanager
