@@ -605,6 +605,12 @@ def evaluation_loader(settings: DataSettings, entries: list[Entry]) -> DataLoade
     )
 
 
+def load_batch(entries: Sequence[Entry], image_size: int) -> Batch:
+    """Load pictures as one batch, whole and not augmented."""
+    pictures = Pictures(entries, image_size=image_size)
+    return collate([pictures[index] for index in range(len(entries))])
+
+
 def _worker_options(settings: DataSettings) -> dict[str, object]:
     """Return how a loader shares its work among processes, which stay between epochs."""
     if settings.workers == 0:

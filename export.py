@@ -16,11 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from assembly import load_trained
-from config import Parser
+from config import rebuilt
+from utils.command_line import Parser
 from utils.data.augmentation import MEAN, STD
 from utils.errors import UserError, exit_with_one_sentence
 from utils.reporting.metrics import inclusive_to_edges
+from utils.training.building import load_trained
 
 FORMATS = (".pt2", ".onnx")
 ONNX_PACKAGES = ("onnx", "onnxscript")
@@ -30,7 +31,7 @@ BATCH = torch.export.Dim("batch", min=1, max=65536)
 
 
 class Pipeline(nn.Module):
-    """A system from pixels to its answer, with tensors only."""
+    """A system from pixels to its prediction, with tensors only."""
 
     def __init__(self, network: nn.Module, *, mask_background: bool) -> None:
         super().__init__()
@@ -44,11 +45,11 @@ class Pipeline(nn.Module):
         `object_boxes` [B, 4]: their edges (x0, y0, x1, y1) as shares of the picture's width and height, 0 to 1.
         """
         normalised = (images.float() - self.mean) / self.std
-        output = self.network(normalised, mask_background=self.mask_background, branches=self.network.answer)
-        answer = {"probabilities": self.network.predict_logits(output).float().softmax(dim=1)}
+        output = self.network(normalised, mask_background=self.mask_background, branches=self.network.prediction)
+        result = {"probabilities": self.network.predict_logits(output).float().softmax(dim=1)}
         if output.object_boxes is not None:
-            answer["object_boxes"] = inclusive_to_edges(output.object_boxes) / self.network.input_size
-        return answer
+            result["object_boxes"] = inclusive_to_edges(output.object_boxes) / self.network.input_size
+        return result
 
 
 def parse_arguments(arguments: Sequence[str] | None):
@@ -71,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     # In float32 and plainly laid out: what runs the file chooses its own way to compute.
     plain = {"device": options.device, "precision": "float32", "channels_last": False, "compile": False}
-    trained = load_trained(options.checkpoint, data_root=".", checkpoint_dir=".", **plain)
+    trained = load_trained(options.checkpoint, rebuilt, data_root=".", checkpoint_dir=".", **plain)
     pipeline = (
         Pipeline(trained.network, mask_background=trained.plan.mask_background).eval().to(trained.execution.device)
     )

@@ -1,7 +1,7 @@
-"""Say what is on pictures: `python predict.py --checkpoint checkpoint/demo-sgkrl/best.pth PICTURE_OR_FOLDER...`.
+"""Name what is on pictures: `python predict.py --checkpoint checkpoint/demo-sgkrl/best.pth PICTURE_OR_FOLDER...`.
 
 Names and probabilities go to standard output, picture by picture; one drawing per picture shows where the network
-looked: the object and its mask, the crop with its windows, what speaks for the answer, and the likeliest names.
+looked: the object and its mask, the crop with its windows, what speaks for the prediction, and the likeliest names.
 """
 
 from __future__ import annotations
@@ -17,22 +17,23 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from assembly import load_trained
-from config import Parser
+from config import rebuilt
 from datasets import DataError, Entry, Pictures, Sample, collate
 from networks.evidence import forward_with_evidence
+from utils.command_line import Parser
 from utils.data.decoding import load_picture
 from utils.data.workers import leave_run_to_the_main_process
 from utils.errors import UserError, exit_with_one_sentence
 from utils.reporting.metrics import inclusive_to_edges
 from utils.reporting.panels import image_panel
 from utils.reporting.pictures import save_png
+from utils.training.building import load_trained
 
 EVIDENCE_SIZE = 112  # points along a side; it is drawn smoothly
 
 
 def parse_arguments(arguments: Sequence[str] | None):
-    parser = Parser(description="Say what is on pictures, and draw where the network looked.", allow_abbrev=False)
+    parser = Parser(description="Name what is on pictures, and draw where the network looked.", allow_abbrev=False)
     parser.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE_OR_FOLDER", help="folders with all below")
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="best.pth or last.pth of a run")
     parser.add_argument("--out", type=Path, default=Path("predictions"), metavar="DIR", help="drawings (%(default)s)")
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Rebuild. Only the network is wanted: the data set's folder need not be possible on this machine.
     machine = {"device": options.device, "workers": options.workers, "evaluation_batch_size": options.batch_size}
     machine["compile"] = False  # it takes longer than a folder of pictures
-    trained = load_trained(options.checkpoint, data_root=".", checkpoint_dir=".", **machine)
+    trained = load_trained(options.checkpoint, rebuilt, data_root=".", checkpoint_dir=".", **machine)
     network, class_names = trained.network, trained.saved["class_names"]
     loader = DataLoader(
         ReadablePictures(pictures, image_size=trained.settings.image_size),
@@ -80,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not good:
             continue
         images = trained.execution.images(collate(good).images)
-        passes = {"mask_background": trained.plan.mask_background, "branches": network.answer}
+        passes = {"mask_background": trained.plan.mask_background, "branches": network.prediction}
         with trained.execution.autocast():
             if options.no_drawings:
                 with torch.no_grad():

@@ -3,7 +3,7 @@
 Model and data are rebuilt from the settings saved in the checkpoint, not from config.py. The figures are printed and
 written beside it: report.html to look at, report.json and predictions.csv to compute with (report-last.html and so on
 for last.pth). Test images are read as the data set lists them, mostly class by class; --shuffle mixes them, with the
-run's seed, for files that end in -shuffled: where a graph links the windows of a batch, the order changes its answers.
+run's seed, for files that end in -shuffled: where a graph links the windows of a batch, the order changes predictions.
 
     python test.py --compare checkpoint/A checkpoint/B ...                      # evaluated runs in one table
     python test.py published.pth --model mmal --dataset cub --data_root DIR     # a checkpoint of the published code
@@ -14,56 +14,54 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy
-import torch
-import torch.nn.functional as F
 
-from assembly import (
-    Trained,
-    draw_panel,
-    load_trained,
-    trained_network,
-)
-from config import Parser, Settings, SettingsError, complete, parse_settings, settings_of_older_runs
-from datasets import Catalogue, Entry, choose_split, collate, evaluation_loader, load_catalogue
-from networks.evidence import forward_with_evidence
-from networks.losses import loss_terms
+from config import parse_settings, rebuilt, restored
+from datasets import Catalogue, Entry, choose_split, collate, evaluation_loader, load_batch, load_catalogue
+from networks.system import System
 from utils.checkpoint import CheckpointError, load_checkpoint, load_published
+from utils.command_line import Parser
 from utils.data.decoding import load_picture
 from utils.data.demo_birds import draw_demo_picture
 from utils.errors import exit_with_one_sentence
 from utils.files import show, write_text
+from utils.options import SettingsError, flat
 from utils.reporting.compare import compare
 from utils.reporting.early_exit import ExitCollector, choose_threshold, curve_text
+from utils.reporting.embeddings import project
 from utils.reporting.metrics import confusion_matrix
-from utils.reporting.panels import image_panel
+from utils.reporting.mistakes import draw_mistakes
+from utils.reporting.panels import draw_panel, spread_over
 from utils.reporting.pictures import save_png
-from utils.reporting.report import Mistake, order_where_it_matters, write_report
+from utils.reporting.report import write_report
+from utils.reporting.report_text import as_text
 from utils.reporting.results import ResultCollector
 from utils.reporting.runlog import log_evaluation
 from utils.training.allocator import keep_freed_memory
+from utils.training.building import Trained, build_to_evaluate, load_trained
 from utils.training.engine import evaluate
 
-PUBLISHED_MODELS = ("mmal", "sgkrl")
+MACHINE = ("data_root", "device", "precision", "evaluation_batch_size", "workers")
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """Return the options, and what else was given: settings for a published checkpoint."""
     parser = Parser(
         description="Evaluate a checkpoint on the test images of its data set, or compare runs that were evaluated.",
-        epilog="With a checkpoint of the published MMAL-Net or SG-KRL code, any setting of train.py may follow.",
+        epilog="With a checkpoint of a system's published code, any setting of train.py may follow.",
         usage="test.py CHECKPOINT [--option value ...] | test.py --compare RUN RUN ...",
         allow_abbrev=False,
     )
     parser.add_argument("checkpoint", type=Path, nargs="?", help="best.pth or last.pth of a run, or a published file")
-    parser.add_argument("--branches", nargs="+", help="report these beside the answer (default: all that matter to it)")
+    parser.add_argument("--branches", nargs="+", help="report these beside the prediction (default: all that matter)")
     parser.add_argument("--embeddings", action="store_true", help="write TensorBoard's projector of the test images")
     parser.add_argument("--shuffle", action="store_true", help="read the test images in random order (the run's seed)")
-    early = parser.add_argument_group("early exit (sgkrl)")
+    early = parser.add_argument_group("early exit (sgkrl, sgkrl_published)")
     early.add_argument("--exit_threshold", type=float, metavar="P", help="surer images skip the windows (1: none does)")
     early.add_argument("--exit_curve", action="store_true", help="find the threshold that loses nothing on validation")
     comparison = parser.add_argument_group("compare")
@@ -88,7 +86,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespace
 def main(arguments: Sequence[str] | None = None) -> None:
     options, more = parse_arguments(arguments)
     if options.compare:
-        print(compare(options.compare, options.format, older=settings_of_older_runs()))
+        print(compare(options.compare, options.format, restore=lambda saved: flat(restored(saved))))
         return
     keep_freed_memory()
 
@@ -98,19 +96,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     listed = catalogue.test
     if options.shuffle:  # here, so that all below finds results and images in one order
         catalogue = catalogue._replace(test=shuffled(listed, settings.seed))
+    shared = {"plan": plan, "execution": execution, "label_smoothing": settings.label_smoothing}
 
     # Evaluate.
-    shared = {
-        "plan": plan,
-        "loss_function": partial(loss_terms, label_smoothing=settings.label_smoothing),
-        "execution": execution,
-    }
-    if options.exit_curve:
-        settings = dataclasses.replace(settings, exit_threshold=calibrated_exit(network, settings, catalogue, shared))
-    copied = ()
-    if settings.exit_threshold < 1:
-        network.exit_threshold = settings.exit_threshold
-        copied = ("window", "graph")  # where images exit these repeat other branches, so that no figure is theirs
+    settings = let_exit_early(network, settings, catalogue, options, shared)
+    exits = network.can_exit_early and network.exit_threshold < 1
+    # where images exit, these repeat other branches, so that no figure is theirs
+    copied = ("window", "graph") if exits else ()
     results = ResultCollector(network.input_size, leave_out=copied)
     figures = evaluate(
         network,
@@ -122,53 +114,43 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
 
     # Report.
+    names = network.prediction
     report = {
         "checkpoint": str(options.checkpoint),
         "epoch": saved["epoch"],
         "selected_on": saved["selected_on"],
         "order": f"shuffled with seed {settings.seed}" if options.shuffle else listing_order(listed),
-        "answer": f"mean probability of {', '.join(network.answer)}" if len(network.answer) > 1 else network.answer[0],
+        "prediction": f"{network.ensembling} of {', '.join(names)}" if len(names) > 1 else names[0],
         **results.report(saved["class_names"]),
-        "boxes": {name.removeprefix("box_iou/"): v for name, v in figures.items() if name.startswith("box_iou/")}
-        or None,
+        "boxes": {n.removeprefix("box_iou/"): v for n, v in figures.items() if n.startswith("box_iou/")} or None,
         "images_per_second": figures["images_per_second"],
         "settings": dataclasses.asdict(settings),
     }
     show(as_text(report))
-    folder, stem = options.checkpoint.parent, options.checkpoint.stem
-    ending = ("" if stem == "best" else f"-{stem}") + ("-shuffled" if options.shuffle else "")
-    write_text(folder / f"report{ending}.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    results.write(folder / f"predictions{ending}.csv", saved["class_names"])
-    values = results.values()
-    write_report(
-        folder / f"report{ending}.html",
-        report,
-        class_names=saved["class_names"],
-        matrix=confusion_matrix(values["prediction"], values["label"], len(saved["class_names"])),
-        overlaps=values.get("box_iou"),
-        mistakes=draw_mistakes(trained, catalogue, results.surest_mistakes()),
-    )
-    if (folder / "log.jsonl").exists():  # a run's folder, whose curves TensorBoard shows
+    batch = load_batch(spread_over(listed), settings.image_size)
+    panel = draw_panel(network, batch, execution, plan, catalogue.class_names)
+    save_png(options.checkpoint.parent / "pictures" / f"test{ending_of(options)}.png", panel)
+    mistakes = mistaken_batches(settings, catalogue.test, results.surest_mistakes(), one_by_one=exits)
+    drawn = draw_mistakes(trained, mistakes)
+    if (options.checkpoint.parent / "log.jsonl").exists():  # a run's folder, whose curves TensorBoard shows
         shown = {name: v for name, v in figures.items() if name.startswith(("accuracy/", "box_iou/"))}
         numbers = {name: v for name, v in shown.items() if name.removeprefix("accuracy/") not in copied}
         numbers["calibration_error"] = report["calibration"]["expected_error"]
-        projected = project(trained, catalogue) if options.embeddings else {}
-        log_evaluation(folder / f"test{ending}", saved["epoch"], numbers, **projected)
-    panel = draw_panel(network, listed, settings, catalogue.class_names, execution, plan)
-    save_png(folder / "pictures" / f"test{ending}.png", panel)
-    names = (f"report{ending}.html", f"report{ending}.json", f"predictions{ending}.csv", f"pictures/test{ending}.png")
-    show(f"written to {folder}: {', '.join(names)}")
+        loader = evaluation_loader(settings, catalogue.test)
+        projected = project(trained, loader, catalogue.class_names) if options.embeddings else {}
+        log_evaluation(options.checkpoint.parent / f"test{ending_of(options)}", saved["epoch"], numbers, **projected)
+    write_files(options, saved["class_names"], results, report, drawn)
 
 
 def rebuild(options: argparse.Namespace, more: Sequence[str]) -> tuple[Trained, Catalogue]:
     """Return the checkpoint's network and its data set."""
-    overrides = {n: v for n, v in vars(options).items() if v is not None and n in Settings.__dataclass_fields__}
+    overrides = {name: getattr(options, name) for name in MACHINE if getattr(options, name) is not None}
     content = load_checkpoint(options.checkpoint)
     if "settings" not in content:
         if not any(word.partition("=")[0] == "--model" for word in more):
             raise CheckpointError(
-                f"{options.checkpoint} was not written by train.py: it lacks settings; a checkpoint of the published "
-                f"code needs --model ({' or '.join(PUBLISHED_MODELS)}), --dataset and --data_root"
+                f"{options.checkpoint} was not written by train.py: it lacks settings; a checkpoint of published code "
+                "needs --model (mmal, sgkrl_published ...), --dataset and --data_root"
             )
         return rebuild_published(options.checkpoint, content, overrides, more)
     if more:
@@ -176,7 +158,7 @@ def rebuild(options: argparse.Namespace, more: Sequence[str]) -> tuple[Trained, 
             f"unrecognized arguments: {' '.join(more)} (settings of training are read from {options.checkpoint}; only "
             "for a published checkpoint they are given, --model among them)"
         )
-    trained = load_trained(options.checkpoint, **overrides)
+    trained = load_trained(options.checkpoint, rebuilt, **overrides)
     catalogue, _ = load_catalogue(trained.settings)
     if list(catalogue.class_names) != trained.saved["class_names"]:
         raise CheckpointError(
@@ -190,11 +172,7 @@ def rebuild(options: argparse.Namespace, more: Sequence[str]) -> tuple[Trained, 
 def rebuild_published(path: Path, content: dict, overrides: dict, more: Sequence[str]) -> tuple[Trained, Catalogue]:
     """Return the network of a published checkpoint, which says little about itself, and the data set asked for."""
     words = [word for name, value in overrides.items() for word in (f"--{name}", str(value))]
-    settings = parse_settings(["--wiring", "published", *words, *more])
-    if settings.model not in PUBLISHED_MODELS:
-        raise CheckpointError(
-            f"model is {settings.model}; published checkpoints are of {' or '.join(PUBLISHED_MODELS)}"
-        )
+    settings = parse_settings([*words, *more])
     catalogue, _ = load_catalogue(settings)
     epoch = content.get("epoch")
     saved = {
@@ -202,7 +180,7 @@ def rebuild_published(path: Path, content: dict, overrides: dict, more: Sequence
         "epoch": epoch if isinstance(epoch, int) else settings.epochs,  # it decides on the mask
         "selected_on": "what its authors chose",
     }
-    return trained_network(settings, saved, partial(load_published, path=path)), catalogue
+    return build_to_evaluate(settings, saved, partial(load_published, path=path)), catalogue
 
 
 def shuffled(entries: Sequence[Entry], seed: int) -> list[Entry]:
@@ -214,9 +192,32 @@ def listing_order(entries: Sequence[Entry]) -> str:
     return "in class order" if labels == sorted(labels) else "in the data set's order"
 
 
-def calibrated_exit(network: torch.nn.Module, settings: Settings, catalogue: Catalogue, shared: dict) -> float:
+def let_exit_early(
+    network: System, settings: Any, catalogue: Catalogue, options: argparse.Namespace, shared: Mapping
+) -> Any:
+    """Set the network's threshold, if it has one, to what was asked for; return the settings with it."""
+    asked = options.exit_threshold is not None or options.exit_curve
+    if not network.can_exit_early:
+        if asked and (options.exit_curve or options.exit_threshold != 1):
+            raise SettingsError(
+                f"{settings.model} has no pass to skip: leave exit_threshold and exit_curve out, which are for systems "
+                "such as sgkrl"
+            )
+        return settings
+    threshold = settings.options["exit_threshold"] if options.exit_threshold is None else options.exit_threshold
+    if options.exit_curve:
+        changed_threshold(settings, 0.0)  # refuses a graph that cannot do without
+        threshold = calibrated_exit(network, settings, catalogue, shared)
+    network.exit_threshold = threshold
+    return changed_threshold(settings, threshold)
+
+
+def changed_threshold(settings: Any, threshold: float) -> Any:
+    return rebuilt(dataclasses.asdict(settings), exit_threshold=threshold)
+
+
+def calibrated_exit(network: System, settings: Any, catalogue: Catalogue, shared: Mapping) -> float:
     """Print accuracy against compute on the run's validation images; return the threshold that loses nothing there."""
-    complete(dataclasses.replace(settings, exit_threshold=0.0))  # refuses systems that cannot exit
     if settings.select_on == "test":
         raise SettingsError(
             "--exit_curve needs validation images, and this run trained on all training images (select_on is test)"
@@ -231,89 +232,43 @@ def calibrated_exit(network: torch.nn.Module, settings: Settings, catalogue: Cat
     return chosen.threshold
 
 
-def draw_mistakes(trained: Trained, catalogue: Catalogue, positions: Sequence[int]) -> list[Mistake]:
-    """Run the network once more on a few test images and draw what it found in each."""
-    network, settings, saved, plan, execution = trained
-    names, mistakes = saved["class_names"], []
-    # with an early exit, passes differ from image to image
-    step = settings.evaluation_batch_size if getattr(network, "exit_threshold", 1) >= 1 else 1
+def mistaken_batches(
+    settings: Any, entries: Sequence[Entry], positions: Sequence[int], *, one_by_one: bool
+) -> Iterator[tuple[Any, list, list[int]]]:
+    """Yield the images at these positions once more, as batches, in their own size, and their labels."""
+    step = 1 if one_by_one else settings.evaluation_batch_size  # with an early exit, passes differ between images
     for start in range(0, len(positions), step):
-        entries = [catalogue.test[p] for p in positions[start : start + step]]
-        batch = collate(list(evaluation_loader(settings, entries).dataset))
-        with execution.autocast():
-            output, evidence = forward_with_evidence(
-                network,
-                execution.images(batch.images),
-                size=112,
-                mask_background=plan.mask_background,
-                branches=network.evaluated,
-            )
-        probabilities = network.predict_logits(output).float().softmax(dim=1)
-        top, labels = (t.tolist() for t in probabilities.topk(min(4, len(names)), dim=1))
-        for index, entry in enumerate(entries):
-            drawn = isinstance(entry.source, int)
-            picture = draw_demo_picture(entry.source) if drawn else load_picture(entry.source)[0]
-            box = None
-            if batch.boxes is not None:
-                box = batch.boxes[index] * (network.input_size / batch.images.shape[-1])
-            drawing = image_panel(
-                picture,
-                output,
-                index,
-                [names[label] for label in labels[index]],
-                top[index],
-                input_size=network.input_size,
-                evidence=evidence[index],
-                true_box=box,
-                height=200,
-            )
-            predicted = names[labels[index][0]]
-            mistakes.append(Mistake(drawing, batch.paths[index], names[entry.label], predicted, top[index][0]))
-    return mistakes
+        chosen = [entries[position] for position in positions[start : start + step]]
+        batch = collate(list(evaluation_loader(settings, chosen).dataset))
+        sources = [entry.source for entry in chosen]
+        pictures = [draw_demo_picture(s) if isinstance(s, int) else load_picture(s)[0] for s in sources]
+        yield batch, pictures, [entry.label for entry in chosen]
 
 
-def project(trained: Trained, catalogue: Catalogue) -> dict[str, object]:
-    """Return what TensorBoard's projector shows of the test images: an embedding each, its class, a small picture."""
-    network, settings, _, plan, execution = trained
-    embeddings, thumbnails, class_of = [], [], []
-    hook = network.backbone.register_forward_hook(lambda module, inputs, output: passes.append(output.embedding))
-    try:
-        for batch in evaluation_loader(settings, catalogue.test):
-            passes = []
-            with torch.no_grad(), execution.autocast():
-                images = execution.images(batch.images)
-                network(images, mask_background=plan.mask_background, branches=network.answer)
-            # the pass over the object where there is one, over the picture where not
-            seen = [embedding for embedding in passes[:2] if len(embedding) == len(images)]
-            embeddings.append(seen[-1].float().cpu())
-            thumbnails.append(F.interpolate(batch.images.float(), size=(32, 32)) / 255)
-            class_of += [" ".join(catalogue.class_names[label].split()) for label in batch.labels.tolist()]
-    finally:
-        hook.remove()
-    return {"mat": torch.cat(embeddings), "metadata": class_of, "label_img": torch.cat(thumbnails)}
+def ending_of(options: argparse.Namespace) -> str:
+    """Return how the names of an evaluation's files end: nothing for best.pth."""
+    stem = options.checkpoint.stem
+    return ("" if stem == "best" else f"-{stem}") + ("-shuffled" if options.shuffle else "")
 
 
-def as_text(report: dict) -> str:
-    lines = [
-        f"{report['images']} test images{order_where_it_matters(report)}, epoch {report['epoch']}, chosen by "
-        f"{report['selected_on']}",
-        f"answer: {report['answer']}",
-        "",
-        f"{'branch':<10}{'top-1':>8}   95 % interval    {'top-5':>8}",
-    ]
-    for name, values in report["branches"].items():
-        low, high = values["top1_interval_95"]
-        lines.append(f"{name:<10}{values['top1']:>8.1%}   {low:.1%} to {high:.1%}  {values['top5']:>8.1%}")
-    lines += ["", f"mean per-class accuracy of the answer: {report['mean_per_class_accuracy']:.1%}"]
-    lines.append(f"expected calibration error of the answer: {report['calibration']['expected_error']:.1%}")
-    if report["boxes"]:
-        boxes = report["boxes"]
-        lines.append(f"object boxes: IoU >= 0.5 for {boxes['share_at_0.5']:.1%}, mean IoU {boxes['mean']:.3f}")
-    lines.append(f"{report['images_per_second']:.1f} images/s")
-    if report["worst_confusions"]:
-        lines += ["", "most frequent confusions:"]
-        lines += [f"  {c['count']} x {c['true']} taken for {c['predicted']}" for c in report["worst_confusions"][:5]]
-    return "\n".join(lines)
+def write_files(
+    options: argparse.Namespace, class_names: Sequence[str], results: ResultCollector, report: Mapping, mistakes: list
+) -> None:
+    """Write the report for people and for programs, and the table of predictions, beside the checkpoint."""
+    folder, ending = options.checkpoint.parent, ending_of(options)
+    write_text(folder / f"report{ending}.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    results.write(folder / f"predictions{ending}.csv", class_names)
+    values = results.values()
+    write_report(
+        folder / f"report{ending}.html",
+        report,
+        class_names=class_names,
+        matrix=confusion_matrix(values["prediction"], values["label"], len(class_names)),
+        overlaps=values.get("box_iou"),
+        mistakes=mistakes,
+    )
+    names = (f"report{ending}.html", f"report{ending}.json", f"predictions{ending}.csv", f"pictures/test{ending}.png")
+    show(f"written to {folder}: {', '.join(names)}")
 
 
 if __name__ == "__main__":

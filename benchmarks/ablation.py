@@ -7,12 +7,13 @@
 
 Every run is `python train.py` with the flags of its row (`--list` shows them) after the common ones, in a folder of
 its own below `--runs`: a sweep that was interrupted, or is asked for more rows or seeds, goes on from what is there.
-Any other flag of train.py may follow and holds for all rows; runs with other such flags need a `--runs` of their own.
+Any other flag of train.py that the rows' systems have may follow and holds for all rows, but where a row has its own;
+runs with other such flags need a `--runs` of their own.
 Test images are looked at only with `--test`, after the last epoch of each run; where the graph links the windows of a
 batch, a second time in random order.
 
 The file of `--results` gets a line as each run ends. What it holds already, with the same flags, is not run again, also
-on another machine: a line says nothing of where data and weights lie. It knows only the flags, not what the defaults of
+on another machine: a line does not hold where data and weights lie. It knows only the flags, not what the defaults of
 config.py were: after changing one, give another file, or another name to the rows that ran before and a `commit`.
 A run that fails does not end the sweep.
 """
@@ -44,15 +45,18 @@ from utils.training.distributed import choose_device
 COMMON = (
     *("--dataset", "cub", "--input_size", "224", "--epochs", "8", "--batch_size", "16"),
     *("--learning_rate", "4e-3", "--head_learning_rate_factor", "5", "--schedule", "one_cycle"),
-    *("--clip_gradient_norm", "10", "--pictures_every", "0", "--mask_from_epoch", "100"),
+    *("--clip_gradient_norm", "10", "--pictures_every", "0"),
     *("--batch_norm", "frozen"),  # for every row alike; other statistics after the rows: a table of its own
 )
 
+# the background is masked from an epoch past the last one: never
+UNMASKED = ("--mask_from_epoch", "100")
 # the object box as MMAL-Net draws it, round what is above the mean of the trunk's own grid
 COARSE = ("--localization_stride", "32", "--localization_threshold", "1.0")
-NO_WINDOWS = ("--loss_weights", "window=0", "graph=0", "--answer", "raw", "fused", "object")
-# the trained wiring as it was before: its graph by itself, spatial weights as CBAM has them
-FORMER = ("--no-graph_residual", "--spatial_weights", "absolute")
+NO_WINDOWS = ("--loss_weights", "window=0", "graph=0", "--prediction", "raw", "fused", "object")
+# our SG-KRL as it was before: its graph by itself, spatial weights as CBAM has them
+FORMER = (*UNMASKED, "--no-graph_residual", "--spatial_weights", "absolute")
+PUBLISHED = ("--model", "sgkrl_published", *UNMASKED)
 
 # name -> flags after the common ones
 ROWS: dict[str, tuple[str, ...]] = {
@@ -60,34 +64,34 @@ ROWS: dict[str, tuple[str, ...]] = {
     "mmal": ("--model", "mmal"),
     "flrdf": ("--model", "flrdf"),
     "scrim": ("--model", "scrim"),
-    "published": ("--wiring", "published"),
-    "published-batch-graph": ("--wiring", "published", "--graph_scope", "batch"),
-    "trained": (),
+    "published": PUBLISHED,
+    "published-batch-graph": (*PUBLISHED, "--graph_scope", "batch"),
+    "trained": UNMASKED,
     "trained-former": FORMER,
     # without one part
-    "trained-no-fusion-loss": ("--loss_weights", "fused=0", "--answer", "raw", "object", "graph"),
-    "trained-no-fusion": ("--without", "fusion"),
-    "trained-no-weighting": ("--without", "weighting"),
-    "trained-no-windows": NO_WINDOWS,
-    "trained-no-graph": ("--loss_weights", "graph=0", "--answer", "raw", "fused", "object"),
+    "trained-no-fusion-loss": (*UNMASKED, "--loss_weights", "fused=0", "--prediction", "raw", "object", "graph"),
+    "trained-no-fusion": (*UNMASKED, "--without", "fusion"),
+    "trained-no-weighting": (*UNMASKED, "--without", "weighting"),
+    "trained-no-windows": (*UNMASKED, *NO_WINDOWS),
+    "trained-no-graph": (*UNMASKED, "--loss_weights", "graph=0", "--prediction", "raw", "fused", "object"),
     "trained-mask": ("--mask_from_epoch", "4"),
-    "trained-coarse": COARSE,
+    "trained-coarse": (*UNMASKED, *COARSE),
     # without the windows, the dearest part, where only the object box is in question
     "trained-former-no-windows": (*FORMER, *NO_WINDOWS),
     "trained-former-coarse-no-windows": (*FORMER, *COARSE, *NO_WINDOWS),
-    "published-no-windows": ("--wiring", "published", "--loss_weights", "window=0", "graph=0"),
+    "published-no-windows": (*PUBLISHED, "--loss_weights", "window=0", "graph=0"),
     # variants
-    "trained-lone-graph": ("--no-graph_residual",),
-    "trained-absolute-weights": ("--spatial_weights", "absolute"),
-    "trained-crop-scale": ("--crop_scale", "0.5"),
-    "trained-crop-gradient": ("--crop_gradient",),
-    "trained-neighbours": ("--graph_neighbours", "6"),
-    "trained-graph-overlap": ("--graph_edges", "overlap"),
-    "trained-graph-distance": ("--graph_edges", "distance"),
-    "trained-warmup-3": ("--warmup_epochs", "3"),
-    "trained-smoothing": ("--label_smoothing", "0.1"),
-    "trained-detail": ("--image_size", "448"),
-    "trained-answer-object": ("--answer", "object"),
+    "trained-lone-graph": (*UNMASKED, "--no-graph_residual"),
+    "trained-absolute-weights": (*UNMASKED, "--spatial_weights", "absolute"),
+    "trained-crop-scale": (*UNMASKED, "--crop_scale", "0.5"),
+    "trained-crop-gradient": (*UNMASKED, "--crop_gradient"),
+    "trained-neighbours": (*UNMASKED, "--graph_neighbours", "6"),
+    "trained-graph-overlap": (*UNMASKED, "--graph_edges", "overlap"),
+    "trained-graph-distance": (*UNMASKED, "--graph_edges", "distance"),
+    "trained-warmup-3": (*UNMASKED, "--warmup_epochs", "3"),
+    "trained-smoothing": (*UNMASKED, "--label_smoothing", "0.1"),
+    "trained-detail": (*UNMASKED, "--image_size", "448"),
+    "trained-prediction-object": (*UNMASKED, "--prediction", "object"),
     "mmal-dense": ("--model", "mmal", "--localization_stride", "16", "--localization_threshold", "1.2"),
     "mmal-detail": ("--model", "mmal", "--image_size", "448"),
 }
@@ -131,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict]:
             with writing:
                 store(path, result)
         bar.update()
-        bar.set_postfix_str(f"{job[0]} seed {job[1]}: {100 * result['validation']['accuracy/answer']:.1f} %")
+        bar.set_postfix_str(f"{job[0]} seed {job[1]}: {100 * result['validation']['accuracy/prediction']:.1f} %")
         return result
 
     with bar, ThreadPoolExecutor(options.jobs) as pool:
@@ -217,7 +221,9 @@ def run(row: str, seed: int, common: Sequence[str], runs: Path, *, test: bool, t
         "common": shlex.join(portable(common)),
         "command": command_of(flags),
         "epochs": last["epoch"],
-        "validation": {k.removeprefix("validation/"): v for k, v in last.items() if k.startswith("validation/")},
+        "validation": in_current_words(
+            {name.removeprefix("validation/"): v for name, v in last.items() if name.startswith("validation/")}
+        ),
         "boxes_by_epoch": [line.get("validation/box_iou/share_at_0.5") for line in lines],
         "train_images_per_second": statistics.median(line["speed/train_images_per_second"] for line in lines),
         "machine": machine(choose_device("auto")),
@@ -228,7 +234,7 @@ def run(row: str, seed: int, common: Sequence[str], runs: Path, *, test: bool, t
             result["test_shuffled"] = test_figures(folder, environment, shuffle=True)
         rows = sorted(read_predictions(folder / "predictions-last.csv"), key=lambda line: line["picture"])
         result["pictures"] = len(rows)
-        result["right"] = "".join(line["answer"] for line in rows)  # "1" or "0" each, by the pictures' names
+        result["right"] = "".join(line["correct"] for line in rows)  # "1" or "0" each, by the pictures' names
     return result
 
 
@@ -239,7 +245,12 @@ def test_figures(folder: Path, environment: Mapping[str, str], *, shuffle: bool 
         script("test.py", [str(folder / "last.pth"), *(["--shuffle"] if shuffle else [])], environment)
     content = json.loads(report.read_text(encoding="utf-8"))
     accuracies = {f"accuracy/{name}": branch["top1"] for name, branch in content["branches"].items()}
-    return accuracies | {f"box_iou/{name}": value for name, value in (content["boxes"] or {}).items()}
+    return in_current_words(accuracies) | {f"box_iou/{name}": value for name, value in (content["boxes"] or {}).items()}
+
+
+def in_current_words(figures: Mapping[str, float]) -> dict[str, float]:
+    """Return figures of a run of any version: older ones called the prediction the answer."""
+    return {"accuracy/prediction" if name == "accuracy/answer" else name: value for name, value in figures.items()}
 
 
 def script(name: str, flags: Sequence[str], environment: Mapping[str, str]) -> None:
@@ -267,7 +278,8 @@ def read_results(path: Path) -> list[dict]:
             known = False
         if not known:
             raise UserError(f"line {number} of {path} is no result of this script: mend it, or give another file")
-        results.append(result)
+        splits = {"validation", "test", "test_shuffled"} & result.keys()
+        results.append(result | {split: in_current_words(result[split]) for split in splits})
     return results
 
 
@@ -309,9 +321,9 @@ def as_text(results: Sequence[Mapping], rows: Sequence[str], against: Sequence[s
 
 
 def as_table(results: Sequence[Mapping], split: str, rows: Sequence[str]) -> str:
-    """Mean over the seeds of each row in per cent, and the standard deviation of the answer where there are several."""
+    """Mean over the seeds of each row in per cent, and the prediction's standard deviation where there are several."""
     names = list(dict.fromkeys(n for r in results for n in r[split] if n.startswith("accuracy/")))
-    names = ["accuracy/answer", *(n for n in names if n != "accuracy/answer"), "box_iou/share_at_0.5"]
+    names = ["accuracy/prediction", *(n for n in names if n != "accuracy/prediction"), "box_iou/share_at_0.5"]
     titles = [n.removeprefix("accuracy/").replace("box_iou/share_at_0.5", "boxes") for n in names]
     lines = [["row", "seeds", "spread", *titles], ["---"] * (3 + len(titles))]
     for row in rows:
@@ -324,8 +336,8 @@ def as_table(results: Sequence[Mapping], split: str, rows: Sequence[str]) -> str
 
 
 def _cells(runs: Sequence[Mapping[str, float]], names: Sequence[str]) -> list[str]:
-    answers = [100 * figures["accuracy/answer"] for figures in runs]
-    spread = f"{statistics.stdev(answers):.1f}" if len(answers) > 1 else ""
+    predictions = [100 * figures["accuracy/prediction"] for figures in runs]
+    spread = f"{statistics.stdev(predictions):.1f}" if len(predictions) > 1 else ""
     means = [
         f"{100 * statistics.mean(figures[name] for figures in runs):.1f}" if all(name in f for f in runs) else ""
         for name in names

@@ -1,4 +1,4 @@
-"""Do the fast settings see the same? Boxes, windows and answers on real pictures, against plain float32.
+"""Do the fast settings see the same? Boxes, windows and predictions on real pictures, against plain float32.
 
     python benchmarks/agreement.py --checkpoint checkpoint/cub-sgkrl/best.pth
     python benchmarks/agreement.py --dataset cub --data_root DIR     # settings as for train.py: nothing trained but
@@ -20,14 +20,14 @@ from measuring import machine, write_json
 from torch import Tensor
 from tqdm import tqdm
 
-from assembly import network_of, settings_of
-from config import complete, parse_settings
+from config import parse_settings, rebuilt
 from datasets import evaluation_loader, load_catalogue
 from networks.folding import fold_batch_norm
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import load_run
 from utils.reporting.metrics import inclusive_to_edges, paired_box_iou
+from utils.training.building import build_from_settings
 from utils.training.distributed import choose_device
-from utils.training.engine import Execution
+from utils.training.execution import Execution
 from utils.training.seeding import seed_everything
 
 
@@ -42,19 +42,19 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     options, others = parser.parse_known_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
+    place = {"data_root": options.data_root} if options.data_root else {}
     if options.checkpoint is not None:
-        saved = load_checkpoint(options.checkpoint)
-        settings = settings_of(saved, options.checkpoint)
-        settings = complete(dataclasses.replace(settings, data_root=options.data_root or settings.data_root))
+        saved = load_run(options.checkpoint)
+        settings = rebuilt(saved["settings"], **place)
     else:
         saved = None
-        settings = parse_settings([*others, *(("--data_root", options.data_root) if options.data_root else ())])
+        settings = parse_settings([*others, *(word for name, value in place.items() for word in (f"--{name}", value))])
     seed_everything(settings.seed)
     catalogue, _ = load_catalogue(settings)
     entries = catalogue.test
     if 0 < options.images < len(entries):
         entries = [entries[i] for i in torch.linspace(0, len(entries) - 1, options.images).long().tolist()]
-    plain = network_of(settings, len(catalogue.class_names), pretrained=saved is None)
+    plain = build_from_settings(settings, len(catalogue.class_names), load_weights=saved is None)
     if saved is not None:
         plain.load_state_dict(saved["network"])
     device = choose_device(settings.device)
@@ -92,12 +92,12 @@ def outcome(network: torch.nn.Module, images: Tensor, execution: Execution) -> d
         "object": output.object_boxes,
         "windows": output.window_boxes,
         "parts": output.part_boxes,
-        "answer": network.predict_logits(output).softmax(dim=1),
+        "prediction": network.predict_logits(output).softmax(dim=1),
     }
 
 
 def agreement(found: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> dict[str, Tensor]:
-    """For each image [B]: the same choices, or the share of the same ones; and what its answer differs by."""
+    """For each image [B]: the same choices, or the share of the same ones; and what its prediction differs by."""
     same: dict[str, Tensor] = {}
     if expected["object"] is not None:
         same["same box"] = (found["object"] == expected["object"]).all(dim=1)
@@ -109,13 +109,10 @@ def agreement(found: dict[str, Tensor | None], expected: dict[str, Tensor | None
             same[f"same {name}"] = pairs.any(dim=1).double().mean(dim=1)
             if "same box" in same and same["same box"].any():
                 same[f"same {name} in the same box"] = same[f"same {name}"][same["same box"]]
-    same["same answer"] = found["answer"].argmax(dim=1) == expected["answer"].argmax(dim=1)
-    same["mean difference of the answer's probability"] = (
-        (found["answer"] - expected["answer"])
-        .gather(1, expected["answer"].argmax(dim=1, keepdim=True))
-        .abs()
-        .squeeze(1)
-    )
+    same["same prediction"] = found["prediction"].argmax(dim=1) == expected["prediction"].argmax(dim=1)
+    likeliest = expected["prediction"].argmax(dim=1, keepdim=True)
+    differences = (found["prediction"] - expected["prediction"]).gather(1, likeliest)
+    same["mean difference of the prediction's probability"] = differences.abs().squeeze(1)
     return same
 
 

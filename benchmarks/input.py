@@ -33,7 +33,7 @@ from datasets import Entry, build_cache, read_catalogue, training_loader
 from utils.data.augmentation import MEAN, STD
 from utils.errors import UserError
 from utils.training.distributed import choose_device
-from utils.training.engine import Execution
+from utils.training.execution import Execution
 
 
 class PlainPictures(Dataset):

@@ -5,7 +5,7 @@ something is loaded only once:
 
     import      what `python train.py` loads, and of it PyTorch and torchvision alone
     index       `datasets.read_catalogue`: listing and splitting, no file is opened
-    check       `checking.find_bad_pictures`: header and last bytes of every file, before training starts
+    check       `utils.data.checking.find_bad_pictures`: header and last bytes of every file, before training starts
     fingerprint what a disk cache asks of every file: size and time
     step        train.py from its start to the end of its first training step (ResNet-18, a batch of 4)
 """
@@ -37,7 +37,7 @@ step = train.train_one_epoch
 def stop_after_one(*arguments, **options):
     def stop(step):
         raise SystemExit(0)
-    return step(*arguments, **options | {"after_step": stop})
+    return step(*arguments, **options | {"save_after": stop})
 train.train_one_epoch = stop_after_one
 train.main(sys.argv[1:])
 """

@@ -1,7 +1,7 @@
-"""How fast a system trains and answers, against its backbone alone: `python benchmarks/throughput.py --model sgkrl`.
+"""How fast a system trains and predicts, against its backbone alone: `python benchmarks/throughput.py --model sgkrl`.
 
 Interleaved in one process, pictures from memory: a training step (`utils.training.engine.train_one_epoch`: loss,
-gradients, optimizer, figures) and inference (`evaluated` branches and the answer), each
+gradients, optimizer, figures) and inference (`evaluated` branches and the prediction), each
 
     off       float32, NCHW memory layout, batch norm as it is, the C library's allocator: what published code does
     on        the chosen precision, channels_last; inference with batch norm folded into the convolutions
@@ -28,14 +28,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from datasets import Batch
 from networks import MODELS, build_network
 from networks.folding import cast_for_autocast, fold_batch_norm
-from networks.losses import loss_terms
+from networks.system import System
 from utils.training.allocator import GLIBC_DEFAULT, keep_freed_memory
 from utils.training.distributed import choose_device
-from utils.training.engine import Execution, train_one_epoch
+from utils.training.engine import train_one_epoch
+from utils.training.execution import Execution
 from utils.training.precision import resolve_precision
 from utils.training.schedule import build_optimizer, build_schedule, plan_epoch
 
 CLIP = 10.0
+SGD = {"learning_rate": 1e-6, "momentum": 0.9, "weight_decay": 1e-4}
 
 
 class InMemory(list):
@@ -55,7 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     on = Execution(device, resolve_precision(options.precision, device), channels_last=True)
     off = Execution(device, "float32", channels_last=False)
     network = build_network(
-        options.model, num_classes=options.classes, backbone=options.backbone, input_size=options.input_size
+        options.model,
+        num_classes=options.classes,
+        backbone=options.backbone,
+        pretrained="none",  # random weights: batch norms and boxes are as published, which the recorded figures are of
+        input_size=options.input_size,
     ).to(device)
     report = {"options": {n: str(v) if isinstance(v, Path) else v for n, v in vars(options).items()}}
     report |= {"machine": machine(device), "precision": on.precision, "measurements": []}
@@ -103,9 +109,9 @@ def images_for(options: argparse.Namespace, batch_size: int) -> Tensor:
 
 
 class Inference:
-    """The network's answer to a batch that is on the device already; `floor()` is its backbone's share."""
+    """The network's prediction for a batch that is on the device already; `floor()` is its backbone's share."""
 
-    def __init__(self, network: nn.Module, images: Tensor, execution: Execution) -> None:
+    def __init__(self, network: System, images: Tensor, execution: Execution) -> None:
         self.network = network.eval()
         self.execution = execution
         self.images = execution.images(images)
@@ -132,12 +138,12 @@ class Inference:
 class TrainingStep:
     """One step as train_one_epoch takes it, its input from memory; `floor()` is its backbone's share."""
 
-    def __init__(self, network: nn.Module, images: Tensor, labels: Tensor, execution: Execution) -> None:
+    def __init__(self, network: System, images: Tensor, labels: Tensor, execution: Execution) -> None:
         self.network = network
         self.execution = execution
-        self.plan = plan_epoch(2, network.branches, network.loss_weights, warmup_epochs=1)
+        self.plan = plan_epoch(network, 2, network.loss_weights, warmup_epochs=1)
         self.batches = InMemory([Batch(images, labels, None, [""] * len(labels))])
-        self.optimizer = optimizer_of(network, network.heads())
+        self.optimizer = build_optimizer(network, head_learning_rate_factor=1.0, **SGD)
         self.schedule = build_schedule(self.optimizer, "steps", epochs=1, steps_per_epoch=1, milestones=(10**6,))
 
     def __call__(self) -> None:
@@ -147,7 +153,6 @@ class TrainingStep:
             self.optimizer,
             self.schedule,
             plan=self.plan,
-            loss_function=loss_terms,
             execution=self.execution,
             clip_gradient_norm=CLIP,
         )
@@ -155,7 +160,10 @@ class TrainingStep:
     def floor(self, shapes: Sequence[torch.Size]) -> Callable[[], None]:
         inputs = [self.execution.images(torch.randn(shape)) for shape in shapes]
         backbone = copy.deepcopy(self.network.backbone).train()
-        optimizer = optimizer_of(backbone, [])
+        weights = [p for p in backbone.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(
+            weights, SGD["learning_rate"], momentum=SGD["momentum"], weight_decay=SGD["weight_decay"]
+        )
 
         def passes() -> None:
             with self.execution.autocast():
@@ -167,18 +175,13 @@ class TrainingStep:
         return passes
 
 
-def optimizer_of(network: nn.Module, heads: Sequence[nn.Module]) -> torch.optim.Optimizer:
-    settings = {"learning_rate": 1e-6, "head_learning_rate_factor": 1.0, "momentum": 0.9, "weight_decay": 1e-4}
-    return build_optimizer(network, heads, **settings)
-
-
-def in_layout(network: nn.Module, execution: Execution) -> nn.Module:
+def in_layout(network: System, execution: Execution) -> System:
     layout = torch.channels_last if execution.channels_last else torch.contiguous_format
     return copy.deepcopy(network).to(memory_format=layout)
 
 
 def inference_variants(
-    network: nn.Module, images: Tensor, off: Execution, on: Execution, with_compiled: bool
+    network: System, images: Tensor, off: Execution, on: Execution, with_compiled: bool
 ) -> dict[str, Inference]:
     variants = {"off": Inference(in_layout(network, off), images, off)}
     folded = fold_batch_norm(in_layout(network, on))
@@ -191,7 +194,7 @@ def inference_variants(
 
 
 def training_variants(
-    network: nn.Module, images: Tensor, labels: Tensor, off: Execution, on: Execution, with_compiled: bool
+    network: System, images: Tensor, labels: Tensor, off: Execution, on: Execution, with_compiled: bool
 ) -> dict[str, TrainingStep]:
     variants = {"off": TrainingStep(in_layout(network, off), images, labels, off)}
     variants["on"] = TrainingStep(in_layout(network, on), images, labels, on)
@@ -200,7 +203,7 @@ def training_variants(
     return variants
 
 
-def with_compiled_backbone(network: nn.Module) -> nn.Module:
+def with_compiled_backbone(network: System) -> System:
     network.backbone.compile()
     return network
 

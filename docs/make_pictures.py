@@ -1,9 +1,10 @@
 """Make the README's pictures from a run on the demo birds: `python docs/make_pictures.py checkpoint/demo-sgkrl`.
 
-    python docs/make_pictures.py --leak checkpoint/demo-sgkrl-batch-graph checkpoint/demo-sgkrl-image-graph
+    python docs/make_pictures.py --leak \\
+      checkpoint/demo-sgkrl_published-batch-graph checkpoint/demo-sgkrl_published-image-graph
 
-makes leak.jpg from two runs of `--wiring published`, the first with `--graph_scope batch`, each evaluated twice: with
-`test.py` and with `test.py --shuffle`.
+makes leak.jpg from two runs of `--model sgkrl_published`, the first with `--graph_scope batch`, the second with
+`--graph_scope image`, each evaluated twice: with `test.py` and with `test.py --shuffle`.
 
 The run has to be trained (`python train.py`) and evaluated (`python test.py checkpoint/demo-sgkrl/best.pth`). The
 report's picture needs chromium; without it that one is left as it is.
@@ -29,15 +30,17 @@ sys.path.insert(0, str(DOCS.parent))
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
 
-from assembly import load_trained  # noqa: E402
+from config import rebuilt, restored  # noqa: E402
 from datasets import Pictures, collate, read_catalogue  # noqa: E402
 from networks.evidence import forward_with_evidence  # noqa: E402
 from networks.graph import nearest_neighbours, published_neighbours  # noqa: E402
 from networks.windows import REFERENCE_GRID, WINDOW_SETS  # noqa: E402
 from utils.data.demo_birds import draw_demo_picture  # noqa: E402
 from utils.errors import UserError, exit_with_one_sentence  # noqa: E402
+from utils.options import flat  # noqa: E402
 from utils.reporting.panels import image_panel  # noqa: E402
 from utils.reporting.pictures import INK, PAPER, SHADOW, TRACK, WINDOWS, to_pillow  # noqa: E402
+from utils.training.building import load_trained  # noqa: E402
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FOUR_BIRDS = 716  # pixels from the top of a run's pictures/test.png: its legend and two rows
@@ -75,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def draw_pipeline(checkpoint: Path) -> Image.Image:
     """What the network finds in the test bird that it names rightly and most surely of those with a good box."""
-    trained = load_trained(checkpoint, device="cpu", workers=0)
+    trained = load_trained(checkpoint, rebuilt, device="cpu", precision="float32", workers=0)
     network, names = trained.network, trained.saved["class_names"]
     entries = read_catalogue("demo", None).test[::5]
     batch = collate(list(Pictures(entries, image_size=trained.settings.image_size)))
@@ -190,7 +193,7 @@ def draw_leak(batch_run: Path, image_run: Path) -> Image.Image:
     """
     scale = 2  # drawn larger and reduced: smooth lines
     accuracies = {scope: _graph_accuracies(run, scope) for run, scope in ((batch_run, "batch"), (image_run, "image"))}
-    trained = load_trained(batch_run / "best.pth", device="cpu", workers=0)
+    trained = load_trained(batch_run / "best.pth", rebuilt, device="cpu", precision="float32", workers=0)
     network, names = trained.network, trained.saved["class_names"]
     entries = read_catalogue("demo", None).test[40:44]
     batch = collate(list(Pictures(entries, image_size=trained.settings.image_size)))
@@ -236,9 +239,11 @@ def _graph_accuracies(run: Path, scope: str) -> dict[str, tuple[float, list[floa
         if not path.is_file():
             raise UserError(f"there is no report {path}: write it with python test.py {run / 'best.pth'}{flag}")
         report = json.loads(path.read_text(encoding="utf-8"))
-        settings = report["settings"]
-        if (settings["dataset"], settings["wiring"], settings["graph_scope"]) != ("demo", "published", scope):
-            raise UserError(f"{run} was not trained on the demo birds with --wiring published --graph_scope {scope}")
+        settings = flat(restored(report["settings"]))
+        trained_with = tuple(settings.get(name) for name in ("dataset", "model", "graph_scope"))
+        if trained_with != ("demo", "sgkrl_published", scope):
+            flags = f"--model sgkrl_published --graph_scope {scope}"
+            raise UserError(f"{run} was not trained on the demo birds with {flags}: give the folder of a run that was")
         graph = report["branches"]["graph"]
         found[order] = (graph["top1"], graph["top1_interval_95"])
     return found

@@ -1,129 +1,156 @@
-"""The systems, built from their parts: `build_network("sgkrl", num_classes=200)`.
+"""The systems and the parts they are made of: `build_network("sgkrl", num_classes=200)`.
 
-A system has, besides `forward`:
-    branches        the names of its logits
-    evaluated       those that evaluation computes, the ones that only serve training left out
-    answer          those whose mean probability is its answer, `predict_logits(output)`
-    loss_weights    the weight of each of its loss terms (see `networks.losses.loss_terms`)
-    input_size      side in pixels of what the backbone sees
-    heads()         the parts that start from random weights
+A system is a file in `networks/systems/`: the folder's listing is the list of systems (`MODELS`). What they have in
+common is in `networks/system.py`; every other file here is a part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Mapping
 
-from torch import nn
-
+import networks.systems
 from networks.backbone import STRIDE, Backbone
-from networks.flrdf import FLRDF
-from networks.mmal import MMALNet
 from networks.outputs import SEVERAL_PER_IMAGE
-from networks.parts import ANCHOR_SIZES
-from networks.resnet import ResNetClassifier
-from networks.scrim import SCRIM
-from networks.sgkrl import SGKRL
-from networks.windows import resolve_window_set
+from networks.system import Shared, System
 from utils.errors import UserError
+from utils.options import Probability, SettingsError, as_annotated, checked, shortened, shown
 
-MODELS = ("resnet", "mmal", "sgkrl", "flrdf", "scrim")
+MODELS = tuple(sorted(module.name for module in pkgutil.iter_modules(networks.systems.__path__)))
+
+
+def find_system(name: str) -> type[System]:
+    """Return the class in `networks/systems/<name>.py`. Raises SettingsError for a name without a file."""
+    if name not in MODELS:
+        raise SettingsError(f"unknown model {shown(name)}; choose one of {', '.join(MODELS)}")
+    module = importlib.import_module(f"networks.systems.{name}")
+    own = [value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__]
+    systems = [value for value in own if issubclass(value, System)]
+    if len(systems) != 1:
+        raise UserError(f"{module.__file__} defines {len(systems)} subclasses of System; expected one, the system")
+    return systems[0]
+
+
+def build_options(system: type[System], given: Mapping[str, object], shared: Shared) -> object:
+    """Return the options of a system, complete and checked. Raises SettingsError for unknown and impossible ones."""
+    for name in given:
+        if name not in _names(system.Options):
+            raise SettingsError(refusal_of_option(name, system))
+    options = checked(system.Options(**given))
+    if hasattr(options, "completed"):
+        options = options.completed(shared)
+    if hasattr(options, "check"):
+        options.check(shared)
+    return options
+
+
+def owners_of(name: str) -> list[str]:
+    """Return the systems that have a setting of this name of their own."""
+    return [model for model in MODELS if name in _names(find_system(model).Options)]
+
+
+def refusal_of_option(name: str, system: type[System]) -> str:
+    """Say why a setting is none of this system: it is another one's, or nobody's."""
+    owners, name = owners_of(name), shortened(name) if name.isidentifier() else shown(name)
+    if owners:
+        return (
+            f"{name} is a setting of {' and '.join(owners)}, not of {name_of(system)}: leave it out, or choose "
+            "another model"
+        )
+    own = ", ".join(_names(system.Options)) or "none"
+    return f"{name} is no setting of {name_of(system)}: its own are {own}"
+
+
+def _names(options: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(options)]
+
+
+def name_of(system: type[System] | System) -> str:
+    """Return the name of a system's file, by which it is chosen."""
+    return (system if isinstance(system, type) else type(system)).__module__.rpartition(".")[2]
+
+
+def defaults_of(system: type[System], shared: Shared | None) -> dict[str, object]:
+    """Return the system's own defaults of shared settings; without `shared` only those that do not follow from it."""
+    known = {name: value for name, value in system.run_defaults.items() if shared or not callable(value)}
+    return {name: value(shared) if callable(value) else value for name, value in known.items()}
 
 
 def build_network(
-    model: str,
+    name: str,
     *,
     num_classes: int,
-    backbone: str = "resnet50",
+    backbone: str | None = None,
     pretrained: str | None = None,
     stride_on_first_conv: bool = False,
-    batch_norm: str = "shared",
-    input_size: int = 448,
-    dropout: float = 0.5,
-    answer: tuple[str, ...] | None = None,
-    windows: str | tuple = "birds",
-    wiring: str = "trained",
-    graph_scope: str = "image",
-    graph_neighbours: int = 3,
-    graph_edges: str = "equal",
-    graph_residual: bool | None = None,
-    spatial_weights: str | None = None,
-    without: tuple[str, ...] = (),
-    crop_gradient: bool = False,
-    localization_stride: int = STRIDE,
-    localization_threshold: float = 1.0,
-    suppression: str | float = "learnable",
-    classify_suppressed: bool = True,
-    box_agreement: bool = False,
-    jigsaw_blocks: int = 2,
-    coarse_channels: int = 1024,
-    part_proposals: int = 6,
-    parts_in_answer: int = 4,
-    part_max_iou: float = 0.25,
-    parts_of_every_level: bool = True,
-    anchor_sizes: Sequence[int] = ANCHOR_SIZES,
-) -> nn.Module:
-    """Build one of the systems; settings that a system does not have are ignored by it.
+    batch_norm: str | None = None,
+    input_size: int | None = None,
+    dropout: float | None = None,
+    prediction: tuple[str, ...] | None = None,
+    **options: object,
+) -> System:
+    """Build a system by the name of its file, as `python train.py --model <name>` builds it on the same settings.
 
-    `input_size` is what the backbone sees, in pixels; `forward` takes pictures of that size or larger ones. `answer`
-    names the branches whose mean probability is the system's answer (None: the system's own choice). `windows` is the
-    name of a window set or a set of one's own (see `networks.windows`). The settings after it are explained in the
-    systems' own files. Raises UserError for what cannot be built.
+    Args:
+        backbone: resnet18, resnet34, resnet50, resnet101 or resnet152; None: the system's own choice, or resnet50.
+        pretrained: torchvision weights such as "IMAGENET1K_V2", or a .pth file; None: none are loaded, those of a
+            checkpoint will follow; "none": none, the network learns from its random weights. The batch norms and boxes
+            of some systems differ by default where they start from random weights.
+        batch_norm: shared, per_pass or frozen (see `networks.backbone.Backbone`); None: the system's own choice.
+        input_size: side in pixels of what the backbone sees; `forward` takes pictures of that size or larger ones;
+            None: the system's own choice, or 448.
+        dropout: before every classifier; None: the system's own choice, or 0.5.
+        prediction: the branches whose mean probability is the prediction; None: the system's own choice.
+        options: the system's own settings, such as `windows="birds"`: see `Options` in its file.
+
+    Raises UserError for what cannot be built, SettingsError for options that the system does not have.
     """
-    if model not in MODELS:
-        raise UserError(f"unknown model {model!r}; choose one of {', '.join(MODELS)}")
+    system = find_system(name)
+    own = defaults_of(system, Shared(pretrained=pretrained))
+    values = {"backbone": backbone, "input_size": input_size, "dropout": dropout}
+    values = {key: own.get(key) if value is None else value for key, value in values.items()}
+    shared = Shared(pretrained=pretrained, **{key: value for key, value in values.items() if value is not None})
+    _check_numbers(num_classes, shared)  # all this before weights are downloaded
+    build_options(system, options, shared)
+    trunk = Backbone(
+        shared.backbone,
+        pretrained=None if pretrained == "none" else pretrained,
+        stride_on_first_conv=stride_on_first_conv,
+        batch_norm=batch_norm or defaults_of(system, shared).get("batch_norm", "shared"),
+    )
+    return build_on_trunk(name, trunk, num_classes, shared=shared, prediction=prediction, **options)
+
+
+def build_on_trunk(
+    name: str,
+    trunk: Backbone,
+    num_classes: int,
+    *,
+    shared: Shared,
+    prediction: tuple[str, ...] | None = None,
+    **options: object,
+) -> System:
+    """Build a system on a trunk that is there; see `build_network`."""
+    _check_numbers(num_classes, shared)
+    system = find_system(name)
+    network = system(trunk, num_classes, build_options(system, options, shared), shared)
+    if prediction is not None:
+        choices = [branch for branch in network.evaluated if branch not in SEVERAL_PER_IMAGE]
+        if not prediction or not set(prediction) <= set(choices) or len(set(prediction)) < len(prediction):
+            raise UserError(
+                f"prediction {prediction!r} came for {name}; choose from its branches {', '.join(choices)}, each once"
+            )
+        network.prediction = tuple(prediction)
+    return network
+
+
+def _check_numbers(num_classes: int, shared: Shared) -> None:
+    as_annotated("num_classes", num_classes, int)
+    as_annotated("dropout", shared.dropout, Probability)
+    input_size = as_annotated("input_size", shared.input_size, int)
     if num_classes < 2:
         raise UserError(f"{num_classes} classes came; at least 2 are needed to tell apart")
     if input_size % STRIDE or input_size < 3 * STRIDE:
         raise UserError(f"input_size {input_size} came; a multiple of {STRIDE} from {3 * STRIDE} up is needed")
-    if model in ("mmal", "sgkrl"):
-        resolve_window_set(windows)  # before weights are downloaded
-    trunk = Backbone(backbone, pretrained=pretrained, stride_on_first_conv=stride_on_first_conv, batch_norm=batch_norm)
-    common = {"input_size": input_size, "dropout": dropout}
-    located = common | {"localization_stride": localization_stride, "localization_threshold": localization_threshold}
-    if model == "resnet":
-        network = ResNetClassifier(trunk, num_classes, **common)
-    elif model == "mmal":
-        network = MMALNet(trunk, num_classes, windows=windows, **located)
-    elif model == "sgkrl":
-        network = SGKRL(
-            trunk,
-            num_classes,
-            windows=windows,
-            wiring=wiring,
-            graph_scope=graph_scope,
-            graph_neighbours=graph_neighbours,
-            graph_edges=graph_edges,
-            graph_residual=graph_residual,
-            spatial_weights=spatial_weights,
-            without=without,
-            crop_gradient=crop_gradient,
-            **located,
-        )
-    elif model == "flrdf":
-        network = FLRDF(
-            trunk,
-            num_classes,
-            suppression=suppression,
-            classify_suppressed=classify_suppressed,
-            box_agreement=box_agreement,
-            jigsaw_blocks=jigsaw_blocks,
-            **located,
-        )
-    else:
-        network = SCRIM(
-            trunk,
-            num_classes,
-            coarse_channels=coarse_channels,
-            part_proposals=part_proposals,
-            parts_in_answer=parts_in_answer,
-            part_max_iou=part_max_iou,
-            parts_of_every_level=parts_of_every_level,
-            anchor_sizes=anchor_sizes,
-            **common,
-        )
-    if answer is not None:
-        choices = [branch for branch in network.evaluated if branch not in SEVERAL_PER_IMAGE]
-        if not answer or not set(answer) <= set(choices):
-            raise UserError(f"answer {answer!r} came for {model}; choose from its branches {', '.join(choices)}")
-        network.answer = tuple(answer)
-    return network

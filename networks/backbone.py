@@ -156,13 +156,6 @@ def _convolve(
     return x if folded else norm(x)
 
 
-def checked_stride(stride: int) -> int:
-    """Return a stride that the final map of the first pass can have. Raises UserError for another."""
-    if stride not in (STRIDE, DENSE_STRIDE):
-        raise UserError(f"localization_stride {stride} came; {STRIDE} or {DENSE_STRIDE} is possible")
-    return stride
-
-
 def is_weights_file(pretrained: str) -> bool:
     """Tell a file of weights from the name of torchvision weights."""
     return Path(pretrained).suffix in (".pth", ".pt") or Path(pretrained).is_file()

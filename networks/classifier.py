@@ -10,7 +10,7 @@ NEARLY_ZERO = 1e-3  # deviation of "zero" initial weights: the layer before them
 
 
 class Classifier(nn.Linear):
-    """A linear layer that answers in its weights' precision, also where autocast computes the rest in half of it.
+    """A linear layer that computes in its weights' precision, also where autocast computes the rest in half of it.
 
     bfloat16 has 8 significant bits: among 200 classes its logits often tie, and a tie says nothing.
     """

@@ -1,4 +1,4 @@
-"""Where a system's answer comes from: class activation maps of all its passes, laid over the picture.
+"""Where a system's prediction comes from: class activation maps of all its passes, laid over the picture.
 
 Zhou, Khosla, Lapedriza, Oliva & Torralba, "Learning Deep Features for Discriminative Localization", CVPR 2016, carried
 over to what lies between a pass's last map and the class by the gradient: the map times the gradient, summed over the
@@ -26,9 +26,9 @@ def forward_with_evidence(
     mask_background: bool = False,
     branches: tuple[str, ...] | None = None,
 ) -> tuple[NetworkOutput, Tensor]:
-    """Run a system (in eval mode) and return its output, and what speaks for its answer where: [B, size, size].
+    """Run a system (in eval mode) and return its output, and what speaks for its prediction where: [B, size, size].
 
-    The evidence is float32, not negative, and covers the whole picture; of all passes behind the answer (picture,
+    The evidence is float32, not negative, and covers the whole picture; of all passes behind the prediction (picture,
     object, windows or parts) each counts where it looked, per area. Only its proportions mean something.
     """
     finals: list[Tensor] = []
@@ -48,7 +48,7 @@ def forward_with_evidence(
         with torch.enable_grad():
             output = network(images, mask_background=mask_background, branches=branches)
             predicted = network.predict_logits(output).argmax(dim=1, keepdim=True)
-            scores = torch.stack([output.logits[name].gather(1, predicted) for name in network.answer])
+            scores = torch.stack([output.logits[name].gather(1, predicted) for name in network.prediction])
             gradients = torch.autograd.grad(scores.float().sum(), finals, allow_unused=True)
     finally:
         for hook in hooks:

@@ -1,4 +1,4 @@
-"""Networks that only answer: batch norm folded into the convolutions before it, weights cast once and for all."""
+"""Networks that only predict: batch norm folded into the convolutions before it, weights cast once and for all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Named loss terms from a network's output and the labels."""
+"""The loss terms that systems share; each system names its own in `losses`."""
 
 from __future__ import annotations
 
@@ -9,20 +9,6 @@ from torch import Tensor
 from networks.outputs import NetworkOutput
 
 
-def loss_terms(output: NetworkOutput, labels: Tensor, *, label_smoothing: float = 0.0) -> dict[str, Tensor]:
-    """Every loss that an output allows, by name, as float32 scalars; `labels` [B] int64.
-
-    The cross-entropy of every branch; `ranking` where parts were scored and classified; `contrastive` where there are
-    coarse features.
-    """
-    terms = classification_losses(output, labels, label_smoothing=label_smoothing)
-    if output.part_scores is not None and "part" in output.logits:
-        terms["ranking"] = ranking_loss(output.part_scores, output.logits["part"], labels)
-    if output.coarse_features is not None:
-        terms["contrastive"] = contrastive_loss(output.coarse_features, labels)
-    return terms
-
-
 def classification_losses(output: NetworkOutput, labels: Tensor, *, label_smoothing: float = 0.0) -> dict[str, Tensor]:
     """Cross-entropy of every branch, by name; `labels` [B] int64.
 
@@ -31,7 +17,8 @@ def classification_losses(output: NetworkOutput, labels: Tensor, *, label_smooth
     terms = {}
     for name, logits in output.logits.items():
         targets = labels if logits.ndim == 2 else labels[:, None].expand(logits.shape[:2]).flatten()
-        terms[name] = F.cross_entropy(logits.flatten(0, -2).float(), targets, label_smoothing=label_smoothing)
+        logits = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
+        terms[name] = F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
     return terms
 
 

@@ -39,11 +39,10 @@ class NetworkOutput(NamedTuple):
     window_boxes: Tensor | None = None  # [B, N, 4], in the object crop enlarged to input_size x input_size
     object_masks: Tensor | None = None  # [B, g, g] bool, the adaptive object mask in grid cells
     part_boxes: Tensor | None = None  # [B, N, 4], in the input scaled to input_size x input_size; may reach beyond it
-    part_scores: Tensor | None = None  # [B, P, M], how informative each of P modules finds its M parts, N = P * M
-    coarse_features: Tensor | None = None  # [B, P, D], a feature from each of P modules for the contrastive loss
+    extras: dict[str, Tensor] | None = None  # what only a loss needs, by name, batch first
 
 
-# Branches that classify several regions of an image, each by itself: no single answer, only a mean over them.
+# Branches that classify several regions of an image, each by itself: no single prediction, only a mean over them.
 SEVERAL_PER_IMAGE = ("window", "part")
 
 
@@ -66,3 +65,9 @@ def combine_branches(output: NetworkOutput, branches: tuple[str, ...]) -> Tensor
 def object_confidence(logits: dict[str, Tensor]) -> Tensor:
     """Return [B] float32: the probability that the `object` branch gives to its first choice."""
     return logits["object"].float().softmax(dim=-1).amax(dim=-1)
+
+
+def early_prediction(logits: dict[str, Tensor], prediction: tuple[str, ...]) -> Tensor:
+    """Return [B, classes] logits of the mean probability of the prediction's branches that need no windows."""
+    branches = tuple(name for name in prediction if name not in ("window", "graph")) or ("object",)
+    return combine_branches(NetworkOutput(logits), branches)

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils.errors import UserError
+from utils.options import Limit, as_annotated
 
 REFERENCE_GRID = 14  # cells; the published grid, 448 pixels at stride 32
 
@@ -37,23 +39,23 @@ WINDOW_SETS: dict[str, WindowSet] = {
 }
 
 
-def resolve_window_set(windows: str | Sequence) -> WindowSet:
-    """Return the window set of that name, or a user's own set checked and as tuples. Raises UserError."""
-    if isinstance(windows, str):
-        if windows not in WINDOW_SETS:
-            raise UserError(f"unknown window set {windows!r}; choose one of {', '.join(WINDOW_SETS)} or give your own")
-        return WINDOW_SETS[windows]
-    try:
-        groups = tuple((tuple((h, w) for h, w in sizes), quota) for sizes, quota in windows)
-    except (TypeError, ValueError):
-        groups = ()
+def _is_window_set(groups: WindowSet) -> bool:
     numbers = [n for sizes, quota in groups for n in (quota, len(sizes), *(side for size in sizes for side in size))]
-    if not numbers or not all(isinstance(n, int) and n >= 1 for n in numbers):
-        raise UserError(
-            f"windows {windows!r} were given; expected a tuple of groups (((height, width), ...), quota) "
-            "with whole numbers of at least 1, such as ((((4, 4), (3, 5)), 2),)"
-        )
-    return groups
+    return len(numbers) > 0 and min(numbers) >= 1
+
+
+# As a setting: a set's name or one of one's own, such as ((((4, 4), (3, 5)), 2), (((8, 8),), 1)): the two best of small
+# windows, the best one of the large.
+Windows = (
+    Annotated[str, Limit(lambda name: name in WINDOW_SETS, ", ".join(map(repr, WINDOW_SETS)))]
+    | Annotated[WindowSet, Limit(_is_window_set, "groups such as ((((4, 4), (3, 5)), 2),), of numbers of at least 1")]
+)
+
+
+def resolve_window_set(windows: str | Sequence) -> WindowSet:
+    """Return the window set of that name, or a user's own set checked and as tuples. Raises SettingsError."""
+    found = as_annotated("windows", windows, Windows)
+    return WINDOW_SETS[found] if isinstance(found, str) else found
 
 
 def scale_window_set(window_set: WindowSet, grid_size: int) -> WindowSet:

@@ -413,7 +413,7 @@ def published_graph(weights: dict[str, Tensor], nodes: Tensor, window_boxes: Ten
     else:
         hidden = torch.stack(
             [
-                transform(image_nodes, published_edges(image_boxes[:, :2], 3))
+                transform(image_nodes, neighbour_edges(image_boxes[:, :2].numpy(), 3))
                 for image_nodes, image_boxes in zip(nodes, window_boxes, strict=True)
             ]
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -35,13 +36,13 @@ def scripts(monkeypatch, broken) -> list[tuple[str, list[str]]]:
             folder, ending = ablation.Path(flags[0]).parent, "-last-shuffled" if "--shuffle" in flags else "-last"
             row, _, seed = folder.name.removeprefix("cub-").rpartition("-")
             right = round(20 * ACCURACIES[row][int(seed)])
-            branches = {"answer": {"top1": right / 20}}
+            branches = {"prediction": {"top1": right / 20}}
             if row == "published-batch-graph":
                 branches["graph"] = {"top1": 0.25 if "--shuffle" in flags else 0.875}
             (folder / f"report{ending}.json").write_text(json.dumps({"branches": branches, "boxes": None}))
             rows = [f"/data/birds/{i}.jpg,a,b,{int(i < right)}\n" for i in range(20)]
             rows = rows[::-1] if "--shuffle" in flags else rows
-            text = "picture,label,prediction,answer\n" + "".join(rows)
+            text = "picture,label,prediction,correct\n" + "".join(rows)
             (folder / f"predictions{ending}.csv").write_text(text)
             return
         if options["--name"] in broken:
@@ -51,8 +52,8 @@ def scripts(monkeypatch, broken) -> list[tuple[str, list[str]]]:
         row, _, seed = options["--name"].rpartition("-")
         accuracy = ACCURACIES[row][int(seed)]
         lines = [
-            {"epoch": epoch, "validation/accuracy/answer": accuracy * epoch / 2, "speed/train_images_per_second": 9.0}
-            for epoch in (1, 2)
+            {"epoch": n, "validation/accuracy/prediction": accuracy * n / 2, "speed/train_images_per_second": 9.0}
+            for n in (1, 2)
         ]
         (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -153,7 +154,7 @@ def test_a_graph_over_the_batch_is_tested_in_both_orders(scripts, tmp_path, caps
     assert {result["row"] for result in shuffled} == {"published-batch-graph"}
     assert shuffled[0]["test"]["accuracy/graph"] > shuffled[0]["test_shuffled"]["accuracy/graph"]
     shown = capsys.readouterr().out
-    assert "| row | seeds | spread | answer | graph | boxes |" in shown
+    assert "| row | seeds | spread | prediction | graph | boxes |" in shown
     assert "| published-batch-graph | 2 | 7.1 | 65.0 | 87.5 |  |" in shown
     assert "| published-batch-graph, shuffled | 2 | 7.1 | 65.0 | 25.0 |  |" in shown
     assert "published, shuffled" not in shown
@@ -204,6 +205,29 @@ def test_a_run_that_fails_does_not_end_the_sweep(scripts, broken, tmp_path, caps
     broken |= {f"{row}-{seed}" for row in ("resnet", "mmal") for seed in (2, 3)}
     with pytest.raises(SystemExit, match="2 of 2 runs failed"):
         ablation.main(["--runs", str(tmp_path), "--rows", "resnet", "--seeds", "2", "3"])
+
+
+def test_recorded_runs_are_recognised():
+    """Rows that a line names and that are still there would not be run again."""
+    results = ablation.read_results(Path(ablation.__file__).parent / "results" / "birds-224.jsonl")
+    assert len(results) == 35
+    for result in results:
+        if result["row"] in ablation.ROWS:
+            flags = ablation.flags_of(result["row"], result["seed"], shlex.split(result["common"]))
+            assert ablation.command_of(flags) == result["command"]
+            assert ablation.is_tested(result, flags)
+
+
+def test_runs_of_older_versions_are_shown(scripts, tmp_path, capsys):
+    """They called the prediction the answer."""
+    sweep(tmp_path, "--test")
+    capsys.readouterr()
+    path = tmp_path / "results.jsonl"
+    ablation.main(["--table", str(path)])
+    shown = capsys.readouterr().out
+    path.write_text(path.read_text().replace("accuracy/prediction", "accuracy/answer"))
+    ablation.main(["--table", str(path)])
+    assert capsys.readouterr().out == shown
 
 
 def test_runs_on_different_images_are_not_paired(scripts, tmp_path, capsys):

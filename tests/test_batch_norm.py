@@ -42,12 +42,12 @@ def test_each_kind_of_pass_has_the_statistics_of_a_network_of_its_own() -> None:
             look_at(one, kind)
             torch.testing.assert_close(one(images), alone[kind](images))
     one.eval()
-    answers = []
+    outputs = []
     for kind in KINDS:
         look_at(one, kind)
-        answers.append(one(pictures(5)))
-        torch.testing.assert_close(answers[-1], alone[kind].eval()(pictures(5)))
-    assert not torch.allclose(answers[0], answers[1]) and not torch.allclose(answers[1], answers[2])
+        outputs.append(one(pictures(5)))
+        torch.testing.assert_close(outputs[-1], alone[kind].eval()(pictures(5)))
+    assert not torch.allclose(outputs[0], outputs[1]) and not torch.allclose(outputs[1], outputs[2])
 
 
 def test_a_kind_that_was_not_trained_yet_has_the_statistics_of_pictures() -> None:
@@ -55,11 +55,11 @@ def test_a_kind_that_was_not_trained_yet_has_the_statistics_of_pictures() -> Non
     separate_statistics(one)
     one(pictures(3))  # of the kind picture, as in a warm-up
     one.eval()
-    answers = []
+    outputs = []
     for kind in KINDS:
         look_at(one, kind)
-        answers.append(one(pictures(5)))
-    assert torch.equal(answers[0], answers[1]) and torch.equal(answers[0], answers[2])
+        outputs.append(one(pictures(5)))
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
 
 
 def test_an_unknown_kind_is_refused() -> None:
@@ -67,12 +67,10 @@ def test_an_unknown_kind_is_refused() -> None:
         look_at(small_trunk(), "raw")
 
 
-@pytest.mark.parametrize("wiring", ("trained", "published"))
-def test_a_system_tells_its_passes_apart(wiring: str) -> None:
+@pytest.mark.parametrize("model", ("sgkrl", "sgkrl_published"))
+def test_a_system_tells_its_passes_apart(model: str) -> None:
     torch.manual_seed(0)
-    network = build_network(
-        "sgkrl", num_classes=5, backbone="resnet18", input_size=SIZE, wiring=wiring, batch_norm="per_pass"
-    ).train()
+    network = build_network(model, num_classes=5, backbone="resnet18", input_size=SIZE, batch_norm="per_pass").train()
     start = copy.deepcopy(dict(network.backbone.named_buffers()))
     output = network(pictures(1))
     sum(logits.sum() for logits in output.logits.values()).backward()  # what it keeps is not changed by a later pass

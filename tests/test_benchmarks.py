@@ -1,7 +1,8 @@
-"""The benchmarks run, and their figures add up; how fast anything is, no test says."""
+"""The benchmarks run, and their figures add up; no test depends on how fast anything is."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import sys
@@ -13,6 +14,7 @@ import torch
 import train
 from networks import MODELS
 from networks.backbone import Backbone
+from utils.training.learning import Learning
 
 pytestmark = pytest.mark.usefixtures("thin_trunk")
 
@@ -42,7 +44,7 @@ def test_throughput_of_every_system(model: str, benchmark, tmp_path: Path, capsy
     inference, train = report["measurements"]
     assert (inference["mode"], train["mode"]) == ("inference", "train")
     assert inference["passes"][0] == [1, 3, 96, 96] and train["passes"][0] == [2, 3, 96, 96]
-    if model == "sgkrl":  # raw, object, seven windows of half the size
+    if model in ("sgkrl", "sgkrl_published"):  # raw, object, seven windows of half the size
         assert inference["passes"][1:] == [[1, 3, 96, 96], [7, 3, 48, 48]]
     for result in report["measurements"]:
         assert set(result["variants"]) == {"off", "on", "floor"}
@@ -87,14 +89,33 @@ def test_a_part_that_is_wrong_ends_the_benchmark_with_an_error(benchmark, monkey
     assert end.value.code == 1
 
 
+def test_startup_ends_with_the_first_step(benchmark, monkeypatch) -> None:
+    """Its processes run here, where everything has been imported."""
+    startup, steps = benchmark("startup"), []
+    learn_from = Learning.learn_from
+    monkeypatch.setattr(train, "train_one_epoch", train.train_one_epoch)  # so that it is put back
+    monkeypatch.setattr(Learning, "learn_from", lambda *arguments: steps.append(1) or learn_from(*arguments))
+
+    def run(flag: str, code: str, *words: str) -> None:
+        monkeypatch.setattr(sys, "argv", [flag, *words])
+        with pytest.raises(SystemExit) if words else contextlib.nullcontext() as end:
+            exec(code, {})
+        assert not words or end.value.code == 0
+
+    monkeypatch.setattr(startup, "run", run)
+    report = startup.main(["--images", "300"])
+    assert len(steps) == 1
+    assert list(report["seconds"])[2:] == ["index", "check", "fingerprint", "first step"]
+
+
 def test_agreement_of_folded_float32_is_complete(benchmark, tiny_run, tmp_path: Path) -> None:
     words = tiny_run(tmp_path, model="sgkrl")
     report = benchmark("agreement").main(words)
     values = report["agreement"]["folded, channels_last, float32"]
-    assert values["same box"] == 1 and values["same windows"] == 1 and values["same answer"] == 1
+    assert values["same box"] == 1 and values["same windows"] == 1 and values["same prediction"] == 1
     assert report["images"] == 6
     assert benchmark("agreement").main([*words, "--images", "2"])["images"] == 2
     train.main(words)
     report = benchmark("agreement").main(["--checkpoint", str(tmp_path / "folder-sgkrl" / "last.pth"), "--images", "2"])
     assert report["settings"]["model"] == "sgkrl"
-    assert report["agreement"]["folded, channels_last, float32"]["same answer"] == 1
+    assert report["agreement"]["folded, channels_last, float32"]["same prediction"] == 1

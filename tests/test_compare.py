@@ -13,14 +13,15 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import assembly
 import config
 import datasets
 from utils.checkpoint import CheckpointError, save_checkpoint
 from utils.errors import exit_with_one_sentence
+from utils.options import flat
 from utils.reporting.compare import ComparisonError, compare, paired_bootstrap
 from utils.reporting.results import read_predictions
-from utils.training.engine import Execution
+from utils.training.building import build_from_settings
+from utils.training.execution import Execution
 
 pytestmark = pytest.mark.usefixtures("thin_trunk")
 
@@ -34,7 +35,7 @@ def evaluated(tiny_run, tmp_path_factory, evaluation_script) -> dict[str, Path]:
         folder = tmp_path_factory.mktemp("runs") / f"folder-{model}"
         folder.mkdir()
         settings = config.parse_settings(tiny_run(folder, model=model))
-        network = assembly.network_of(settings, 3, pretrained=False)
+        network = build_from_settings(settings, 3, load_weights=False)
         content = {"settings": dataclasses.asdict(settings), "class_names": ["blue", "green", "red"]}
         content |= {"selected_on": "nothing", "epoch": 1, "network": network.state_dict()}
         save_checkpoint(folder / "best.pth", content)
@@ -59,8 +60,8 @@ def test_test_figures_and_embeddings_reach_tensorboard(evaluated):
     events = EventAccumulator(str(evaluated["mmal"] / "test"))
     events.Reload()
     report = json.loads((evaluated["mmal"] / "report.json").read_text("utf-8"))
-    (point,) = events.Scalars("accuracy/answer")
-    assert (point.step, point.value) == (1, pytest.approx(report["branches"]["answer"]["top1"]))
+    (point,) = events.Scalars("accuracy/prediction")
+    assert (point.step, point.value) == (1, pytest.approx(report["branches"]["prediction"]["top1"]))
     (table,) = (evaluated["mmal"] / "test").rglob("tensors.tsv")
     embeddings = numpy.loadtxt(table)
     assert embeddings.shape == (6, 128)
@@ -76,16 +77,17 @@ def test_predictions_hold_every_image_and_agree_with_the_report(evaluated, pictu
         picture = Path(row["picture"])
         assert picture.is_relative_to(picture_tree)
         assert row["label"] == picture.parent.name
-        assert (row["answer"] == "1") == (row["label"] == row["prediction"])
+        assert (row["correct"] == "1") == (row["label"] == row["prediction"])
         assert 1 / 3 <= float(row["probability"]) <= 1
     for branch, values in report["branches"].items():
-        assert values["top1"] == pytest.approx(sum(row[branch] == "1" for row in rows) / 6)
+        column = "correct" if branch == "prediction" else branch
+        assert values["top1"] == pytest.approx(sum(row[column] == "1" for row in rows) / 6)
     assert sum(entry["count"] for entry in report["calibration"]["bins"]) == 6
 
 
 def test_html_shows_the_mistakes(evaluated):
     report = json.loads((evaluated["resnet"] / "report.json").read_text("utf-8"))
-    wrong = round((1 - report["branches"]["answer"]["top1"]) * 6)
+    wrong = round((1 - report["branches"]["prediction"]["top1"]) * 6)
     page = (evaluated["resnet"] / "report.html").read_text("utf-8")
     assert page.count("<figure>") == wrong > 0
     assert page.count("data:image/jpeg") == wrong
@@ -100,7 +102,7 @@ def test_the_table_has_what_differs_and_the_figures(evaluated, capsys, evaluatio
     assert "checkpoint_dir" not in header
     for row, model in zip(rows, ("mmal", "resnet"), strict=True):
         report = json.loads((evaluated[model] / "report.json").read_text("utf-8"))
-        assert row[header.index("answer %")] == f"{100 * report['branches']['answer']['top1']:.1f}"
+        assert row[header.index("prediction %")] == f"{100 * report['branches']['prediction']['top1']:.1f}"
         assert row[header.index("images/s")] == f"{report['images_per_second']:.1f}"
     assert rows[1][header.index("object %")] == ""
     assert len({len(row) for row in (header, *rows)}) == 1
@@ -125,16 +127,24 @@ def test_checkpoints_stand_for_their_reports(evaluated):
 
 def test_settings_that_a_report_does_not_know_were_as_before(evaluated, tmp_path):
     report = json.loads((evaluated["mmal"] / "report.json").read_text("utf-8"))
-    older = {"graph_residual": False, "spatial_weights": "absolute", "without": (), "crop_scale": 1.0}
-    for name in older:
-        del report["settings"][name]
-    report["settings"]["dropout"] = 0.25
+    settings = report["settings"]
+    # of a version in which every setting stood in one list
+    settings |= settings.pop("options") | {"answer": settings.pop("prediction"), "wiring": "trained", "dropout": 0.25}
+    for name in ("localization_stride", "localization_threshold", "crop_scale"):
+        del settings[name]
+    report["branches"]["answer"] = report["branches"].pop("prediction")
     (tmp_path / "report.json").write_text(json.dumps(report), "utf-8")
-    header, first, second = csv.reader(
-        io.StringIO(compare([evaluated["mmal"], tmp_path], "csv", older={**older, "crop_scale": 0.5}))
-    )
+    table = (evaluated["mmal"] / "predictions.csv").read_text("utf-8")
+    (tmp_path / "predictions.csv").write_text(table.replace(",correct,", ",answer,", 1), "utf-8")
+
+    def restore(saved):
+        return flat(config.restored({"crop_scale": 0.5, **saved}))
+
+    header, first, second = csv.reader(io.StringIO(compare([evaluated["mmal"], tmp_path], "csv", restore=restore)))
     assert header[1 : header.index("images")] == ["crop_scale", "dropout"]
     assert (first[1], second[1:3]) == ("1.0", ["0.5", "0.25"])
+    assert first[header.index("images") : -1] == second[header.index("images") : -1]
+    assert "+0.0 points" in compare([evaluated["mmal"], tmp_path])
 
 
 def test_data_that_lie_elsewhere_are_the_same_images(evaluated, tmp_path):
@@ -208,28 +218,28 @@ def test_what_cannot_be_is_said_in_one_sentence(evaluated, tmp_path, capsys, eva
 def test_mistakes_are_drawn_with_an_early_exit_too(tiny_run, tmp_path, evaluation_script, threshold):
     torch.manual_seed(2)
     settings = config.parse_settings(tiny_run(tmp_path, model="sgkrl"))
-    network = assembly.network_of(settings, 3, pretrained=False)
+    network = build_from_settings(settings, 3, load_weights=False)
     content = {"settings": dataclasses.asdict(settings), "class_names": ["blue", "green", "red"]}
     content |= {"selected_on": "nothing", "epoch": 1, "network": network.state_dict()}
     save_checkpoint(tmp_path / "best.pth", content)
     evaluation_script.main([str(tmp_path / "best.pth"), "--exit_threshold", threshold])
     report = json.loads((tmp_path / "report.json").read_text("utf-8"))
-    wrong = round((1 - report["branches"]["answer"]["top1"]) * 6)
+    wrong = round((1 - report["branches"]["prediction"]["top1"]) * 6)
     assert (tmp_path / "report.html").read_text("utf-8").count("<figure>") == wrong > 0
 
 
 @pytest.mark.parametrize("scope", ["image", "batch"])
-def test_shuffled_images_keep_their_answers_unless_a_graph_links_the_batch(
+def test_shuffled_images_keep_their_predictions_unless_a_graph_links_the_batch(
     tiny_run, tmp_path, evaluation_script, capsys, scope
 ):
     torch.manual_seed(3)
-    words = ["--wiring", "published", "--graph_scope", scope, "--answer", "graph", "--seed", "5"]
-    settings = config.parse_settings(tiny_run(tmp_path, *words, model="sgkrl"))
-    network = assembly.network_of(settings, 3, pretrained=False)
+    words = ["--graph_scope", scope, "--prediction", "graph", "--seed", "5"]
+    settings = config.parse_settings(tiny_run(tmp_path, *words, model="sgkrl_published"))
+    network = build_from_settings(settings, 3, load_weights=False)
     content = {"settings": dataclasses.asdict(settings), "class_names": ["blue", "green", "red"]}
     content |= {"selected_on": "nothing", "epoch": 1, "network": network.state_dict()}
     (tmp_path / "log.jsonl").touch()
-    answers, pictures, printed = [], [], []
+    probabilities, pictures, printed = [], [], []
     for name, more, ending in (("best", [], ""), ("last", ["--shuffle"], "-last-shuffled")):
         save_checkpoint(tmp_path / f"{name}.pth", content)
         evaluation_script.main([str(tmp_path / f"{name}.pth"), "--embeddings", *more])
@@ -237,10 +247,10 @@ def test_shuffled_images_keep_their_answers_unless_a_graph_links_the_batch(
         rows = read_predictions(tmp_path / f"predictions{ending}.csv")
         pictures.append([row["picture"] for row in rows])
         assert all(row["label"] == Path(row["picture"]).parent.name for row in rows)
-        answers.append({row["picture"]: float(row["probability"]) for row in rows})
+        probabilities.append({row["picture"]: float(row["probability"]) for row in rows})
         # what is beside the table in the same order
         page = (tmp_path / f"report{ending}.html").read_text("utf-8")
-        wrong = {row["picture"] for row in rows if row["answer"] == "0"}
+        wrong = {row["picture"] for row in rows if row["correct"] == "0"}
         assert {row["picture"] for row in rows if f"<small>{row['picture']}</small>" in page} == wrong
         (metadata,) = (tmp_path / f"test{ending}").rglob("metadata.tsv")
         assert metadata.read_text("utf-8").split() == [row["label"] for row in rows]
@@ -251,12 +261,13 @@ def test_shuffled_images_keep_their_answers_unless_a_graph_links_the_batch(
     assert orders == ["in class order", "shuffled with seed 5"]
     shown = [order in text for order, text in zip(orders, printed, strict=True)]
     if scope == "image":
-        assert answers[0] == pytest.approx(answers[1], abs=1e-4)
+        assert probabilities[0] == pytest.approx(probabilities[1], abs=1e-4)
         assert "+0.0 points" in compare([tmp_path, tmp_path / "report-last-shuffled.json"])
         assert shown == [False, False]
     else:
-        assert answers[0].keys() == answers[1].keys()
-        assert max(abs(answers[0][picture] - answers[1][picture]) for picture in answers[0]) > 1e-3
+        one, other = probabilities
+        assert one.keys() == other.keys()
+        assert max(abs(one[picture] - other[picture]) for picture in one) > 1e-3
         assert shown == [True, True]
 
 
@@ -269,22 +280,23 @@ def test_a_report_that_is_missing_is_named(tmp_path):
 
 def test_published_checkpoints_are_evaluated_directly(picture_tree, tmp_path, evaluation_script, capsys):
     """Weights of our own under the published names, and the settings from the command line."""
-    from utils.checkpoint import _published_name_of
-
     torch.manual_seed(1)
     words = ["--dataset", "folder", "--data_root", str(picture_tree), "--backbone", "resnet18", "--input_size", "96"]
-    words += ["--windows", "((((5, 5),), 2),)", "--test_fraction", "0.25", "--device", "cpu", "--workers", "0"]
-    words += ["--precision", "float32"]
-    settings = config.parse_settings([*words, "--model", "sgkrl", "--wiring", "published"])
-    network = assembly.network_of(settings, 3, pretrained=False).eval()
-    state = {f"module.{_published_name_of(name)}": value for name, value in network.state_dict().items()}
+    words += ["--test_fraction", "0.25", "--device", "cpu", "--workers", "0", "--precision", "float32"]
+    windows = ["--windows", "((((5, 5),), 2),)"]
+    settings = config.parse_settings([*words, *windows, "--model", "sgkrl_published"])
+    network = build_from_settings(settings, 3, load_weights=False).eval()
+    state = {}
+    for name, value in network.state_dict().items():
+        ((theirs, ours),) = (pair for pair in network.published_names.items() if name.startswith(pair[1]))
+        state[f"module.{theirs}{name.removeprefix(ours)}"] = value
     path = tmp_path / "published.pth"
     save_checkpoint(path, {"epoch": 50, "model_state_dict": state, "learning_rate": 0.001})
-    evaluation_script.main([str(path), "--model", "sgkrl", *words, "--graph_scope", "batch"])
+    evaluation_script.main([str(path), "--model", "sgkrl_published", *words, *windows, "--graph_scope", "batch"])
     report = json.loads((tmp_path / "report-published.json").read_text("utf-8"))
-    assert (report["epoch"], report["answer"]) == (50, "object")
-    assert report["settings"]["wiring"] == "published"
-    assert report["settings"]["graph_scope"] == "batch"
+    assert (report["epoch"], report["prediction"]) == (50, "object")
+    assert report["settings"]["model"] == "sgkrl_published"
+    assert report["settings"]["options"]["graph_scope"] == "batch"
     catalogue, _ = datasets.load_catalogue(settings)
     right = 0
     for entry, sample in zip(catalogue.test, datasets.Pictures(catalogue.test, image_size=96), strict=True):
@@ -297,7 +309,7 @@ def test_published_checkpoints_are_evaluated_directly(picture_tree, tmp_path, ev
     capsys.readouterr()
     with pytest.raises(CheckpointError, match="--model"):
         evaluation_script.main([str(path), *words])
-    with pytest.raises(CheckpointError, match="mmal or sgkrl"):
+    with pytest.raises(CheckpointError, match="no published checkpoints are known of this model"):
         evaluation_script.main([str(path), "--model", "resnet", *words])
     with pytest.raises(CheckpointError, match="does not fit"):
         evaluation_script.main([str(path), "--model", "mmal", *words])

@@ -1,4 +1,4 @@
-"""Early exit: who skips the windows, what they answer, and the threshold that loses nothing."""
+"""Early exit: which images skip the windows, what is predicted for them, and the threshold that loses nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 import train
 from networks import build_network
-from networks.outputs import object_confidence
+from networks.outputs import early_prediction, object_confidence
 from utils.reporting.early_exit import ExitCollector, ExitPoint, choose_threshold, curve_text, exit_curve
 
 pytestmark = pytest.mark.usefixtures("thin_trunk")
@@ -24,7 +24,7 @@ SIZE, WINDOWS = 96, ((((6, 6),), 2),)
 def network(request):
     torch.manual_seed(3)
     network = build_network(
-        "sgkrl", num_classes=4, backbone="resnet18", input_size=SIZE, windows=WINDOWS, answer=request.param
+        "sgkrl", num_classes=4, backbone="resnet18", input_size=SIZE, windows=WINDOWS, prediction=request.param
     ).eval()
     network.classifier.weight.data *= 3  # confidences that differ
     return network
@@ -56,10 +56,10 @@ def test_sure_images_skip_the_windows_and_the_others_are_untouched(network) -> N
     unsure = confidence <= threshold
     assert 0 < unsure.sum() < len(images)
     assert [len(images) for images in passes] == [5, 5, 2 * int(unsure.sum())]
-    answer, full_answer = network.predict_logits(output), network.predict_logits(full)
-    torch.testing.assert_close(answer[unsure].softmax(1), full_answer[unsure].softmax(1), rtol=1e-4, atol=1e-5)
-    early = network.early_answer(full.logits)
-    torch.testing.assert_close(answer[~unsure].softmax(1), early[~unsure].softmax(1), rtol=1e-4, atol=1e-5)
+    predicted, full_prediction = network.predict_logits(output), network.predict_logits(full)
+    torch.testing.assert_close(predicted[unsure].softmax(1), full_prediction[unsure].softmax(1), rtol=1e-4, atol=1e-5)
+    early = early_prediction(full.logits, network.prediction)
+    torch.testing.assert_close(predicted[~unsure].softmax(1), early[~unsure].softmax(1), rtol=1e-4, atol=1e-5)
     for name in ("raw", "fused", "object", "window", "graph"):
         assert output.logits[name].shape == full.logits[name].shape
         assert torch.isfinite(output.logits[name]).all()
@@ -109,7 +109,7 @@ def test_the_curve_equals_counting_image_by_image(seed: int) -> None:
     assert all(point.cost >= chosen.cost for point in curve if point.accuracy >= curve[-1].accuracy)
 
 
-def test_a_threshold_that_costs_an_answer_is_not_chosen() -> None:
+def test_a_threshold_that_costs_a_right_prediction_is_not_chosen() -> None:
     confidence = torch.tensor([0.9, 0.8, 0.7, 0.6])
     early = torch.tensor([True, True, False, False])
     full = torch.tensor([True, True, True, False])
@@ -143,11 +143,11 @@ def test_test_py_prints_the_curve_and_uses_the_threshold(tiny_run, tmp_path, eva
     printed = capsys.readouterr().out
     assert "passes per image" in printed and "6 validation images" in printed and "<- chosen" in printed
     report = json.loads((best.parent / "report.json").read_text(encoding="utf-8"))
-    assert f"{report['settings']['exit_threshold']:.4f}" in printed
+    assert f"{report['settings']['options']['exit_threshold']:.4f}" in printed
     evaluation_script.main([str(best), "--exit_threshold", "0", "--workers", "0"])
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("object") for line in lines)
-    assert not any(line.startswith(("window", "graph")) for line in lines)  # they would repeat the others' answers
+    assert not any(line.startswith(("window", "graph")) for line in lines)  # they would repeat the others' predictions
 
 
 def test_test_py_refuses_what_cannot_exit(tiny_run, tmp_path, evaluation_script) -> None:

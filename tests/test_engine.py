@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -15,10 +14,12 @@ from torch.utils.data import DataLoader
 
 from datasets import Sample, collate
 from networks.losses import classification_losses
-from networks.outputs import NetworkOutput, combine_branches
+from networks.outputs import NetworkOutput
+from networks.system import Step, System
 from utils.reporting.metrics import EpochMeter
-from utils.training import engine
-from utils.training.engine import Execution, NonFiniteLossError, StepLosses, evaluate, train_one_epoch
+from utils.training.engine import evaluate, train_one_epoch
+from utils.training.execution import Execution
+from utils.training.nonfinite import NonFiniteLossError, SkipBudget, StepLosses, check_losses
 from utils.training.schedule import EpochPlan
 
 SIZE = 8  # pixels that the toy network sees
@@ -27,15 +28,15 @@ EVERYTHING = EpochPlan({"raw": 1.0, "object": 0.5}, ("raw", "object"), mask_back
 WARM_UP = EpochPlan({"raw": 1.0}, ("raw",), mask_background=False)
 
 
-class Toy(nn.Module):
+class Toy(System):
     """Two branches on a convolution with batch norm and dropout; a box that the picture's first pixels tell."""
 
     branches = evaluated = ("raw", "object")
-    answer = ("raw", "object")
+    prediction = ("raw", "object")
     input_size = SIZE
 
     def __init__(self, *, boxes: bool = True) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.boxes = boxes
         self.convolution = nn.Conv2d(3, 6, 3)
         self.norm = nn.BatchNorm2d(6)
@@ -52,9 +53,6 @@ class Toy(nn.Module):
             logits["object"] = self.object(features)
         start = (images[:, 0, 0, :2].abs() * 4).floor().clamp(0, 3)
         return NetworkOutput(logits, torch.cat([start, start + 3], dim=1) if self.boxes else None)
-
-    def predict_logits(self, output):
-        return combine_branches(output, self.answer)
 
 
 def make_network(**options) -> Toy:
@@ -76,8 +74,8 @@ def make_loader(samples: list[Sample], batch_size: int) -> DataLoader:
     return DataLoader(samples, batch_size=batch_size, collate_fn=collate)
 
 
-def sgd(network: nn.Module):
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.5, momentum=0.9, weight_decay=1e-3)
+def sgd(network: nn.Module, momentum: float = 0.9):
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.5, momentum=momentum, weight_decay=1e-3)
     return optimizer, torch.optim.lr_scheduler.MultiStepLR(optimizer, [2], gamma=0.1)
 
 
@@ -104,7 +102,7 @@ def test_an_epoch_equals_the_loop_written_out(plan, clip):
         optimizer,
         schedule,
         plan=plan,
-        loss_function=partial(classification_losses, label_smoothing=0.1),
+        label_smoothing=0.1,
         execution=CPU,
         clip_gradient_norm=clip,
     )
@@ -149,7 +147,7 @@ def test_an_epoch_equals_the_loop_written_out(plan, clip):
 
 def test_the_plan_reaches_the_network():
     network, loader = make_network(), make_loader(make_samples(5), batch_size=2)
-    train_one_epoch(network, loader, *sgd(network), plan=EVERYTHING, loss_function=classification_losses, execution=CPU)
+    train_one_epoch(network, loader, *sgd(network), plan=EVERYTHING, execution=CPU)
     call = {"mask_background": True, "branches": ("raw", "object"), "shape": (2, 3, SIZE, SIZE)}
     assert network.calls == [call, call, {**call, "shape": (1, 3, SIZE, SIZE)}]
 
@@ -158,7 +156,7 @@ def test_a_branch_outside_the_plan_keeps_its_weights_even_from_weight_decay():
     network = make_network()
     before = copy.deepcopy(network)
     loader = make_loader(make_samples(8), batch_size=4)
-    train_one_epoch(network, loader, *sgd(network), plan=WARM_UP, loss_function=classification_losses, execution=CPU)
+    train_one_epoch(network, loader, *sgd(network), plan=WARM_UP, execution=CPU)
     assert torch.equal(network.object.weight, before.object.weight)
     assert not torch.equal(network.raw.weight, before.raw.weight)
 
@@ -173,7 +171,6 @@ def test_clipping_scales_down_and_never_up():
             make_loader(make_samples(8), batch_size=4),
             *sgd(network),
             plan=EVERYTHING,
-            loss_function=classification_losses,
             execution=CPU,
             clip_gradient_norm=clip,
         )
@@ -187,13 +184,14 @@ def test_clipping_scales_down_and_never_up():
 def test_a_loss_that_is_not_finite_stops_the_epoch_by_name(value, broken_step):
     steps = 0
 
-    def loss_function(output, labels):
+    def losses(output, labels, **options):
         nonlocal steps
         steps += 1
         terms = classification_losses(output, labels)
         return terms | {"object": terms["object"] * value} if steps == broken_step else terms
 
     network = make_network()
+    network.losses = losses
     torch.manual_seed(5)
     with pytest.raises(NonFiniteLossError) as stop:
         train_one_epoch(
@@ -201,7 +199,6 @@ def test_a_loss_that_is_not_finite_stops_the_epoch_by_name(value, broken_step):
             make_loader(make_samples(12), batch_size=4),
             *sgd(network),
             plan=EVERYTHING,
-            loss_function=loss_function,
             execution=CPU,
         )
     assert steps == broken_step
@@ -216,7 +213,7 @@ def test_a_loss_that_is_not_finite_stops_the_epoch_by_name(value, broken_step):
     whole = make_network()
     samples = make_samples(12)[: 4 * (broken_step - 1)]
     if samples:
-        options = {"plan": EVERYTHING, "loss_function": classification_losses, "execution": CPU}
+        options = {"plan": EVERYTHING, "execution": CPU}
         torch.manual_seed(5)
         train_one_epoch(whole, make_loader(samples, batch_size=4), *sgd(whole), **options)
     parameters = dict(whole.named_parameters())
@@ -229,15 +226,15 @@ def test_of_several_steps_read_at_once_the_first_broken_one_is_named():
         StepLosses(step, ["raw", "total"], torch.tensor(values), [f"{step}.jpg"])
         for step, values in ((7, (1.0, 2.0)), (8, (1.0, math.inf)), (9, (math.nan, math.nan)))
     ]
-    assert engine._check_losses(unread[:1], None) is False
+    assert check_losses(unread[:1], None) is False
     with pytest.raises(NonFiniteLossError) as stop:
-        engine._check_losses(unread, None)
+        check_losses(unread, None)
     assert (stop.value.step, stop.value.terms, stop.value.paths) == (8, ["total"], ["8.jpg"])
 
 
 def test_an_epoch_begun_before_goes_on_where_it_stopped():
     loader = make_loader(make_samples(12), batch_size=4)
-    options = {"plan": EVERYTHING, "loss_function": classification_losses, "execution": CPU}
+    options = {"plan": EVERYTHING, "execution": CPU}
     seeds = {"before_step": lambda step: torch.manual_seed(step)}
     whole = make_network()
     expected = train_one_epoch(whole, loader, *sgd(whole), **options, **seeds)
@@ -269,14 +266,15 @@ def test_bf16_computes_in_bf16_and_keeps_weights_and_loss_in_float32():
     seen = []
     network.raw.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
 
-    def loss_function(output, labels):
+    def losses(output, labels, **options):
         terms = classification_losses(output, labels)
         seen.append(terms["raw"].dtype)
         return terms
 
+    network.losses = losses
     execution = Execution(torch.device("cpu"), precision="bf16")
     loader = make_loader(make_samples(4), batch_size=4)
-    train_one_epoch(network, loader, *sgd(network), plan=EVERYTHING, loss_function=loss_function, execution=execution)
+    train_one_epoch(network, loader, *sgd(network), plan=EVERYTHING, execution=execution)
     assert seen == [torch.bfloat16, torch.float32]
     assert {p.dtype for p in network.parameters()} == {torch.float32}
 
@@ -288,11 +286,138 @@ def test_images_come_in_the_chosen_layout(channels_last):
     assert images.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
+# ---- Systems with several steps per batch ---------------------------------------------------------------------------
+
+
+class Stepping(Toy):
+    """Learns `object` from mirrored images, then `raw` from the images, whose pass sees the changed weights."""
+
+    needs_labels = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout.p = 0.0
+        self.taken: list[tuple[str, ...]] = []
+
+    def forward(self, images, *, labels=None, **options):
+        if self.training:
+            assert labels.shape[0] == images.shape[0]
+        return super().forward(images, **options)
+
+    def steps(self, images, labels):
+        yield Step(images.flip(-1), labels, ("object",))
+        yield Step(torch.cat([images, images]), torch.cat([labels, labels]), ("raw",), ("raw",))
+
+    def after_step(self, output, targets):
+        assert not torch.is_grad_enabled()
+        self.taken.append(tuple(output.logits))
+
+
+def make_stepping() -> Stepping:
+    torch.manual_seed(0)
+    return Stepping()
+
+
+@pytest.mark.parametrize("absent", [True, False])
+def test_several_steps_equal_the_loop_written_out(absent):
+    loader = make_loader(make_samples(10), batch_size=4)
+    network, reference = make_stepping(), make_stepping()
+    network.absent_gradients = absent
+    averages = train_one_epoch(network, loader, *sgd(network), plan=EVERYTHING, execution=CPU)
+
+    optimizer, schedule = sgd(reference)
+    sums = {"loss/object": 0.0, "loss/raw": 0.0, "loss/total": 0.0, "accuracy/object": 0, "accuracy/raw": 0}
+    for batch in loader:
+        for name, weight, images, labels in (
+            ("object", 0.5, batch.images.flip(-1), batch.labels),
+            ("raw", 1.0, torch.cat([batch.images] * 2), torch.cat([batch.labels] * 2)),
+        ):
+            branches = ("raw", "object") if name == "object" else ("raw",)
+            images = images.contiguous(memory_format=torch.channels_last)
+            logits = Toy.forward(reference, images, branches=branches).logits[name]
+            loss = F.cross_entropy(logits, labels)
+            optimizer.zero_grad(set_to_none=absent)
+            (weight * loss).backward()
+            optimizer.step()
+            sums[f"loss/{name}"] += loss.item() * len(batch.labels)
+            sums["loss/total"] += weight * loss.item() * len(batch.labels)
+            sums[f"accuracy/{name}"] += (logits.argmax(1) == labels).double().mean().item() * len(batch.labels)
+        schedule.step()
+    assert_same_state(network, reference)
+    assert averages.pop("images_per_second") > 0
+    assert averages == pytest.approx({name: value / 10 for name, value in sums.items()} | {"images": 10}, rel=1e-6)
+    assert network.taken == [("raw", "object"), ("raw",)] * 3
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+@pytest.mark.parametrize("absent", [True, False])
+def test_several_steps_go_on_bit_for_bit_after_a_stop(absent, momentum):
+    """With gradients that are zero and not absent, what was reached before moves from the first step on."""
+    samples, whole, stopped = make_samples(12), make_stepping(), make_stepping()
+    whole.absent_gradients = stopped.absent_gradients = absent
+    train_one_epoch(whole, make_loader(samples, 4), *sgd(whole, momentum), plan=EVERYTHING, execution=CPU)
+
+    first, (optimizer, schedule) = make_loader(samples[:4], 4), sgd(stopped, momentum)
+    train_one_epoch(stopped, first, optimizer, schedule, plan=EVERYTHING, execution=CPU)
+    again = make_stepping()
+    again.absent_gradients = absent
+    again.load_state_dict(stopped.state_dict())
+    rest = sgd(again, momentum)
+    for new, old in zip(rest, (optimizer, schedule), strict=True):
+        new.load_state_dict(copy.deepcopy(old.state_dict()))
+    options = {"plan": EVERYTHING, "execution": CPU, "first_step": 2}
+    train_one_epoch(again, make_loader(samples[4:], 4), *rest, **options)
+    assert_same_state(again, whole)
+
+
+def test_a_step_without_a_trained_term_is_not_taken():
+    network = make_stepping()
+    plan = EVERYTHING._replace(loss_weights={"raw": 1.0})
+    averages = train_one_epoch(network, make_loader(make_samples(4), 4), *sgd(network), plan=plan, execution=CPU)
+    assert network.taken == [("raw",)]
+    assert averages["images"] == 4
+    assert "loss/object" not in averages
+
+
+def test_a_step_may_name_a_term_that_this_epoch_neither_trains_nor_computes():
+    network = make_stepping()
+    network.steps = lambda images, labels: iter([Step(images, labels, ("raw", "object"))])
+    plan = EVERYTHING._replace(loss_weights={"raw": 1.0}, branches=("raw",))
+    averages = train_one_epoch(network, make_loader(make_samples(4), 4), *sgd(network), plan=plan, execution=CPU)
+    assert network.taken == [("raw",)]
+    assert averages["loss/total"] == averages["loss/raw"]
+
+
+def test_a_step_that_trains_a_term_which_its_losses_lack_is_a_fault():
+    network = make_stepping()
+    network.steps = lambda images, labels: iter([Step(images, labels, ("object",), ("raw",))])
+    with pytest.raises(KeyError, match="object"):
+        train_one_epoch(network, make_loader(make_samples(4), 4), *sgd(network), plan=EVERYTHING, execution=CPU)
+
+
+def test_of_several_steps_only_the_broken_one_is_skipped():
+    network, reference = make_stepping(), make_stepping()
+    losses = network.losses
+
+    def broken(output, targets, **options):
+        terms = losses(output, targets, **options)
+        return {**terms, "object": terms["object"] * math.nan} if "object" in terms else terms
+
+    network.losses = broken
+    budget = SkipBudget(1)
+    loader = make_loader(make_samples(4), 4)
+    train_one_epoch(network, loader, *sgd(network), plan=EVERYTHING, execution=CPU, skip_nonfinite=budget)
+    assert budget.used == 1
+    plan = EVERYTHING._replace(loss_weights={"raw": 1.0})
+    train_one_epoch(reference, loader, *sgd(reference), plan=plan, execution=CPU)
+    assert_same_state(network, reference)
+
+
 # ---- Evaluation -----------------------------------------------------------------------------------------------------
 
 
 def _evaluate(network, loader, **options):
-    shared = {"plan": EVERYTHING, "loss_function": classification_losses, "execution": CPU}
+    shared = {"plan": EVERYTHING, "execution": CPU}
     return evaluate(network, loader, **shared | options)
 
 
@@ -311,7 +436,7 @@ def test_figures_equal_direct_computation_over_uneven_batches(image_size):
     speed = figures.pop("images_per_second")
     assert speed > 0
 
-    expected = {"loss/raw": 0.0, "loss/object": 0.0, "accuracy/raw": 0, "accuracy/object": 0, "accuracy/answer": 0}
+    expected = {"loss/raw": 0.0, "loss/object": 0.0, "accuracy/raw": 0, "accuracy/object": 0, "accuracy/prediction": 0}
     overlaps = []
     network.eval()
     for sample in samples:  # one by one
@@ -323,7 +448,7 @@ def test_figures_equal_direct_computation_over_uneven_batches(image_size):
             probabilities.append(p)
             expected[f"loss/{name}"] -= p[sample.label].log().item() / 11
             expected[f"accuracy/{name}"] += (p.argmax() == sample.label).item() / 11
-        expected["accuracy/answer"] += (sum(probabilities).argmax() == sample.label).item() / 11
+        expected["accuracy/prediction"] += (sum(probabilities).argmax() == sample.label).item() / 11
         x0, y0, x1, y1 = output.object_boxes[0].tolist()
         true = [edge * SIZE / image_size for edge in sample.box.tolist()]
         overlaps.append(_overlap((x0, y0, x1 + 1, y1 + 1), true))
@@ -332,6 +457,14 @@ def test_figures_equal_direct_computation_over_uneven_batches(image_size):
     expected["box_iou/share_at_0.5"] = sum(overlap >= 0.5 for overlap in overlaps) / 11
     assert figures == pytest.approx({**expected, "images": 11}, rel=1e-5)
     assert expected["box_iou/mean"] > 0
+
+
+def test_without_a_trained_term_there_is_no_total():
+    """Where only a branch is trained that evaluation leaves out."""
+    plan = EVERYTHING._replace(loss_weights={"jigsaw": 1.0})
+    figures = _evaluate(make_network(), make_loader(make_samples(4), batch_size=4), plan=plan)
+    assert "loss/total" not in figures
+    assert {"loss/raw", "loss/object", "accuracy/prediction"} <= figures.keys()
 
 
 def test_evaluation_changes_nothing():
@@ -348,7 +481,6 @@ def test_evaluation_changes_nothing():
         make_loader(make_samples(4), batch_size=4),
         *sgd(network),
         plan=EVERYTHING,
-        loss_function=classification_losses,
         execution=CPU,
     )
     assert network.training
@@ -372,19 +504,19 @@ def test_all_branches_are_evaluated_even_in_warm_up():
     call = {"mask_background": True, "branches": ("raw", "object"), "shape": (5, 3, SIZE, SIZE)}
     assert network.calls == [call]
     assert figures["loss/total"] == figures["loss/raw"]
-    assert {"accuracy/raw", "accuracy/object", "accuracy/answer", "loss/object"} <= figures.keys()
+    assert {"accuracy/raw", "accuracy/object", "accuracy/prediction", "loss/object"} <= figures.keys()
 
 
 def test_branches_that_only_serve_training_are_not_evaluated_unless_asked_for():
     network = make_network()
-    network.evaluated, network.answer = ("raw",), ("raw",)
+    network.evaluated, network.prediction = ("raw",), ("raw",)
     loader = make_loader(make_samples(5), batch_size=5)
     figures = _evaluate(network, loader)
     assert network.calls[-1]["branches"] == ("raw",)
     assert figures["loss/total"] == figures["loss/raw"]
     assert not {"accuracy/object", "loss/object"} & figures.keys()
     figures = _evaluate(network, loader, branches=("object",))
-    assert network.calls[-1]["branches"] == ("object", "raw")  # what the answer needs is always among them
+    assert network.calls[-1]["branches"] == ("object", "raw")  # what the prediction needs is always among them
     assert figures["loss/total"] == pytest.approx(figures["loss/raw"] + 0.5 * figures["loss/object"])
 
 
@@ -395,13 +527,13 @@ def test_no_overlap_without_both_boxes(network_boxes, true_boxes):
     assert not [name for name in figures if name.startswith("box_iou")]
 
 
-def test_on_batch_sees_every_batch_with_its_answer():
+def test_on_batch_sees_every_batch_with_its_prediction():
     seen = []
     network = make_network()
 
-    def collect(batch, output, answer):
-        assert torch.equal(answer, network.predict_logits(output))
-        assert answer.shape == (len(batch.labels), 3)
+    def collect(batch, output, prediction):
+        assert torch.equal(prediction, network.predict_logits(output))
+        assert prediction.shape == (len(batch.labels), 3)
         seen.extend(batch.paths)
 
     _evaluate(network, make_loader(make_samples(7), batch_size=3), on_batch=collect)

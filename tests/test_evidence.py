@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from networks import MODELS, build_network
+from networks import MODELS, build_network, find_system
 from networks.evidence import _lay_over, forward_with_evidence
 
 pytestmark = pytest.mark.usefixtures("thin_trunk")
@@ -14,10 +16,11 @@ pytestmark = pytest.mark.usefixtures("thin_trunk")
 WINDOWS = ((((5, 5),), 2),)
 
 
-def network_of(model: str, **options) -> torch.nn.Module:
+def build(model: str, **options) -> torch.nn.Module:
     torch.manual_seed(3)
-    options = {"num_classes": 4, "backbone": "resnet18", "input_size": 96, "windows": WINDOWS} | options
-    return build_network(model, **options).eval()
+    if any(field.name == "windows" for field in dataclasses.fields(find_system(model).Options)):
+        options = {"windows": WINDOWS} | options
+    return build_network(model, num_classes=4, backbone="resnet18", input_size=96, **options).eval()
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +29,7 @@ def images() -> torch.Tensor:
 
 
 def test_for_a_plain_classifier_it_is_the_class_activation_map(images):
-    network = network_of("resnet")
+    network = build("resnet")
     output, evidence = forward_with_evidence(network, images, size=3)
     with torch.no_grad():
         final = network.backbone(images).final
@@ -38,7 +41,7 @@ def test_for_a_plain_classifier_it_is_the_class_activation_map(images):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_the_output_is_the_plain_one_and_nothing_is_left_behind(model, images):
-    network = network_of(model)
+    network = build(model)
     with torch.no_grad():
         expected = network(images, branches=network.evaluated)
     output, evidence = forward_with_evidence(network, images, size=24, branches=network.evaluated)
@@ -55,14 +58,14 @@ def test_the_output_is_the_plain_one_and_nothing_is_left_behind(model, images):
 
 
 def test_a_picture_does_not_change_the_evidence_of_another(images):
-    network = network_of("sgkrl")
+    network = build("sgkrl")
     _, together = forward_with_evidence(network, images, size=12)
     _, alone = forward_with_evidence(network, images[1:2], size=12)
     assert torch.allclose(together[1], alone[0], rtol=1e-3, atol=1e-5)
 
 
-def test_an_answer_from_the_object_points_into_its_box(images):
-    network = network_of("mmal")
+def test_a_prediction_from_the_object_points_into_its_box(images):
+    network = build("mmal")
     found = torch.tensor([[31.0, 0.0, 63.0, 31.0]] * 3)
 
     class Fixed(torch.nn.Module):
@@ -70,7 +73,7 @@ def test_an_answer_from_the_object_points_into_its_box(images):
             return network(*arguments, **options)._replace(object_boxes=found)
 
     fixed = Fixed()
-    fixed.backbone, fixed.answer, fixed.input_size = network.backbone, network.answer, network.input_size
+    fixed.backbone, fixed.prediction, fixed.input_size = network.backbone, network.prediction, network.input_size
     fixed.predict_logits = network.predict_logits
     _, evidence = forward_with_evidence(fixed, images, size=96)
     outside = torch.ones(96, 96, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Exported systems answer as the eager ones do, on images and batch sizes that they were not traced with."""
+"""Exported systems predict as the eager ones do, on images and batch sizes that they were not traced with."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ import pytest
 import torch
 from PIL import Image
 
-import assembly
 import config
 import export
 from datasets import Entry, Pictures, collate
-from networks import MODELS, build_network
+from networks import MODELS, build_network, find_system
 from utils.checkpoint import save_checkpoint
 from utils.errors import exit_with_one_sentence
+from utils.training.building import build_from_settings, load_trained
 
 PROJECT = Path(export.__file__).resolve().parent
 WINDOWS = ((((5, 5),), 2), (((8, 8),), 1))
-EVERY_RUN = ("sgkrl", "scrim")  # that share the fewest parts; the other systems are traced by the slow tests
 FOUR_WINDOWS = ((((5, 5),), 2), (((8, 8),), 2))  # a node and its three neighbours in a single picture, as published
+EVERY_RUN = ("sgkrl", "scrim")  # that share the fewest parts; the other systems are traced by the slow tests
 ONNX_IS_THERE = all(importlib.util.find_spec(name) for name in (*export.ONNX_PACKAGES, "onnxruntime"))
 NAMES = ["blue", "green <b>", "rød"]
 
 
 def pipeline_of(model: str, **options) -> export.Pipeline:
     torch.manual_seed(3)
-    options = {"num_classes": 3, "backbone": "resnet18", "input_size": 96, "windows": WINDOWS} | options
+    windows = {"windows": WINDOWS} if "windows" in find_system(model).Options.__dataclass_fields__ else {}
+    options = {"num_classes": 3, "backbone": "resnet18", "input_size": 96, **windows, **options}
     return export.Pipeline(build_network(model, **options).eval(), mask_background=True).eval()
 
 
@@ -54,25 +55,25 @@ def random_images(count: int, size: int, seed: int = 0) -> torch.Tensor:
         *((model, {}) for model in MODELS if model in EVERY_RUN),
         *(pytest.param(model, {}, marks=pytest.mark.slow) for model in MODELS if model not in EVERY_RUN),
         pytest.param(
-            "sgkrl",
-            {"wiring": "published", "graph_scope": "batch", "answer": ("graph",), "windows": FOUR_WINDOWS},
+            "sgkrl_published",
+            {"graph_scope": "batch", "prediction": ("graph",), "windows": FOUR_WINDOWS},
             marks=pytest.mark.slow,
         ),
         pytest.param("mmal", {"batch_norm": "per_pass"}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
-def test_graphs_answer_as_the_eager_systems_do(model, options):
+def test_graphs_predict_as_the_eager_systems_do(model, options):
     pipeline = pipeline_of(model, **options)
     graph = export.trace(pipeline, 128).module()
     for count in (1, 2, 5):
         images = random_images(count, 128, seed=count)
         with torch.no_grad():
             expected = pipeline(images)
-        answer = graph(images)
-        assert answer.keys() == expected.keys()
+        found = graph(images)
+        assert found.keys() == expected.keys()
         for name, values in expected.items():
-            assert torch.allclose(answer[name], values, atol=1e-5), name
+            assert torch.allclose(found[name], values, atol=1e-5), name
     if "object_boxes" in expected:
         assert len(expected["object_boxes"].unique(dim=0)) > 1  # nothing was fixed while tracing
 
@@ -82,7 +83,7 @@ def checkpoint(tiny_run, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("exported")
     torch.manual_seed(0)
     settings = config.parse_settings(tiny_run(folder, "--precision", "float32", model="mmal"))
-    network = assembly.network_of(settings, 3, pretrained=False)
+    network = build_from_settings(settings, 3, load_weights=False)
     values = dataclasses.asdict(settings)
     content = {"settings": values, "class_names": NAMES, "selected_on": "nothing", "epoch": 1}
     save_checkpoint(folder / "best.pth", content | {"network": network.state_dict()})
@@ -100,9 +101,9 @@ def pictures(tmp_path_factory) -> list[Path]:
     return paths
 
 
-def answers_of(checkpoint: Path, pictures: list[Path]) -> list[tuple[str, float]]:
+def predictions_of(checkpoint: Path, pictures: list[Path]) -> list[tuple[str, float]]:
     """The likeliest name and its probability by the code base itself, from the files."""
-    trained = assembly.load_trained(checkpoint)
+    trained = load_trained(checkpoint, config.rebuilt)
     batch = collate(list(Pictures([Entry(path, 0) for path in pictures], image_size=96)))
     with torch.no_grad():
         output = trained.network(trained.execution.images(batch.images))
@@ -134,8 +135,8 @@ def test_the_example_runs_the_file_without_this_code(checkpoint, pictures, tmp_p
     assert "3 classes" in capsys.readouterr().out
     assert [path.name for path in out.parent.iterdir()] == ["model.pt2"]
     lines = run_example("run_exported.py", out, pictures, tmp_path)
-    answers = answers_of(checkpoint, pictures)
-    assert lines == [f"{path}: {n} {v:.1%}" for path, (n, v) in zip(pictures, answers, strict=True)]
+    predictions = predictions_of(checkpoint, pictures)
+    assert lines == [f"{path}: {n} {v:.1%}" for path, (n, v) in zip(pictures, predictions, strict=True)]
     assert len((PROJECT / "docs" / "run_exported.py").read_text("utf-8").splitlines()) <= 20
 
 
@@ -143,7 +144,7 @@ def test_the_example_runs_the_file_without_this_code(checkpoint, pictures, tmp_p
 @pytest.mark.parametrize(
     "model", [model if model in EVERY_RUN else pytest.param(model, marks=pytest.mark.slow) for model in MODELS]
 )
-def test_onnx_answers_as_the_eager_systems_do(model, tmp_path):
+def test_onnx_predicts_as_the_eager_systems_do(model, tmp_path):
     import onnxruntime
 
     pipeline = pipeline_of(model)
@@ -154,17 +155,17 @@ def test_onnx_answers_as_the_eager_systems_do(model, tmp_path):
         images = random_images(count, 128, seed=count)
         with torch.no_grad():
             expected = pipeline(images)
-        answers = session.run(list(expected), {"images": images.numpy()})
-        for name, answer in zip(expected, answers, strict=True):
-            assert numpy.allclose(answer, expected[name].numpy(), atol=1e-5), name
+        found = session.run(list(expected), {"images": images.numpy()})
+        for name, values in zip(expected, found, strict=True):
+            assert numpy.allclose(values, expected[name].numpy(), atol=1e-5), name
 
 
 @pytest.mark.skipif(not ONNX_IS_THERE, reason="onnx, onnxscript or onnxruntime is missing: ONNX files are not tried")
 def test_the_onnx_example_runs_without_pytorch(checkpoint, pictures, tmp_path):
     export.main(["--checkpoint", str(checkpoint), "--out", str(tmp_path / "model.onnx")])
     lines = run_example("run_exported_onnx.py", tmp_path / "model.onnx", pictures, tmp_path)
-    answers = answers_of(checkpoint, pictures)
-    assert lines == [f"{path}: {n} {v:.1%}" for path, (n, v) in zip(pictures, answers, strict=True)]
+    predictions = predictions_of(checkpoint, pictures)
+    assert lines == [f"{path}: {n} {v:.1%}" for path, (n, v) in zip(pictures, predictions, strict=True)]
 
 
 @pytest.mark.parametrize(

@@ -19,15 +19,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from datasets import Batch
-from networks import MODELS, build_network
+from networks import MODELS, build_network, find_system
 from networks.evidence import forward_with_evidence
 from networks.jigsaw import cyclic_permutations, permute_blocks
-from networks.losses import loss_terms
 from networks.outputs import NetworkOutput
+from networks.system import Step
 from utils.data import augmentation
 from utils.reporting.metrics import EpochMeter, confusion_matrix, inclusive_to_edges
 from utils.reporting.results import ResultCollector
-from utils.training.engine import Execution
+from utils.training.execution import Execution
 
 BATCH, CLASSES, SIZE, LARGER = 4, 5, 96, 128
 CUDA = torch.device("cuda")
@@ -48,10 +48,9 @@ pytestmark = pytest.mark.skipif(fake_tensors_need_a_driver(), reason="this PyTor
 System = tuple[str, dict[str, object]]
 SYSTEMS: tuple[System, ...] = (
     *((model, {}) for model in MODELS),
-    ("sgkrl", {"wiring": "published", "graph_scope": "batch"}),
+    ("sgkrl_published", {"graph_scope": "batch"}),
 )
 OPTIONS: tuple[System, ...] = (  # that compute something else on the device
-    ("sgkrl", {"wiring": "published", "graph_scope": "image"}),
     ("sgkrl", {"crop_gradient": True, "localization_stride": 16, "graph_edges": "overlap", "graph_residual": False}),
     ("sgkrl", {"graph_edges": "distance", "spatial_weights": "absolute", "without": ("fusion",)}),
     ("flrdf", {"suppression": 0.5, "box_agreement": True}),
@@ -103,10 +102,11 @@ def fake() -> Iterator[None]:
 
 def build(system: System, **settings: object) -> nn.Module:
     model, options = system
-    windows = ((((2, 2), (1, 3)), 2), (((3, 3),), 1))
-    common = {"num_classes": CLASSES, "backbone": "resnet18", "input_size": SIZE, "windows": windows}
+    common = {"num_classes": CLASSES, "backbone": "resnet18", "input_size": SIZE, "batch_norm": "shared"}
+    if "windows" in find_system(model).Options.__dataclass_fields__:
+        common["windows"] = ((((2, 2), (1, 3)), 2), (((3, 3),), 1))
     with CUDA:
-        return build_network(model, **common, **options, **settings)
+        return build_network(model, **{**common, **options, **settings})
 
 
 def make_images() -> Tensor:
@@ -118,23 +118,34 @@ def make_labels() -> Tensor:
 
 
 def fields(output: NetworkOutput) -> list[Tensor]:
-    others = [value for value in output[1:] if value is not None]
-    return [*output.logits.values(), *others]
+    return [value for value in tree_leaves(tuple(output)) if value is not None]
 
 
 def assert_runs(network: nn.Module, *, training: bool, autocast: bool) -> None:
-    """Forward pass, losses and prediction."""
+    """Forward pass, losses and prediction, in training those of every step."""
     images, labels = make_images(), make_labels()
+    steps = iter(network.steps(images, labels) if training else [Step(images, labels)])
+    while True:
+        with on_a_gpu():
+            step = next(steps, None)
+        if step is None:
+            return
+        assert_step_runs(network.train(training), step, autocast=autocast)
+
+
+def assert_step_runs(network: nn.Module, step: Step, *, autocast: bool) -> None:
+    training, more = network.training, {"labels": step.targets} if network.needs_labels else {}
     with torch.set_grad_enabled(training):
         with on_a_gpu(autocast=autocast):
-            output = network.train(training)(images, mask_background=True)
+            output = network(step.images, mask_background=True, branches=step.branches, **more)
         with on_a_gpu():
-            terms = loss_terms(output, labels)
+            terms = network.losses(output, step.targets)
             prediction = network.predict_logits(output)
+            network.after_step(output, step.targets)
     assert output.logits.keys() >= set(network.branches if training else network.evaluated)
     assert all(value.device.type == "cuda" for value in (*fields(output), *terms.values(), prediction))
     assert all(value.dtype == torch.float32 for value in (*output.logits.values(), *terms.values()))
-    assert prediction.shape == (BATCH, CLASSES)
+    assert prediction.shape == (len(step.targets), CLASSES)
     assert sum(terms.values()).requires_grad == training
 
 

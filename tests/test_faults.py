@@ -18,25 +18,27 @@ from pathlib import Path
 import pytest
 import torch
 from launching import PROJECT, Script, run_script, run_two_processes
-from test_train import FOUR_EPOCHS, assert_same_run, read_log
+from test_train import FOUR_EPOCHS, MASKED, assert_same_run, read_log
 
 import datasets
 import train
-from utils import checkpoint, files
+from networks.system import System
+from utils import checkpoint, files, run
 from utils.checkpoint import CheckpointError, SavingError, load_checkpoint, load_last, save_last
 from utils.data.workers import leave_run_to_the_main_process
 from utils.errors import Stopped, exit_with_one_sentence
 from utils.files import FolderInUseError, locked
-from utils.training import engine, resume
-from utils.training.engine import NonFiniteLossError
+from utils.training import learning, resume
+from utils.training.execution import Execution
 from utils.training.interruption import StopRequest
+from utils.training.nonfinite import NonFiniteLossError
 
 pytestmark = pytest.mark.usefixtures("thin_trunk")
 
 TROUBLED = "tests/troubled_rank.py"
 WITHIN_EPOCHS = [
     *("--epochs", "4", "--save_every_steps", "1", "--schedule", "one_cycle", "--clip_gradient_norm", "1"),
-    *("--dropout", "0.5", "--warmup_epochs", "1", "--mask_from_epoch", "3"),
+    *("--dropout", "0.5", "--warmup_epochs", "1"),
 ]
 
 
@@ -56,7 +58,7 @@ def wait_for(condition, seconds: float = 60) -> None:
 
 
 def test_a_run_killed_again_and_again_equals_an_uninterrupted_one(tiny_run, tmp_path):
-    arguments = without_checkpoint_dir(tiny_run(tmp_path, *WITHIN_EPOCHS, "--workers", "2", model="sgkrl"))
+    arguments = without_checkpoint_dir(tiny_run(tmp_path, *WITHIN_EPOCHS, *MASKED, "--workers", "2", model="sgkrl"))
     folders = [tmp_path / name for name in ("whole", "killed")]
     result = run_script("tests/killed_runs.py", "11", "3", *map(str, folders), *arguments, timeout=250)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
@@ -168,7 +170,7 @@ def test_a_run_stopped_by_request_equals_an_uninterrupted_one(when, tiny_run, tm
     arguments = tiny_run(tmp_path / "stopped", *FOUR_EPOCHS, "--epochs", "3")
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         if when == "step":
-            patch.setattr(train, "seed_everything", request(train.seed_everything, at=6))  # 1 + 3 steps, the second one
+            patch.setattr(run, "seed_everything", request(run.seed_everything, at=5))  # 3 steps, then the second one
         else:
             patch.setattr(train, "evaluate", request(train.evaluate, at=2))
         train.main(arguments)
@@ -224,7 +226,7 @@ def test_a_ctrl_c_inside_the_writer_is_not_taken_for_a_full_disk(tmp_path):
 
 def test_broken_weights_are_not_saved_within_an_epoch(tiny_run, tmp_path, monkeypatch):
     """The loss of the step was finite; what it did to the weights is not seen before the next one."""
-    check = engine.check_weights
+    check = learning.check_weights
 
     def broken(network, step):
         with torch.no_grad():
@@ -232,7 +234,7 @@ def test_broken_weights_are_not_saved_within_an_epoch(tiny_run, tmp_path, monkey
                 network.classifier.weight[0, 0] = math.nan
         check(network, step)
 
-    monkeypatch.setattr(engine, "check_weights", broken)
+    monkeypatch.setattr(learning, "check_weights", broken)
     with pytest.raises(NonFiniteLossError, match="weights"):
         train.main(tiny_run(tmp_path, "--save_every_steps", "1"))
     saved = load_checkpoint(tmp_path / "folder-resnet" / "last.pth")
@@ -251,7 +253,7 @@ def test_huge_weights_are_not_saved_within_an_epoch(tiny_run, tmp_path):
 
 def test_losses_not_read_yet_are_read_before_a_save(tiny_run, tmp_path, monkeypatch):
     """As on a GPU, where the losses of some steps are read together: the weights are whole, a loss was not."""
-    monkeypatch.setattr(engine, "steps_between_readings", lambda device: 10)
+    monkeypatch.setattr(learning, "steps_between_readings", lambda device: 10)
     break_the_loss(monkeypatch, 2)
     monkeypatch.setattr(torch.optim.SGD, "step", lambda self: None)
     with pytest.raises(NonFiniteLossError, match="step 2"):
@@ -407,17 +409,17 @@ def test_a_failed_save_leaves_both_checkpoints(error, tmp_path, monkeypatch):
 
 def break_the_loss(monkeypatch, *steps: int) -> None:
     """NaN in the loss of the raw branch in these steps, counted over the whole run."""
-    calls, terms = [], train.loss_terms
+    calls, terms = [], System.losses
 
-    def broken(output, labels, **options):
-        losses = terms(output, labels, **options)
+    def broken(self, output, labels, **options):
+        losses = terms(self, output, labels, **options)
         if torch.is_grad_enabled():
             calls.append(1)
             if len(calls) in steps:
                 losses["raw"] = losses["raw"] * math.nan
         return losses
 
-    monkeypatch.setattr(train, "loss_terms", broken)
+    monkeypatch.setattr(System, "losses", broken)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_images(tiny_run, tmp_path, monkeypatch):
@@ -460,7 +462,7 @@ def test_another_number_of_steps_in_an_epoch_is_refused(tiny_run, tmp_path):
 def test_processes_that_find_different_checkpoints_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(resume, "gather", lambda position: [position, (3, 0)])
     with pytest.raises(CheckpointError, match="disk that all machines share"):
-        resume.load_resumable(tmp_path, {}, free=(), class_names=(), training_images=1, steps_per_epoch=1)
+        resume.load_resumable(tmp_path, {}, restore=dict, class_names=(), training_images=1, steps_per_epoch=1)
 
 
 def test_a_bounded_number_of_such_steps_may_be_skipped(tiny_run, tmp_path, monkeypatch, capsys):
@@ -479,7 +481,7 @@ def test_a_bounded_number_of_such_steps_may_be_skipped(tiny_run, tmp_path, monke
 def test_a_skipped_step_changes_nothing_but_the_schedule(tiny_run, tmp_path, monkeypatch):
     """NaN pixels: the batch-norm statistics are met by them before the loss is."""
     arguments = tiny_run(tmp_path, "--skip_nonfinite", "1")
-    execution = train.Execution.images
+    execution = Execution.images
     calls = []
 
     def poisoned(self, images, augmentation=None):
@@ -487,7 +489,7 @@ def test_a_skipped_step_changes_nothing_but_the_schedule(tiny_run, tmp_path, mon
         images = execution(self, images, augmentation)
         return images * math.nan if len(calls) == 3 else images  # the last step of the epoch
 
-    monkeypatch.setattr(train.Execution, "images", poisoned)
+    monkeypatch.setattr(Execution, "images", poisoned)
     train.main(arguments)
     network = load_checkpoint(tmp_path / "folder-resnet" / "last.pth")["network"]
     assert all(value.isfinite().all() for value in network.values())
@@ -496,7 +498,7 @@ def test_a_skipped_step_changes_nothing_but_the_schedule(tiny_run, tmp_path, mon
 
 def test_a_save_that_falls_on_a_skipped_step_is_left_out(tiny_run, tmp_path, monkeypatch):
     """Its images are NaN for whole weights, too: that must not be taken for broken weights."""
-    execution = train.Execution.images
+    execution = Execution.images
     calls, saves = [], []
 
     def poisoned(self, images, augmentation=None):
@@ -504,14 +506,14 @@ def test_a_save_that_falls_on_a_skipped_step_is_left_out(tiny_run, tmp_path, mon
         images = execution(self, images, augmentation)
         return images * math.nan if len(calls) == 2 else images
 
-    save_last = train.save_last
+    save_last = run.save_last
 
     def recorded(folder, content):
         saves.append((content["progress"] or {"step": "end"})["step"])
         save_last(folder, content)
 
-    monkeypatch.setattr(train.Execution, "images", poisoned)
-    monkeypatch.setattr(train, "save_last", recorded)
+    monkeypatch.setattr(Execution, "images", poisoned)
+    monkeypatch.setattr(run, "save_last", recorded)
     train.main(tiny_run(tmp_path, "--skip_nonfinite", "1", "--save_every_steps", "1"))
     assert saves == [1, "end"]
     assert load_checkpoint(tmp_path / "folder-resnet" / "last.pth")["skipped_steps"] == 1
@@ -592,7 +594,7 @@ BAD_INPUT = {
     "unknown setting": (["--epoch", "3"], ["--epoch"]),
     "not a number": (["--epochs", "many"], ["epochs", "many"]),
     "impossible number": (["--epochs", "0"], ["epochs", "0"]),
-    "broken windows": (["--windows", "(((("], ["windows", "(((("]),
+    "broken windows": (["--windows", "((((", "--model", "mmal"], ["windows", "(((("]),
     "unknown windows": (["--windows", "fish", "--model", "mmal"], ["fish", "birds"]),
     "unknown model": (["--model", "vgg"], ["vgg", "sgkrl"]),
     "unknown data set": (["--dataset", "fish"], ["fish", "cub"]),
@@ -604,9 +606,10 @@ BAD_INPUT = {
     "data_root is a file": (["--data_root", __file__], ["test_faults.py"]),
     "no such class": (["--classes", "pur*"], ["pur*"]),
     "no such GPU": (["--device", "cuda:17"], ["cuda:17"]),
-    "no such branch": (["--answer", "tail", "--name", "other"], ["tail", "raw"]),
+    "no such branch": (["--prediction", "tail", "--name", "other"], ["tail", "raw"]),
     "no such loss": (["--loss_weights", "tail=1", "--name", "other"], ["tail", "raw"]),
-    "contradiction": (["--model", "sgkrl", "--graph_scope", "batch"], ["graph_scope", "trained"]),
+    "contradiction": (["--batch_norm", "frozen"], ["batch_norm", "pretrained"]),
+    "another system's setting": (["--graph_scope", "batch"], ["graph_scope", "sgkrl_published", "resnet"]),
     "other settings in the folder": (["--epochs", "9"], ["epochs 1 there and 9 here", "--name", "--fresh"]),
     "other classes in the folder": (["--classes", "red", "blue"], ["classes", "--name", "--fresh"]),
     "a name that is a path": (["--name", "../up"], ["name", "../up"]),
@@ -664,6 +667,52 @@ def test_evaluating_a_bad_checkpoint_ends_with_one_sentence(case, finished_run, 
     assert sentence.startswith("error: ")
     assert str(path) in sentence
     assert not (tmp_path / "report.json").exists()
+
+
+# what is in the place of an entry, by the path to it
+DAMAGES = {
+    "no settings": (("settings",), None),
+    "settings that are a list": (("settings",), ["resnet"]),
+    "a setting without a name": (("settings", 3), 4),
+    "options that are a list": (("settings", "options"), [1, 2]),
+    "a model that is a list": (("settings", "model"), ["resnet"]),
+    "another backbone": (("settings", "backbone"), "resnet34"),
+    "no class names": (("class_names",), None),
+    "no epoch": (("epoch",), "one"),
+    "no weights": (("network",), None),
+    "weights of something else": (("network", "elsewhere.weight"), torch.zeros(2)),
+    "no optimizer": (("optimizer",), {}),
+    "no schedule": (("schedule",), None),
+    "no place in the epoch": (("progress",), 3),
+    "no best epoch": (("best",), None),
+}
+OF_TRAINING = {"optimizer", "schedule", "progress", "best"}  # test.py does not look at them
+
+
+@pytest.mark.parametrize(
+    ("script", "damage"),
+    [("train", damage) for damage in DAMAGES]
+    + [("test", damage) for damage, (way, _) in DAMAGES.items() if way[0] not in OF_TRAINING],
+)
+def test_a_checkpoint_with_something_else_in_it_is_refused(
+    script, damage, finished_run, tiny_run, tmp_path, capsys, evaluation_script
+):
+    (*way, name), value = DAMAGES[damage]
+    path = tmp_path / finished_run.name / "last.pth"
+    path.parent.mkdir()
+    content = load_checkpoint(finished_run / "last.pth")
+    place = content
+    for step in way:
+        place = place[step]
+    place[name] = value
+    torch.save(content, path)
+    with pytest.raises(SystemExit) as ending, exit_with_one_sentence():
+        evaluation_script.main([str(path)]) if script == "test" else train.main(tiny_run(tmp_path))
+    assert ending.value.code == 2
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert sentence.startswith("error: ")
+    assert str(path) in sentence
+    assert [file.name for file in path.parent.iterdir()] == ["last.pth"]
 
 
 def test_a_checkpoint_of_other_classes_is_refused_naming_both(finished_run, picture_tree, tmp_path, evaluation_script):

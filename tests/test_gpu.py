@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from datasets import Augmentation
 from networks import MODELS, build_network
 from networks.folding import fold_batch_norm
-from networks.losses import loss_terms
 from utils.training.compilation import compile_backbone
-from utils.training.engine import Execution
+from utils.training.execution import Execution
 from utils.training.precision import has_native_bf16
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -40,7 +39,7 @@ def pictures(batch: int = 4) -> Tensor:
 @pytest.mark.parametrize("training", (True, False))
 @pytest.mark.parametrize("model", MODELS)
 def test_the_host_never_waits_for_the_device(model: str, training: bool, precision: str) -> None:
-    """In the forward pass, the loss, the backward pass and the optimizer's step; folded where it only answers."""
+    """In the forward pass, the loss, the backward pass and the optimizer's step; folded where it only predicts."""
     network = build(model).train() if training else fold_batch_norm(build(model))
     execution = Execution(torch.device("cuda"), precision)
     images, labels = execution.images(pictures()), torch.tensor([0, 0, 1, 1]).cuda()
@@ -51,7 +50,7 @@ def test_the_host_never_waits_for_the_device(model: str, training: bool, precisi
             output = network(images)
         if training:
             optimizer.zero_grad()
-            sum(loss_terms(output, labels).values()).backward()
+            sum(network.losses(output, labels).values()).backward()
             optimizer.step()
         else:
             network.predict_logits(output)
@@ -89,7 +88,7 @@ def test_a_step_in_bf16_is_finite(model: str) -> None:
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-3)
     with execution.autocast():
         output = network(execution.images(pictures()))
-    terms = loss_terms(output, torch.tensor([0, 0, 1, 1]).cuda())
+    terms = network.losses(output, torch.tensor([0, 0, 1, 1]).cuda())
     sum(terms.values()).backward()
     optimizer.step()
     assert all(torch.isfinite(term) for term in terms.values())
@@ -98,7 +97,7 @@ def test_a_step_in_bf16_is_finite(model: str) -> None:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_two_replicas_answer_as_one_network(model: str) -> None:
+def test_two_replicas_predict_as_one_network(model: str) -> None:
     """nn.DataParallel over two GPUs, or over the same one twice."""
     network, images = build(model).eval(), pictures(5)
     devices = [0, 1] if torch.cuda.device_count() > 1 else [0, 0]
@@ -121,7 +120,7 @@ def test_two_replicas_learn_as_one_network(model: str) -> None:
         network = build(model).eval()
         devices = [0, 1] if torch.cuda.device_count() > 1 else [0, 0]
         wrapped = nn.DataParallel(network, device_ids=devices) if parallel else network
-        sum(loss_terms(wrapped(images), labels).values()).backward()
+        sum(network.losses(wrapped(images), labels).values()).backward()
         gradients.append({name: p.grad for name, p in network.named_parameters() if p.grad is not None})
     alone, shared = gradients
     assert alone.keys() == shared.keys()
@@ -129,7 +128,7 @@ def test_two_replicas_learn_as_one_network(model: str) -> None:
         torch.testing.assert_close(shared[name], gradient, rtol=1e-2, atol=1e-3 * gradient.abs().max().item() + 1e-6)
 
 
-def test_a_compiled_backbone_answers_as_before() -> None:
+def test_a_compiled_backbone_predicts_as_before() -> None:
     network, images = build("sgkrl").eval(), pictures()
     with torch.no_grad():
         expected = network(images).logits
@@ -146,7 +145,7 @@ def test_graphics_memory_is_given_back_between_batches() -> None:
     peaks = []
     for _ in range(3):
         torch.cuda.reset_peak_memory_stats()
-        sum(loss_terms(network(images), labels).values()).backward()
+        sum(network.losses(network(images), labels).values()).backward()
         network.zero_grad()
         peaks.append(torch.cuda.max_memory_allocated())
     assert peaks[2] <= peaks[1] * 1.01

@@ -248,7 +248,9 @@ def build_head(**settings: object) -> GraphHead:
 
 
 def build_published_head(*, scope: str) -> GraphHead:
-    return build_head(neighbourhood=published_neighbours, symmetric=False, scope=scope)
+    """As sgkrl_published builds it: the published rule is that of graphs over the batch."""
+    rule = published_neighbours if scope == "batch" else nearest_neighbours
+    return build_head(neighbourhood=rule, symmetric=False, scope=scope)
 
 
 def head_reference(head: GraphHead, nodes: Tensor, boxes: Tensor, graph_scope: str) -> Tensor:

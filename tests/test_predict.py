@@ -1,4 +1,4 @@
-"""predict.py from its command line: names, probabilities, drawings, and what it says of pictures it cannot read."""
+"""predict.py from its command line: names, probabilities, drawings, and what it reports of pictures it cannot read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import torch
 from launching import run_script
 from PIL import Image
 
-import assembly
 import config
 import predict
 from datasets import DataError, Entry, Pictures, collate
@@ -22,6 +21,7 @@ from networks import MODELS
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from utils.errors import exit_with_one_sentence
 from utils.reporting.panels import image_panel
+from utils.training.building import build_from_settings, load_trained
 
 pytestmark = pytest.mark.usefixtures("thin_trunk")
 
@@ -33,7 +33,7 @@ def checkpoints(tiny_run, tmp_path_factory) -> Path:
     torch.manual_seed(0)
     for model in MODELS:
         settings = config.parse_settings(tiny_run(folder, "--precision", "float32", model=model))
-        network = assembly.network_of(settings, 3, pretrained=False)
+        network = build_from_settings(settings, 3, load_weights=False)
         values = dataclasses.asdict(settings) | {"data_root": "~nobody_of_that_name/birds"}
         content = {"settings": values, "class_names": ["blue", "green", "red <b>"], "selected_on": "nothing"}
         save_checkpoint(folder / f"{model}.pth", content | {"epoch": 1, "network": network.state_dict()})
@@ -95,7 +95,7 @@ def test_a_folder_streams_json_and_skips_what_is_no_picture(checkpoints, picture
 def test_predictions_equal_the_network_on_the_data_sets_own_pictures(model, checkpoints, pictures, tmp_path, capsys):
     predict.main(run(checkpoints / f"{model}.pth", pictures / "one" / "same name.png", "--json", "--out", tmp_path))
     (line,) = map(json.loads, capsys.readouterr().out.splitlines())
-    trained = assembly.load_trained(checkpoints / f"{model}.pth", data_root=".")
+    trained = load_trained(checkpoints / f"{model}.pth", config.rebuilt, data_root=".")
     sample = Pictures([Entry(pictures / "one" / "same name.png", 0)], image_size=96)[0]
     images = trained.execution.images(collate([sample]).images)
     with torch.no_grad():
@@ -202,7 +202,7 @@ def test_nothing_but_json_is_on_standard_output(checkpoints, pictures, tmp_path)
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("size", [(90, 60), (4, 400), (400, 4)], ids=str)
 def test_drawings_show_what_there_is(model, size, checkpoints):
-    trained = assembly.load_trained(checkpoints / f"{model}.pth", data_root=".")
+    trained = load_trained(checkpoints / f"{model}.pth", config.rebuilt, data_root=".")
     images = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(1))
     output, evidence = predict.forward_with_evidence(trained.network, images, size=16)
     panel = image_panel(
@@ -224,10 +224,10 @@ def test_drawings_show_what_there_is(model, size, checkpoints):
 
 def test_checkpoints_are_planned_for_the_epoch_they_were_saved_in(checkpoints, tmp_path):
     content = load_checkpoint(checkpoints / "sgkrl.pth")
-    content["settings"]["mask_from_epoch"] = 3
+    content["settings"]["options"]["mask_from_epoch"] = 3
     for epoch, progress, masked in ((2, None, False), (3, None, True), (2, {"epoch": 3}, True)):
         save_checkpoint(tmp_path / "last.pth", content | {"epoch": epoch, "progress": progress})
-        trained = assembly.load_trained(tmp_path / "last.pth", data_root=".")
+        trained = load_trained(tmp_path / "last.pth", config.rebuilt, data_root=".")
         assert trained.plan.mask_background is masked
         assert not trained.network.training
 

@@ -5,7 +5,9 @@ The examples are the same in every run, so that nothing fails only now and then.
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
+import types
 import typing
 from pathlib import Path
 
@@ -16,14 +18,18 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from config import DATASETS, MODELS, Settings, SettingsError, complete, parse_settings
+from config import DATASETS, Settings, complete, parse_settings
 from datasets import Entry, read_catalogue
+from networks import MODELS, Shared, build_options, find_system
 from networks.crops import crop_and_resize, resize_boxes
 from networks.localization import largest_component
 from networks.windows import greedy_selection
+from utils.errors import UserError
+from utils.options import SettingsError, flat, hints
 from utils.reporting.metrics import paired_box_iou
 
-HINTS = typing.get_type_hints(Settings)
+HINTS = hints(Settings)
+OWN = {model: hints(find_system(model).Options) for model in MODELS}  # the settings that each system alone has
 
 
 def examples(count: int):
@@ -38,16 +44,7 @@ PATTERNS = st.text(min_size=1, max_size=8).filter(lambda pattern: pattern[0] != 
 SHARES = st.floats(0, 1, exclude_max=True)
 POSITIVE = st.floats(0, exclude_min=True, allow_infinity=False)
 COUNTS = st.integers(0, 2**63 - 1)
-WINDOWS = st.lists(
-    st.tuples(
-        st.lists(st.tuples(st.integers(1, 14), st.integers(1, 14)), min_size=1, max_size=3).map(tuple),
-        st.integers(1, 3),
-    ),
-    min_size=1,
-    max_size=3,
-).map(tuple)
-
-# field -> values that are possible whatever the others are; the rest is in `possible_settings`
+# shared setting -> values that are possible whatever the others are; the rest is in `possible_settings`
 POSSIBLE = {
     "model": st.sampled_from(sorted(MODELS)),
     "dataset": st.sampled_from(sorted(DATASETS)),
@@ -67,28 +64,9 @@ POSSIBLE = {
     "backbone": st.sampled_from(["resnet50", "resnet101"]),
     "pretrained": st.text(max_size=10),
     "stride_on_first_conv": st.booleans(),
-    "answer": st.lists(st.sampled_from(["raw", "object", "graph"]), min_size=1, unique=True).map(tuple),
+    "prediction": st.lists(st.sampled_from(["raw", "object", "graph"]), min_size=1, unique=True).map(tuple),
     "dropout": SHARES,
-    "windows": WINDOWS | st.sampled_from(["birds", "vehicles"]),
-    "wiring": st.sampled_from(["trained", "published"]),
-    "graph_neighbours": st.integers(1, 9),
-    "graph_edges": st.just("equal"),
-    "graph_residual": st.just(False),
-    "spatial_weights": st.just("absolute"),
-    "without": st.just(()),
-    "crop_gradient": st.just(False),
     "batch_norm": st.just("shared"),
-    "localization_stride": st.sampled_from([32, 16]),
-    "localization_threshold": st.floats(0, 10, exclude_min=True),
-    "suppression": st.just("learnable") | st.floats(0, 1, exclude_min=True),
-    "box_agreement": st.booleans(),
-    "jigsaw_blocks": st.integers(1, 3),
-    "coarse_channels": st.integers(1, 2048),
-    "part_proposals": st.integers(6, 20),
-    "parts_in_answer": st.integers(1, 6),
-    "part_max_iou": SHARES,
-    "parts_of_every_level": st.booleans(),
-    "anchor_sizes": st.tuples(*[st.integers(1, 500)] * 3),
     "epochs": st.integers(5, 500),
     "learning_rate": POSITIVE,
     "head_learning_rate_factor": POSITIVE,
@@ -100,7 +78,6 @@ POSSIBLE = {
     "label_smoothing": SHARES,
     "loss_weights": st.dictionaries(st.sampled_from(["raw", "object", "window"]), POSITIVE | st.just(0.0)),
     "warmup_epochs": st.integers(0, 4),
-    "mask_from_epoch": st.integers(1, 500),
     "save_every_steps": COUNTS,
     "keep_checkpoints": COUNTS,
     "on_bad_image": st.sampled_from(["stop", "skip"]),
@@ -119,10 +96,52 @@ POSSIBLE = {
 }
 
 
+TEXTS_OF_OPTIONS = st.sampled_from(["fusion", "weighting", "birds", "vehicles"])
+
+
+def values_of(hint: typing.Any) -> st.SearchStrategy:
+    """Values of an annotated type within its limits, small ones more often than others."""
+    kind, parts = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind is typing.Annotated:
+        return values_of(parts[0]).filter(lambda value: all(limit.allows(value) for limit in parts[1:]))
+    if kind in (types.UnionType, typing.Union):
+        return st.one_of(*map(values_of, parts))
+    if kind is typing.Literal:
+        return st.sampled_from(parts)
+    if kind is tuple:
+        several = parts[-1] is ...
+        if several and parts[0] is str:
+            return st.lists(TEXTS_OF_OPTIONS, max_size=2, unique=True).map(tuple)
+        items = map(values_of, parts[:1] if several else parts)
+        return st.lists(*items, max_size=3).map(tuple) if several else st.tuples(*items)
+    return {
+        bool: st.booleans(),
+        int: st.integers(0, 20) | st.integers(0, 2**63 - 1),
+        float: st.floats(0, 1) | st.floats(0, allow_infinity=False),
+        str: TEXTS_OF_OPTIONS,
+        types.NoneType: st.none(),
+    }[kind]
+
+
+@st.composite
+def possible_options(draw, model: str, shared: Shared) -> dict[str, object]:
+    """A system's own settings, of which any number were edited, to values that go together."""
+    options: dict[str, object] = {}
+    for name, hint in OWN[model].items():
+        if draw(st.booleans()):
+            edited = options | {name: draw(values_of(hint), label=name)}
+            try:
+                build_options(find_system(model), edited, shared)
+            except UserError:
+                continue  # not beside what was drawn before it
+            options = edited
+    return options
+
+
 @st.composite
 def possible_settings(draw) -> Settings:
     """Settings, complete, in which any number of fields were edited."""
-    always = ("data_root", "epochs")
+    always = ("model", "data_root", "epochs")
     optional = {name: values for name, values in POSSIBLE.items() if name not in always}
     values = draw(st.fixed_dictionaries({name: POSSIBLE[name] for name in always}, optional=optional))
     if draw(st.booleans()):
@@ -131,36 +150,24 @@ def possible_settings(draw) -> Settings:
     if draw(st.booleans()):
         values["images_per_class"] = draw(st.integers(2, 5))
         values["batch_size"] = values["images_per_class"] * draw(st.integers(2, 9))
-    if values.get("wiring") == "published":
-        values["graph_scope"] = draw(st.sampled_from(["image", "batch"]))
-    else:
-        values["crop_gradient"] = draw(st.booleans())
-        values["graph_residual"] = draw(st.booleans())
-        values["spatial_weights"] = draw(st.sampled_from(["relative", "absolute"]))
-        values["without"] = draw(st.sampled_from([(), ("fusion",), ("weighting", "fusion")]))
-    if values.get("graph_scope", "image") == "image" and draw(st.booleans()):
-        values["graph_edges"] = draw(st.sampled_from(["equal", "distance", "overlap"]))
     if not values.get("sync_batch_norm") and draw(st.booleans()):
         values["batch_norm"] = draw(st.sampled_from(["shared", "per_pass"]))
-    if "suppression" in values and values["suppression"] != "learnable":
-        values["classify_suppressed"] = draw(st.booleans())
     if values.get("dataset", "demo") == "demo" and "backbone" not in values:
         values["stride_on_first_conv"] = False  # the demo's backbone has no place for it
-    if values.get("model", "sgkrl") == "sgkrl" and values.get("graph_scope", "image") == "image":
-        values["exit_threshold"] = draw(st.floats(0, 1))
-    return complete(Settings(**values))
+    chosen = complete(Settings(**values))
+    shared = Shared(**{name: getattr(chosen, name) for name in Shared._fields})
+    return complete(dataclasses.replace(chosen, options=draw(possible_options(chosen.model, shared))))
 
 
-def words_of(chosen: Settings) -> list[str]:
-    """The command line that asks for the settings."""
+def words_of(values: dict[str, object]) -> list[str]:
+    """The command line that asks for settings by name."""
     words = []
-    for name in HINTS:
-        value = getattr(chosen, name)
+    for name, value in values.items():
         if isinstance(value, bool):
             words += [f"--{name}" if value else f"--no-{name}"]
         elif isinstance(value, dict):
             words += [f"--{name}", *(f"{key}={number!r}" for key, number in value.items())]
-        elif isinstance(value, tuple) and name != "windows":
+        elif isinstance(value, tuple) and not any(isinstance(item, tuple) for item in value):
             words += [f"--{name}", *map(str, value)]
         elif value is not None:
             words += [f"--{name}={value}"]
@@ -168,27 +175,27 @@ def words_of(chosen: Settings) -> list[str]:
 
 
 def test_every_field_has_possible_values_in_this_test():
-    drawn = {
-        "input_size",
-        "image_size",
-        "images_per_class",
-        "batch_size",
-        "graph_scope",
-        "classify_suppressed",
-        "exit_threshold",
-    }
+    drawn = {"input_size", "image_size", "images_per_class", "batch_size", "options"}
     assert POSSIBLE.keys() | drawn == HINTS.keys()
 
 
 @examples(60)
 @given(possible_settings())
 def test_settings_come_back_from_the_command_line(chosen):
-    assert parse_settings(words_of(chosen)) == chosen
+    assert parse_settings(words_of(flat(chosen))) == chosen
     assert complete(chosen) == chosen
 
 
+@examples(60)
+@given(st.data(), st.sampled_from(MODELS))
+def test_options_of_every_system_come_from_the_command_line_as_from_the_file(data, model):
+    shared = {"model": model, "dataset": "folder", "data_root": "x"}
+    options = data.draw(possible_options(model, Shared()), label="options")
+    assert parse_settings(words_of(shared | options)) == complete(Settings(**shared, options=options))
+
+
 NUMBERS = st.integers() | st.floats() | st.sampled_from([2**63, 10**400, -(10**400), True])
-TEXTS = st.text(st.characters(), max_size=10) | st.sampled_from(["*_Gull", "auto", "none", "trained", "birds", "~a/b"])
+TEXTS = st.text(st.characters(), max_size=10) | st.sampled_from(["*_Gull", "auto", "none", "relative", "birds", "~a/b"])
 JUNK = st.recursive(
     st.none() | NUMBERS | TEXTS | st.binary(max_size=3) | st.sampled_from([object(), ..., print, int, 1j]),
     lambda inner: (
@@ -201,20 +208,29 @@ JUNK = st.recursive(
 
 
 @examples(400)
-@given(st.dictionaries(st.sampled_from(sorted(HINTS)), JUNK, min_size=1, max_size=3))
-def test_junk_is_taken_or_refused_in_one_line(values):
+@given(
+    st.sampled_from(MODELS),
+    st.dictionaries(st.sampled_from(sorted(HINTS)), JUNK, max_size=3),
+    st.dictionaries(st.sampled_from(sorted({name for own in OWN.values() for name in own})), JUNK, max_size=3),
+)
+def test_junk_is_taken_or_refused_in_one_line(model, values, options):
+    given = {"model": model, "data_root": "x", "options": options} | values
     try:
-        chosen = complete(Settings(**({"data_root": "x"} | values)))
+        chosen = complete(Settings(**given))
     except SettingsError as refusal:
         assert str(refusal).isprintable()
         assert len(str(refusal)) < 1000
-        assert any(name in str(refusal) for name in values)
+        names = [*values, *options, *(given["options"] if isinstance(given["options"], dict) else ())]
+        assert any(str(name) in str(refusal) or repr(name) in str(refusal) for name in names)
     else:
         assert complete(chosen) == chosen
 
 
+FLAGS = [f"--{name}" for names in (HINTS, *OWN.values()) for name in names]
+
+
 @examples(100)
-@given(st.lists(st.sampled_from([f"--{name}" for name in HINTS]) | TEXTS | NUMBERS.map("{!r:.99}".format), max_size=6))
+@given(st.lists(st.sampled_from(FLAGS) | TEXTS | NUMBERS.map("{!r:.99}".format), max_size=6))
 def test_a_command_line_of_junk_is_taken_or_refused_in_one_line(words):
     try:
         parse_settings([word for word in words if not word.startswith("-h")])  # help is a way out of its own

@@ -1,4 +1,4 @@
-"""The published wiring as a whole: a checkpoint under the published names, loaded, against the loops in `reference`."""
+"""Published checkpoints, loaded under their names: SG-KRL and MMAL-Net against the loops in `reference`."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ def save_checkpoint(path: Path, state_dict: dict[str, Tensor]) -> Path:
 
 
 def build(system: str, **settings: object) -> nn.Module:
-    if system == "sgkrl":
-        settings = {"wiring": "published", "graph_scope": "batch"} | settings
-    return build_network(system, num_classes=CLASSES, backbone="resnet50", input_size=SIZE, **settings)
+    """SG-KRL with the graph over the batch, as published, unless told otherwise."""
+    model = "sgkrl_published" if system == "sgkrl" else system
+    settings = ({"graph_scope": "batch"} if system == "sgkrl" else {}) | settings
+    return build_network(model, num_classes=CLASSES, backbone="resnet50", input_size=SIZE, **settings)
 
 
 class Published:
@@ -83,7 +84,7 @@ def expected_sgkrl(sgkrl: Published) -> dict[bool, dict[str, Tensor]]:
 
 @pytest.fixture(scope="module")
 def spare() -> dict[str, nn.Module]:
-    """Networks to load other files into; the SG-KRL differs from the one above in what no checkpoint says."""
+    """Networks to load other files into; the SG-KRL differs from the one above in what no checkpoint holds."""
     return {"sgkrl": build("sgkrl", graph_scope="image", windows="vehicles"), "mmal": build("mmal")}
 
 
@@ -131,7 +132,7 @@ def test_forward_makes_the_host_wait_nowhere(sgkrl: Published, mmal: Published) 
         mmal.network(images)
 
 
-def test_system_s_answer_has_one_row_per_image(sgkrl: Published) -> None:
+def test_prediction_has_one_row_per_image(sgkrl: Published) -> None:
     with torch.no_grad():
         output = sgkrl.network(make_images())
     assert sgkrl.network.predict_logits(output).shape == (BATCH, CLASSES)

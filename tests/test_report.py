@@ -20,7 +20,7 @@ HOSTILE = "</script><script>document.title='taken'</script><img src=http://examp
 
 
 def made_up_report(folder: Path, classes: int = 200) -> tuple[Path, list[str], torch.Tensor]:
-    """The page of made-up answers of `classes` classes, the first of which has a hostile name."""
+    """The page of made-up predictions of `classes` classes, the first of which has a hostile name."""
     generator = torch.Generator().manual_seed(3)
     names = [HOSTILE, "Ünïcode 鳥", *(f"class {number}" for number in range(2, classes))]
     labels = torch.arange(classes - 1).repeat(5)  # the last class has no image
@@ -35,14 +35,14 @@ def made_up_report(folder: Path, classes: int = 200) -> tuple[Path, list[str], t
         "checkpoint": f"checkpoint/{HOSTILE}/best.pth",
         "epoch": 3,
         "selected_on": "60 validation images",
-        "answer": "mean probability of raw, object",
+        "prediction": "mean probability of raw, object",
         "images": len(labels),
-        "branches": {"answer": values, "raw": values | {"top1": 0.25}, "object": values | {"top1": 0.125}},
+        "branches": {"prediction": values, "raw": values | {"top1": 0.25}, "object": values | {"top1": 0.125}},
         "mean_per_class_accuracy": share,
         "calibration": calibration(probabilities, correct),
         "boxes": {"mean": overlaps.mean().item(), "share_at_0.5": (overlaps >= 0.5).float().mean().item()},
         "images_per_second": 12.5,
-        "settings": {"model": "sgkrl", "name": HOSTILE, "classes": None},
+        "settings": {"model": "sgkrl", "name": HOSTILE, "classes": None, "options": {"graph_edges": "overlap"}},
     }
     drawing = torch.randint(256, (3, 60, 90), dtype=torch.uint8, generator=generator)
     mistakes = [Mistake(drawing, f"{HOSTILE}/{n}.jpg", HOSTILE, names[n + 1], 1 - n / 100) for n in range(24)]
@@ -108,7 +108,8 @@ def test_every_class_and_setting_has_its_row(page):
     elements = Elements(path.read_text("utf-8"))
     values = [attributes.get("data-value") for tag, attributes in elements.tags if tag == "td"]
     assert set(names) <= set(values)
-    assert {"model", "sgkrl", "None"} <= set(values)
+    assert {"model", "sgkrl", "None", "graph_edges", "overlap"} <= set(values)
+    assert "options" not in values
     accuracy = (matrix.diagonal() / matrix.sum(dim=1))[5].item()
     numbers = [float(value) for value in values if re.fullmatch(r"[\d.]+", value)]
     assert any(number == pytest.approx(accuracy, abs=1e-6) for number in numbers)
@@ -120,10 +121,10 @@ def test_a_system_without_boxes_or_mistakes_has_a_page_too(tmp_path, boxes):
         "checkpoint": "best.pth",
         "epoch": 1,
         "selected_on": "x",
-        "answer": "raw",
+        "prediction": "raw",
         "images": 4,
         "branches": {
-            "answer": {"top1": 1.0, "top1_interval_95": (0.5, 1.0), "top5": 1.0, "top5_interval_95": (0.5, 1.0)}
+            "prediction": {"top1": 1.0, "top1_interval_95": (0.5, 1.0), "top5": 1.0, "top5_interval_95": (0.5, 1.0)}
         },
         "mean_per_class_accuracy": 1.0,
         "calibration": calibration(torch.ones(4), torch.ones(4)),
@@ -134,7 +135,7 @@ def test_a_system_without_boxes_or_mistakes_has_a_page_too(tmp_path, boxes):
     matrix = torch.diag(torch.tensor([2, 2]))
     write_report(tmp_path / "report.html", report, class_names=["a", "b"], matrix=matrix)
     text = (tmp_path / "report.html").read_text("utf-8")
-    assert "No test image was answered wrongly" in text
+    assert "No test image was classified wrongly" in text
     assert "nothing to measure" in text
 
 
@@ -226,7 +227,7 @@ def test_in_a_browser_nothing_fails_tables_sort_and_pictures_load(page, tmp_path
     assert [name for name in seen["names"] if name.startswith("class ")] == [f"class {n}" for n in range(2, 200)]
     assert seen["pictures"] == [[True, 90, 60]] * 24
     assert seen["title"] == f"checkpoint/{HOSTILE}/best.pth"
-    assert seen["corner"] == f"{HOSTILE} answered as {HOSTILE}: {matrix[0, 0]} of 5"
-    assert seen["cell"] == f"class 7 answered as class 7: {matrix[7, 7]} of 5"
+    assert seen["corner"] == f"{HOSTILE} taken for {HOSTILE}: {matrix[0, 0]} of 5"
+    assert seen["cell"] == f"class 7 taken for class 7: {matrix[7, 7]} of 5"
     assert seen["width"] == pytest.approx(seen["height"])
     assert seen["width"] >= 3 * 200  # pixels: a cell can be pointed at

@@ -109,8 +109,14 @@ def test_a_disabled_log_writes_nothing(tmp_path):
 
 
 CURVES = [
-    *("train/loss/total", "train/loss/raw", "train/loss/ranking", "validation/accuracy/answer", "train/accuracy/graph"),
-    *("validation/box_iou/mean", "validation/box_iou/share_at_0.5", "schedule/learning_rate", "train/images"),
+    *("train/loss/total", "train/loss/raw", "train/loss/ranking", "validation/accuracy/prediction"),
+    *(
+        "train/accuracy/graph",
+        "validation/box_iou/mean",
+        "validation/box_iou/share_at_0.5",
+        "schedule/learning_rate",
+        "train/images",
+    ),
     *("speed/train_images_per_second", "calibration_error"),
 ]
 
@@ -140,23 +146,23 @@ def test_a_run_is_a_row_of_the_table_of_runs(tmp_path):
     assert values == settings | {"classes": "None", "windows": "((4, 4), 2)"}
     metadata = _events(tmp_path / "demo-sgkrl").SummaryMetadata("_hparams_/experiment")
     experiment = plugin_data_pb2.HParamsPluginData.FromString(metadata.plugin_data.content).experiment
-    assert ("test", "accuracy/answer") in {(info.name.group, info.name.tag) for info in experiment.metric_infos}
+    assert ("test", "accuracy/prediction") in {(info.name.group, info.name.tag) for info in experiment.metric_infos}
     assert all(describe(info.name.tag) for info in experiment.metric_infos)
 
 
 def test_an_evaluation_replaces_the_one_before_it(tmp_path):
-    log_evaluation(tmp_path / "test", 4, {"accuracy/answer": 0.25})
+    log_evaluation(tmp_path / "test", 4, {"accuracy/prediction": 0.25})
     pictures = torch.rand(3, 3, 8, 8)
     log_evaluation(
         tmp_path / "test",
         5,
-        {"accuracy/answer": 0.5, "box_iou/mean": 0.75},
+        {"accuracy/prediction": 0.5, "box_iou/mean": 0.75},
         mat=torch.eye(3),
         metadata=["a", "b", "c"],
         label_img=pictures,
     )
     events = _events(tmp_path / "test")
-    assert [(point.step, point.value) for point in events.Scalars("accuracy/answer")] == [(5, 0.5)]
+    assert [(point.step, point.value) for point in events.Scalars("accuracy/prediction")] == [(5, 0.5)]
     (table,) = (tmp_path / "test").rglob("tensors.tsv")
     assert table.read_text().splitlines()[1].split() == ["0.0", "1.0", "0.0"]
     (names,) = (tmp_path / "test").rglob("metadata.tsv")

@@ -17,19 +17,21 @@ import torch
 from launching import TORCHRUN, run_python, run_script, run_two_processes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import assembly
 import config
 import datasets
 import train
-from assembly import load_trained
-from config import Settings, SettingsError
+import utils.run
+from config import Settings, SettingsError, rebuilt
 from datasets import DataError, Pictures, read_catalogue
-from networks import build_network
+from networks import build_network, find_system
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from utils.data import demo_birds
 from utils.data.augmentation import normalised
 from utils.errors import Stopped, UserError, exit_with_one_sentence
-from utils.training.engine import NonFiniteLossError
+from utils.options import flat
+from utils.training.building import build_from_settings, load_trained
+from utils.training.nonfinite import NonFiniteLossError
+from utils.training.resume import FREE_ON_RESUME
 
 pytestmark = pytest.mark.usefixtures("thin_trunk")
 
@@ -38,10 +40,11 @@ BRANCHES = ("raw", "fused", "object", "window", "graph")
 # Everything that a resumed run could get wrong: flips, jitter and dropout are on; warm-up ends, the mask begins and the
 # learning rate changes at every step.
 FOUR_EPOCHS = [
-    *("--epochs", "4", "--warmup_epochs", "1", "--mask_from_epoch", "3", "--schedule", "one_cycle"),
+    *("--epochs", "4", "--warmup_epochs", "1", "--schedule", "one_cycle"),
     *("--learning_rate", "0.01", "--head_learning_rate_factor", "5", "--clip_gradient_norm", "1"),
     *("--label_smoothing", "0.1", "--dropout", "0.5", "--pictures_every", "3"),
 ]
+MASKED = ["--mask_from_epoch", "3"]  # of sgkrl
 TWO_EPOCHS = ["--epochs", "2", "--schedule", "steps", "--milestones", "1", "--learning_rate", "0.05"]
 
 
@@ -82,9 +85,9 @@ def interrupt_in_epoch(monkeypatch: pytest.MonkeyPatch, epoch: int) -> None:
     evaluate = train.evaluate
     plan_epoch, planned = train.plan_epoch, []
 
-    def plan(number, *arguments, **options):
+    def plan(system, number, *arguments, **options):
         planned.append(number)
-        return plan_epoch(number, *arguments, **options)
+        return plan_epoch(system, number, *arguments, **options)
 
     def interrupted(*arguments, **options):
         if planned[-1] == epoch:
@@ -119,7 +122,7 @@ def runs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(tiny_run, runs) -> Path:
     """The folder of an uninterrupted run of SG-KRL over four epochs; tests only read it."""
-    train.main(tiny_run(runs, *FOUR_EPOCHS, model="sgkrl"))
+    train.main(tiny_run(runs, *FOUR_EPOCHS, *MASKED, model="sgkrl"))
     return runs / "folder-sgkrl"
 
 
@@ -152,7 +155,7 @@ def test_folder_of_a_run(finished):
     in_checkpoint = load_checkpoint(finished / "last.pth")["settings"]
     assert saved == json.loads(json.dumps(in_checkpoint))
     assert in_checkpoint.keys() == Settings.__dataclass_fields__.keys()
-    assert (saved["epochs"], saved["model"], saved["windows"]) == (4, "sgkrl", [[[[5, 5]], 1]])
+    assert (saved["epochs"], saved["model"], saved["options"]["windows"]) == (4, "sgkrl", [[[[5, 5]], 1]])
 
 
 def test_log_has_a_line_per_epoch(finished):
@@ -162,7 +165,7 @@ def test_log_has_a_line_per_epoch(finished):
         trained = ("raw",) if line["epoch"] == 1 else BRANCHES
         logged = {f"train/loss/{name}" for name in (*trained, "total")} | {f"train/accuracy/{name}" for name in trained}
         logged |= {f"validation/loss/{name}" for name in (*BRANCHES, "total")}
-        logged |= {f"validation/accuracy/{name}" for name in (*BRANCHES, "answer")}
+        logged |= {f"validation/accuracy/{name}" for name in (*BRANCHES, "prediction")}
         logged |= {"schedule/learning_rate", "speed/train_images_per_second", "speed/validation_images_per_second"}
         assert line.keys() == logged | {"epoch", "train/images", "validation/images"}
         assert (line["train/images"], line["validation/images"]) == (12, 6)
@@ -183,12 +186,13 @@ def test_tensorboard_holds_the_log_pictures_and_settings(finished):
     assert [image.step for image in events.Images("validation/localization")] == [1, 3, 4]
     (text_tag,) = (tag for tag in events.Tags()["tensors"] if tag.startswith("settings"))
     text = events.Tensors(text_tag)[0].tensor_proto.string_val[0].decode()
-    for name in (*Settings.__dataclass_fields__, "selected_on"):
+    shared = [name for name in Settings.__dataclass_fields__ if name != "options"]
+    for name in (*shared, *find_system("sgkrl").Options.__dataclass_fields__, "selected_on"):
         assert re.search(rf"\b{name}\b", text), name
 
 
-def test_best_is_the_epoch_of_the_highest_validation_answer(finished):
-    accuracies = {line["epoch"]: line["validation/accuracy/answer"] for line in read_log(finished)}
+def test_best_is_the_epoch_of_the_highest_validation_accuracy(finished):
+    accuracies = {line["epoch"]: line["validation/accuracy/prediction"] for line in read_log(finished)}
     best_epoch = max(accuracies, key=lambda epoch: (accuracies[epoch], -epoch))  # of equal ones the first
     best, last = load_checkpoint(finished / "best.pth"), load_checkpoint(finished / "last.pth")
     assert best["epoch"] == best_epoch
@@ -209,7 +213,7 @@ def test_best_follows_the_figures(tiny_run, tmp_path, monkeypatch, accuracies):
         return {
             "loss/total": accuracy,
             "accuracy/raw": 1 - accuracy,
-            "accuracy/answer": accuracy,
+            "accuracy/prediction": accuracy,
             "images_per_second": 1.0,
         }
 
@@ -241,7 +245,7 @@ def test_demo_birds_have_boxes(tmp_path, monkeypatch, evaluation_script):
     evaluation_script.main([str(folder / "best.pth")])
     boxes = json.loads((folder / "report.json").read_text(encoding="utf-8"))["boxes"]
     saved = load_checkpoint(folder / "best.pth")
-    network = rebuilt(saved)
+    network = put_together(saved)
     catalogue = read_catalogue("demo", None, classes=names)
     overlaps = []
     for sample in Pictures(catalogue.test, image_size=128):
@@ -285,7 +289,7 @@ def test_every_system_logs_and_reports_its_terms_and_branches(other_system, tmp_
             logged = {name.removeprefix(f"{split}/loss/") for name in line if name.startswith(f"{split}/loss/")}
             assert logged == {*expected, "total"}, split
         accuracies = {n.rpartition("/")[2] for n in line if n.startswith("validation/accuracy/")}
-        assert accuracies == {*branches, "answer"}
+        assert accuracies == {*branches, "prediction"}
     assert set(read_events(folder).Tags()["scalars"]) == {name for name in second | first if name != "epoch"}
     weights = {"contrastive": 0.5}
     for split, expected in (("train", terms), ("validation", evaluated_terms)):
@@ -296,9 +300,9 @@ def test_every_system_logs_and_reports_its_terms_and_branches(other_system, tmp_
     copy = Path(shutil.copytree(folder, tmp_path / folder.name))
     evaluation_script.main([str(copy / "last.pth")])
     report = json.loads((copy / "report-last.json").read_text(encoding="utf-8"))
-    assert report["branches"].keys() == {*branches, "answer"}
-    answer = {"mmal": "object", "flrdf": "mean probability of raw, object", "scrim": "concat"}
-    assert report["answer"] == answer[model]
+    assert report["branches"].keys() == {*branches, "prediction"}
+    prediction = {"mmal": "object", "flrdf": "mean probability of raw, object", "scrim": "concat"}
+    assert report["prediction"] == prediction[model]
 
 
 def test_every_system_continues_as_if_never_stopped(other_system, tiny_run, tmp_path, monkeypatch):
@@ -321,19 +325,39 @@ def test_loss_weights_reach_the_loss(tiny_run, tmp_path):
     assert line["train/loss/total"] == pytest.approx(total, rel=1e-6)
 
 
-def test_branches_that_nothing_trains_are_evaluated_for_the_answer_only(tiny_run, tmp_path, evaluation_script):
-    options = ("--warmup_epochs", "0", "--loss_weights", "window=0", "graph=0", "object=0", "--answer", "raw", "object")
+def test_branches_that_nothing_trains_are_evaluated_for_the_prediction_only(tiny_run, tmp_path, evaluation_script):
+    options = (
+        "--warmup_epochs",
+        "0",
+        "--loss_weights",
+        "window=0",
+        "graph=0",
+        "object=0",
+        "--prediction",
+        "raw",
+        "object",
+    )
     train.main(tiny_run(tmp_path, *options, model="sgkrl"))
     (line,) = read_log(tmp_path / "folder-sgkrl")
     evaluated = {name.rpartition("/")[2] for name in line if name.startswith("validation/accuracy/")}
-    assert evaluated == {"raw", "fused", "object", "answer"}
+    assert evaluated == {"raw", "fused", "object", "prediction"}
     evaluation_script.main([str(tmp_path / "folder-sgkrl" / "last.pth")])
     report = json.loads((tmp_path / "folder-sgkrl" / "report-last.json").read_text(encoding="utf-8"))
     assert report["branches"].keys() == evaluated
 
 
 def test_the_exit_curve_asks_for_branches_that_evaluation_leaves_out(tiny_run, tmp_path, evaluation_script, capsys):
-    options = ("--warmup_epochs", "0", "--loss_weights", "window=0", "graph=0", "object=0", "--answer", "raw", "fused")
+    options = (
+        "--warmup_epochs",
+        "0",
+        "--loss_weights",
+        "window=0",
+        "graph=0",
+        "object=0",
+        "--prediction",
+        "raw",
+        "fused",
+    )
     train.main(tiny_run(tmp_path, *options, model="sgkrl"))
     evaluation_script.main([str(tmp_path / "folder-sgkrl" / "last.pth"), "--exit_curve"])
     assert "early exit, measured on" in capsys.readouterr().out
@@ -349,7 +373,7 @@ def test_branches_to_report_may_be_chosen(other_system, tmp_path, evaluation_scr
     }[model]
     evaluation_script.main([str(copy / "last.pth"), "--branches", asked])
     report = json.loads((copy / "report-last.json").read_text(encoding="utf-8"))
-    assert report["branches"].keys() == {"answer", *reported}
+    assert report["branches"].keys() == {"prediction", *reported}
     with pytest.raises(ValueError, match="crown"):
         evaluation_script.main([str(copy / "last.pth"), "--branches", "crown"])
 
@@ -362,14 +386,14 @@ def assert_same_run(one: Path, other: Path) -> None:
     for name in ("last.pth", "best.pth"):
         contents = [load_checkpoint(folder / name) for folder in (one, other)]
         for content in contents:
-            for free in train.FREE_ON_RESUME:
-                content["settings"].pop(free)
+            settings = content["settings"]
+            content["settings"] = {name: v for name, v in settings.items() if name not in FREE_ON_RESUME}
         assert_equal(*contents, name)
 
 
 def test_a_continued_run_equals_an_uninterrupted_one(finished, tiny_run, picture_tree, tmp_path, monkeypatch):
     """Stopped in the middle of epoch 3, pictures loaded by two workers instead of the main process, and moved."""
-    arguments = tiny_run(tmp_path, *FOUR_EPOCHS, "--workers", "2", model="sgkrl")
+    arguments = tiny_run(tmp_path, *FOUR_EPOCHS, *MASKED, "--workers", "2", model="sgkrl")
     folder = tmp_path / finished.name
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_in_epoch(patch, 3)
@@ -383,7 +407,7 @@ def test_a_continued_run_equals_an_uninterrupted_one(finished, tiny_run, picture
     momenta = load_checkpoint(folder / "last.pth")["optimizer"]["state"]
     assert len(momenta) > 60
     assert all(state["momentum_buffer"].abs().sum() > 0 for state in momenta.values())
-    for tag in ("train/loss/total", "validation/accuracy/answer", "schedule/learning_rate"):
+    for tag in ("train/loss/total", "validation/accuracy/prediction", "schedule/learning_rate"):
         points, whole = read_events(folder).Scalars(tag), read_events(finished).Scalars(tag)
         assert [(p.step, p.value) for p in points] == [(p.step, p.value) for p in whole]
 
@@ -413,7 +437,7 @@ def test_every_epoch_has_an_order_and_random_numbers_of_its_own(tiny_run, tmp_pa
         return {"loss/total": 1.0, "images_per_second": 1.0}
 
     monkeypatch.setattr(train, "train_one_epoch", record)
-    monkeypatch.setattr(train, "save_checkpoint", lambda path, content: None)
+    monkeypatch.setattr(utils.run, "save_checkpoint", lambda path, content: None)
     train.main(tiny_run(tmp_path, *TWO_EPOCHS))
     (first_order, first_numbers), (second_order, second_numbers) = seen
     assert {index for index, _ in first_order} == {index for index, _ in second_order} == set(range(12))
@@ -452,15 +476,15 @@ def test_settings_younger_than_the_run_had_their_defaults(short, tiny_run, tmp_p
     train.main(tiny_run(tmp_path, *TWO_EPOCHS))
     with pytest.raises(CheckpointError, match=re.escape("crop_scale 1.0 there and 0.5 here")):
         train.main(tiny_run(tmp_path, *TWO_EPOCHS, "--crop_scale", "0.5"))
-    assert load_trained(path).settings.crop_scale == 1
+    assert load_trained(path, rebuilt).settings.crop_scale == 1
 
 
-def test_a_graph_older_than_its_residual_answers_as_it_did(tiny_run, tmp_path):
-    """The weights fit either wiring; only the settings tell which."""
+def test_a_graph_older_than_its_residual_predicts_as_it_did(tiny_run, tmp_path):
+    """The weights fit either variant; only the settings tell which."""
     former = ("--no-graph_residual", "--spatial_weights", "absolute")
     settings = config.parse_settings(tiny_run(tmp_path, *former, model="sgkrl"))
     torch.manual_seed(1)
-    network = assembly.network_of(settings, 3, pretrained=False).eval()
+    network = build_from_settings(settings, 3, load_weights=False).eval()
     for layer in (network.graph.classifier, network.weighting.spatial.conv):  # which start next to zero
         torch.nn.init.normal_(layer.weight)
     saved = {"epoch": 1, "class_names": ["a", "b", "c"], "selected_on": "validation"}
@@ -470,13 +494,13 @@ def test_a_graph_older_than_its_residual_answers_as_it_did(tiny_run, tmp_path):
     with torch.no_grad():
         expected = network(images).logits
         for younger in ((), ("graph_residual", "spatial_weights", "without")):
-            save_checkpoint(
-                path, saved | {"settings": {k: v for k, v in saved["settings"].items() if k not in younger}}
-            )
-            outputs.append(load_trained(path).network(images).logits)
-        saved["settings"] |= {"graph_residual": True, "spatial_weights": "relative"}
+            former = {name: value for name, value in flat(settings).items() if name not in younger}
+            former |= {"wiring": "trained", "answer": former.pop("prediction")}
+            save_checkpoint(path, saved | {"settings": former})
+            outputs.append(load_trained(path, rebuilt).network(images).logits)
+        saved["settings"]["options"] |= {"graph_residual": True, "spatial_weights": "relative"}
         save_checkpoint(path, saved)
-        now = load_trained(path).network(images).logits
+        now = load_trained(path, rebuilt).network(images).logits
     for found in outputs:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     for branch in ("object", "graph"):
@@ -532,7 +556,7 @@ def test_a_run_killed_between_last_and_best_still_gets_its_best(tiny_run, tmp_pa
     evaluate = train.evaluate
 
     def evaluate_and_pretend(*arguments, **options):
-        return evaluate(*arguments, **options) | {"accuracy/answer": next(figures)}
+        return evaluate(*arguments, **options) | {"accuracy/prediction": next(figures)}
 
     def kill_before_best(path, content):
         if Path(path).name == "best.pth":
@@ -541,7 +565,7 @@ def test_a_run_killed_between_last_and_best_still_gets_its_best(tiny_run, tmp_pa
 
     monkeypatch.setattr(train, "evaluate", evaluate_and_pretend)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "save_checkpoint", kill_before_best)
+        patch.setattr(utils.run, "save_checkpoint", kill_before_best)
         train.main(tiny_run(tmp_path, "--epochs", "2"))
     train.main(tiny_run(tmp_path, "--epochs", "2"))
     best, last = (load_checkpoint(tmp_path / "folder-resnet" / name) for name in ("best.pth", "last.pth"))
@@ -597,12 +621,12 @@ def test_no_validation_has_to_be_asked_for(tiny_run, tmp_path):
     ("flag", "values", "word"),
     [
         ("backbone", ["resnet9"], "resnet9"),
-        ("wiring", ["tangled"], "tangled"),
+        ("spatial_weights", ["tangled"], "tangled"),
         ("graph_scope", ["batch"], "graph_scope"),
         ("windows", ["fish"], "fish"),
         ("windows", ["((((14, 14),), 5),)"], "5"),
         ("windows", ["(1, 2)"], "windows"),
-        ("answer", ["raw", "tail"], "tail"),
+        ("prediction", ["raw", "tail"], "tail"),
         ("pretrained", ["missing.pth"], "missing.pth"),
         ("pretrained", ["IMAGENET"], "IMAGENET"),
         ("stride_on_first_conv", [], "stride_on_first_conv"),
@@ -624,10 +648,9 @@ def test_what_cannot_be_built_is_refused_before_anything_is_written(tiny_run, tm
 # ---- test.py --------------------------------------------------------------------------------------------------------
 
 
-def rebuilt(saved: dict) -> torch.nn.Module:
+def put_together(saved: dict) -> torch.nn.Module:
     """A checkpoint's network, put together here."""
-    names = ("backbone", "input_size", "windows", "wiring", "graph_scope")
-    settings = {name: saved["settings"][name] for name in names}
+    settings = {name: saved["settings"][name] for name in ("backbone", "input_size")} | saved["settings"]["options"]
     network = build_network(saved["settings"]["model"], num_classes=len(saved["class_names"]), **settings)
     network.load_state_dict(saved["network"])
     return network.eval()
@@ -645,18 +668,18 @@ def test_report_equals_an_independent_evaluation(finished, picture_tree, tmp_pat
     assert (folder / "pictures" / "test-last.png").is_file()
 
     saved = load_checkpoint(folder / "last.pth")
-    network = rebuilt(saved)
+    network = put_together(saved)
     catalogue = read_catalogue("folder", picture_tree, seed=0, test_fraction=0.25)
-    correct = dict.fromkeys(("answer", *BRANCHES), 0)
+    correct = dict.fromkeys(("prediction", *BRANCHES), 0)
     per_class = {label: [] for label in range(3)}
     for sample in Pictures(catalogue.test, image_size=96):
         with torch.no_grad():
             logits = network(normalised(sample.image[None]), mask_background=True).logits
         scores = {name: value[0].mean(dim=0) if name == "window" else value[0] for name, value in logits.items()}
-        scores["answer"] = sum(scores[name].softmax(dim=0) for name in ("raw", "fused", "object", "graph"))
+        scores["prediction"] = sum(scores[name].softmax(dim=0) for name in ("raw", "fused", "object", "graph"))
         for name, values in scores.items():
             correct[name] += (values.argmax() == sample.label).item()
-        per_class[sample.label].append((scores["answer"].argmax() == sample.label).item())
+        per_class[sample.label].append((scores["prediction"].argmax() == sample.label).item())
 
     assert report["images"] == 6
     assert report["branches"].keys() == correct.keys()
@@ -669,7 +692,7 @@ def test_report_equals_an_independent_evaluation(finished, picture_tree, tmp_pat
         assert name in printed
     recalls = [sum(hits) / len(hits) for hits in per_class.values()]
     assert report["mean_per_class_accuracy"] == pytest.approx(sum(recalls) / 3)
-    assert sum(c["count"] for c in report["worst_confusions"]) == 6 - correct["answer"]
+    assert sum(c["count"] for c in report["worst_confusions"]) == 6 - correct["prediction"]
     assert report["boxes"] is None
     assert report["images_per_second"] > 0
     assert report["epoch"] == 4

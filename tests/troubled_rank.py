@@ -18,14 +18,16 @@ import thin_trunk
 import torch
 
 import train
+import utils.run
+from networks.system import System
 from utils.errors import exit_with_one_sentence
 
 trouble, at, *arguments = sys.argv[1:]
-loss_terms, steps = train.loss_terms, []
+losses_of, steps = System.losses, []
 
 
 def troubled(*positional: object, **options: object) -> dict[str, torch.Tensor]:
-    losses = loss_terms(*positional, **options)
+    losses = losses_of(*positional, **options)
     if torch.is_grad_enabled():
         steps.append(1)
         if os.environ["RANK"] == "1" and len(steps) == int(at):
@@ -37,7 +39,7 @@ def troubled(*positional: object, **options: object) -> dict[str, torch.Tensor]:
 
 
 thin_trunk.install()
-train.loss_terms = troubled
-train.STEPS_BETWEEN_READINGS = 2
+System.losses = troubled
+utils.run.STEPS_BETWEEN_READINGS = 2
 with exit_with_one_sentence(training=True):
     train.main(arguments)

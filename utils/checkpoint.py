@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import UnionType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from networks.system import System
 from utils.errors import UserError
 from utils.files import SavingError, sync_folder, written_whole
 
@@ -67,6 +70,29 @@ def load_last(folder: Path, *, set_aside: bool = False) -> tuple[Path, dict] | N
     return None
 
 
+def load_run(path: str | Path) -> dict:
+    """Read a checkpoint that train.py wrote, best.pth or last.pth. Raises CheckpointError for any other file."""
+    content = load_checkpoint(path)
+    if not has(content, {"settings": dict, "class_names": list, "network": dict, "epoch": int, "selected_on": str}):
+        raise CheckpointError(f"{path} was not written by train.py: it lacks settings or weights")
+    return content
+
+
+def has(content: Mapping[str, object], kinds: Mapping[str, type | UnionType]) -> bool:
+    """Whether a checkpoint has entries of these names and kinds."""
+    return all(name in content and isinstance(content[name], kind) for name, kind in kinds.items())
+
+
+@contextlib.contextmanager
+def fits(path: Path, remedy: str) -> Iterator[None]:
+    """Raise CheckpointError where a checkpoint's state does not fit what it is loaded into in the block."""
+    try:
+        yield
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:  # PyTorch's, for a state dict
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path} does not fit the network of its settings ({reason[:300]}): {remedy}") from error
+
+
 def load_checkpoint(path: str | Path) -> dict:
     """Read a checkpoint into CPU memory; only tensors and plain values are accepted. Raises CheckpointError."""
     path = Path(path)
@@ -83,43 +109,27 @@ def load_checkpoint(path: str | Path) -> dict:
     return content
 
 
-# How names begin in checkpoints of the published MMAL-Net and SG-KRL code, and in ours.
-_PUBLISHED_PREFIXES = {
-    "pretrained_model.": "backbone.trunk.",
-    "rawcls_net.": "classifier.",
-    "CBAM.channelattention.fc.": "weighting.channel.mlp.",
-    "CBAM.spatialattention.conv1.": "weighting.spatial.conv.",
-    "gcn_model.conv1.": "graph.convolutions.0.",
-    "gcn_model.conv3.": "graph.convolutions.1.",
-    "gcn_model.classifier.": "graph.classifier.",
-    "fusion4.q_proj.": "fusion.stage3.query.",
-    "fusion4.k_proj.": "fusion.stage3.key.",
-    "fusion4.v_proj.": "fusion.stage3.value.",
-    "fusion4.out_proj.": "fusion.stage3.out.",
-    "fusion3.q_proj.": "fusion.stage2.query.",
-    "fusion3.k_proj.": "fusion.stage2.key.",
-    "fusion3.v_proj.": "fusion.stage2.value.",
-    "fusion3.out_proj.": "fusion.stage2.out.",
-}
+def load_published(network: System, path: str | Path) -> None:
+    """Load a checkpoint of a system's published code into a network of that system, such as `sgkrl_published`.
 
-
-def load_published(network: nn.Module, path: str | Path) -> None:
-    """Load a checkpoint of the published MMAL-Net or SG-KRL code into a network of that model.
-
-    SG-KRL wants `wiring="published"`. Everything has to fit: raises CheckpointError naming what is missing, left over
-    or of another shape (the published files' unused `pretrained_model.fc` excepted).
+    Everything has to fit: raises CheckpointError naming what is missing, left over or of another shape (the trunk's
+    unused `fc` excepted), and for a system whose published files are not known.
     """
+    names, published = network.published_names, {ours: theirs for theirs, ours in network.published_names.items()}
+    if not names:
+        raise CheckpointError(f"{path}: no published checkpoints are known of this model; choose another one")
     content = load_checkpoint(path)
     state = content.get("model_state_dict", content)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{path} is no published checkpoint: it holds no 'model_state_dict' of tensors")
     state = {name.removeprefix("module."): value for name, value in state.items()}
-    state = {name: value for name, value in state.items() if not name.startswith("pretrained_model.fc.")}
+    unused = tuple(f"{theirs}fc." for theirs, ours in names.items() if ours == "backbone.trunk.")
+    state = {name: value for name, value in state.items() if not name.startswith(unused)}
     expected = network.state_dict()
-    published_name = {renamed: name for name in state if (renamed := _rename_published(name)) in expected}
+    published_name = {renamed: name for name in state if (renamed := _renamed(name, names)) in expected}
     problems = {
         "left over": sorted(state.keys() - published_name.values()),
-        "missing": [_published_name_of(name) for name in expected if name not in published_name],
+        "missing": [_renamed(name, published) or name for name in expected if name not in published_name],
         "of another shape": [
             f"{name} {tuple(state[name].shape)} instead of {tuple(expected[ours].shape)}"
             for ours, name in published_name.items()
@@ -127,9 +137,9 @@ def load_published(network: nn.Module, path: str | Path) -> None:
         ],
     }
     if any(problems.values()):
-        listed = "; ".join(f"{problem}: {_first_few(names)}" for problem, names in problems.items() if names)
+        listed = "; ".join(f"{problem}: {_first_few(found)}" for problem, found in problems.items() if found)
         raise CheckpointError(
-            f"published checkpoint {path} does not fit this network (SG-KRL needs wiring='published'); {listed}"
+            f"published checkpoint {path} does not fit this network (SG-KRL's fit sgkrl_published); {listed}"
         )
     network.load_state_dict({ours: state[name] for ours, name in published_name.items()})
 
@@ -138,16 +148,9 @@ def _first_few(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _rename_published(name: str) -> str | None:
-    for published, ours in _PUBLISHED_PREFIXES.items():
-        if name.startswith(published):
-            return ours + name.removeprefix(published)
+def _renamed(name: str, beginnings: Mapping[str, str]) -> str | None:
+    """Return a parameter's name with its beginning replaced, None where it has none of these beginnings."""
+    for old, new in beginnings.items():
+        if name.startswith(old):
+            return new + name.removeprefix(old)
     return None
-
-
-def _published_name_of(name: str) -> str:
-    """Return the published name of a parameter of ours, or ours where that code has no such thing."""
-    for published, ours in _PUBLISHED_PREFIXES.items():
-        if name.startswith(ours):
-            return published + name.removeprefix(ours)
-    return name

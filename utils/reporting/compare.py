@@ -6,7 +6,7 @@ import csv
 import io
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ import numpy
 from utils.errors import UserError
 from utils.reporting.results import read_predictions
 
-# They say where and how fast a run was computed, not what it is.
+# Where and how fast a run was computed, not what it is
 UNIMPORTANT = frozenset(
     {
         *("checkpoint_dir", "data_root", "device", "data_parallel", "workers", "evaluation_batch_size", "fresh"),
@@ -32,7 +32,7 @@ class ComparisonError(UserError):
 class EvaluatedRun(NamedTuple):
     name: str
     report: Mapping
-    correct: dict[str, bool] | None  # picture -> whether the answer was right; None where predictions.csv is missing
+    correct: dict[str, bool] | None  # picture -> whether it was classified rightly; None without predictions.csv
 
 
 class PairedDifference(NamedTuple):
@@ -42,20 +42,20 @@ class PairedDifference(NamedTuple):
     difference: float
     low: float  # 95 % interval
     high: float
-    only_first: int  # images that only the first run answers rightly
+    only_first: int  # images that only the first run gets right
     only_second: int
 
 
-def compare(places: Sequence[Path], form: str = "text", *, older: Mapping[str, object] | None = None) -> str:
+def compare(places: Sequence[Path], form: str = "text", *, restore: Callable[[Mapping], Mapping] = dict) -> str:
     """Return the table of runs as "text", "csv" or "markdown"; text ends with paired comparisons of all pairs.
 
-    `places` are folders of runs (their report.json) or report files; `older` says what a setting was in reports that
-    do not know it yet. Raises ComparisonError where a report is missing.
+    `places` are folders of runs (their report.json) or report files; `restore` turns the settings in a report, of
+    any version, into those of this one by name. Raises ComparisonError where a report is missing.
     """
     runs = [_read_run(place) for place in places]
     if len(runs) < 2:
         raise ComparisonError(f"one run came, {places[0]}; expected at least two to compare")
-    header, rows = _table(runs, json.loads(json.dumps(older or {})))  # lists for tuples, as in the reports
+    header, rows = _table(runs, restore)
     if form == "csv":
         text = io.StringIO(newline="")
         csv.writer(text, lineterminator="\n").writerows([header, *rows])
@@ -71,10 +71,10 @@ def compare(places: Sequence[Path], form: str = "text", *, older: Mapping[str, o
 
 
 def paired_bootstrap(first: Sequence[bool], second: Sequence[bool], *, seed: int = 0) -> PairedDifference:
-    """Compare two runs on the same images, in the same order: images are drawn again and again, with both answers.
+    """Compare two runs on the same images, in the same order: images are drawn again and again, with both predictions.
 
     Efron & Tibshirani, "An Introduction to the Bootstrap", 1993. Pairing leaves out how hard the images are, so the
-    interval is much narrower than the runs' own. It says nothing of other seeds.
+    interval is much narrower than the runs' own. Other seeds are another matter.
     """
     first, second = numpy.asarray(first, dtype=bool), numpy.asarray(second, dtype=bool)
     only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
@@ -101,14 +101,17 @@ def _read_run(place: Path) -> EvaluatedRun:
         )
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-        report["branches"]["answer"]["top1"], report["settings"]["model"]  # noqa: B018
+        branches = report["branches"]
+        if "answer" in branches:  # of an older version
+            report["branches"] = branches = {"prediction": branches.pop("answer"), **branches}
+        branches["prediction"]["top1"], report["settings"]["model"]  # noqa: B018
     except (ValueError, KeyError, TypeError):
         raise ComparisonError(f"{path} is no report of test.py: write it again") from None
     table = path.with_name(path.name.replace("report", "predictions", 1)).with_suffix(".csv")
     correct = None
     if table.is_file():
         root = report["settings"].get("data_root")
-        correct = {_below(row["picture"], root): row["answer"] == "1" for row in read_predictions(table)}
+        correct = {_below(row["picture"], root): row["correct"] == "1" for row in read_predictions(table)}
     name = path.parent.name + path.stem.removeprefix("report")
     return EvaluatedRun(name, report, correct)
 
@@ -122,25 +125,34 @@ def _below(picture: str, root: str | None) -> str:
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else picture
 
 
-def _table(runs: Sequence[EvaluatedRun], older: Mapping[str, object]) -> tuple[list[str], list[list[str]]]:
-    names = list(dict.fromkeys(name for run in runs for name in run.report["settings"]))
-    settings = [{**older, **run.report["settings"]} for run in runs]
-    differing = [n for n in names if n not in UNIMPORTANT and any(s.get(n) != settings[0].get(n) for s in settings)]
+def _table(runs: Sequence[EvaluatedRun], restore: Callable[[Mapping], Mapping]) -> tuple[list[str], list[list[str]]]:
+    # lists for tuples, as in the reports
+    settings = [json.loads(json.dumps(restore(run.report["settings"]))) for run in runs]
+    names = list(dict.fromkeys(name for values in settings for name in values))
+    differing = [
+        name for name in names if name not in UNIMPORTANT and _differs([s[name] for s in settings if name in s])
+    ]
     branches = list(dict.fromkeys(name for run in runs for name in run.report["branches"]))
-    header = ["run", *differing, "images", "answer %", "95 % interval", *(f"{b} %" for b in branches if b != "answer")]
+    header = ["run", *differing, "images", "prediction %", "95 % interval"]
+    header += [f"{b} %" for b in branches if b != "prediction"]
     header += ["per class %", "boxes IoU >= 0.5 %", "mean IoU", "images/s"]
     rows = []
     for run, values in zip(runs, settings, strict=True):
-        report, answer = run.report, run.report["branches"]["answer"]
-        low, high = answer["top1_interval_95"]
+        report, prediction = run.report, run.report["branches"]["prediction"]
+        low, high = prediction["top1_interval_95"]
         boxes = report["boxes"] or {}
-        row = [run.name, *(_shown(values.get(name)) for name in differing), str(report["images"])]
-        row += [f"{100 * answer['top1']:.1f}", f"{100 * low:.1f} to {100 * high:.1f}"]
+        row = [run.name, *(_shown(values.get(name, "")) for name in differing), str(report["images"])]
+        row += [f"{100 * prediction['top1']:.1f}", f"{100 * low:.1f} to {100 * high:.1f}"]
         row += [f"{100 * report['branches'][b]['top1']:.1f}" if b in report["branches"] else "" for b in branches[1:]]
         row += [f"{100 * report['mean_per_class_accuracy']:.1f}"]
         row += [f"{100 * boxes['share_at_0.5']:.1f}", f"{boxes['mean']:.3f}"] if boxes else ["", ""]
         rows.append([*row, f"{report['images_per_second']:.1f}"])
     return header, rows
+
+
+def _differs(values: Sequence[object]) -> bool:
+    """Of the runs that have a setting: those of another system may have none of that name."""
+    return any(value != values[0] for value in values)
 
 
 def _shown(value: object) -> str:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from networks.outputs import NetworkOutput, object_confidence
+from networks.outputs import NetworkOutput, early_prediction, object_confidence
 from utils.errors import UserError
 
 
@@ -32,12 +32,12 @@ class ExitCollector:
         self.early_correct: list[Tensor] = []
         self.full_correct: list[Tensor] = []
 
-    def __call__(self, batch, output: NetworkOutput, answer: Tensor) -> None:
-        labels = batch.labels.to(answer.device)
-        early = self.network.early_answer(output.logits)
+    def __call__(self, batch, output: NetworkOutput, prediction: Tensor) -> None:
+        labels = batch.labels.to(prediction.device)
+        early = early_prediction(output.logits, self.network.prediction)
         self.confidences.append(object_confidence(output.logits))
         self.early_correct.append(early.argmax(dim=1) == labels)
-        self.full_correct.append(answer.argmax(dim=1) == labels)
+        self.full_correct.append(prediction.argmax(dim=1) == labels)
 
     def curve(self) -> list[ExitPoint]:
         """Return `exit_curve` of all images seen; a window is a quarter of a pass."""
@@ -52,7 +52,7 @@ def exit_curve(
 
     Args:
         confidence: [n] in 0 .. 1, how sure each image is where it could exit.
-        early_correct, full_correct: [n] bool, whether its answer is right there, and after everything.
+        early_correct, full_correct: [n] bool, whether its prediction is right there, and after everything.
         early_cost, rest_cost: cost of an image up to there, and of the rest.
 
     Raises UserError without images.
@@ -63,7 +63,7 @@ def exit_curve(
     order = confidence.double().argsort(descending=True, stable=True)
     confidence = confidence.double()[order]
     zero = torch.zeros(1, dtype=torch.long)
-    right = torch.cat([zero, early_correct[order].long().cumsum(0)])  # of the k surest, by their early answers
+    right = torch.cat([zero, early_correct[order].long().cumsum(0)])  # of the k surest, by their early predictions
     right += torch.cat([full_correct[order].long().flip(0).cumsum(0).flip(0), zero])  # and of the others
     points = [
         # The k surest exit: the threshold is the confidence of the first one that does not.

@@ -72,7 +72,7 @@ class EpochMeter:
 
         meter = EpochMeter(device)
         for ...:
-            meter.update(labels, losses=..., logits={**output.logits, "answer": answer}, boxes=..., true_boxes=...)
+            meter.update(labels, losses=..., logits={**output.logits, "prediction": ...}, boxes=..., true_boxes=...)
         meter.reduce()  # once, after the last batch
         values = meter.compute()
     """
@@ -93,18 +93,20 @@ class EpochMeter:
         logits: Mapping[str, Tensor] | None = None,
         boxes: Tensor | None = None,
         true_boxes: Tensor | None = None,
+        images: int | None = None,
     ) -> None:
         """Add a batch.
 
         Args:
             labels: [B] int64.
             losses: term -> scalar, the mean over this batch; weighted by B, so a small last batch counts for less.
-            logits: branch -> [B, C], or [B, N, C] for several windows, which answer together by their mean.
+            logits: branch -> [B, C], or [B, N, C] for several windows, which predict together by their mean.
             boxes, true_boxes: [B, 4] in continuous edges and in the same pixels (see `inclusive_to_edges`), or None;
                 the overlap is measured where both are there.
+            images: how many images are new with it; None: all B.
         """
         batch_size = labels.shape[0]
-        self.images += batch_size
+        self.images += batch_size if images is None else images
         for term, loss in (losses or {}).items():
             self._add(f"loss/{term}", loss.to(self.precision) * batch_size, batch_size)
         for branch, scores in (logits or {}).items():
@@ -203,15 +205,15 @@ def mean_per_class_accuracy(matrix: Tensor) -> float:
 
 
 def calibration(probabilities: Tensor, correct: Tensor, bins: int = 15) -> dict[str, object]:
-    """How far the probabilities [B] of answers can be taken at their word: by `correct` [B] bool.
+    """How far the probabilities [B] of predictions can be taken at their word: by `correct` [B] bool.
 
-    Answers are sorted into equally wide bins of their probability. Naeini, Cooper & Hauskrecht, "Obtaining well
+    Predictions are sorted into equally wide bins of their probability. Naeini, Cooper & Hauskrecht, "Obtaining well
     calibrated probabilities using Bayesian binning", AAAI 2015; Guo et al., "On calibration of modern neural networks",
     ICML 2017.
 
     Returns:
-        `expected_error`: mean distance of accuracy and probability over the bins, weighted by their answers; `bins`:
-        dicts of `low`, `high`, `count`, `probability` and `accuracy` (means, None in an empty bin).
+        `expected_error`: mean distance of accuracy and probability over the bins, weighted by their predictions;
+        `bins`: dicts of `low`, `high`, `count`, `probability` and `accuracy` (means, None in an empty bin).
     """
     probabilities, correct = probabilities.double(), correct.double()
     index = (probabilities * bins).long().clamp(0, bins - 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -10,15 +11,46 @@ from PIL import Image
 from torch import Tensor
 
 from networks.outputs import NetworkOutput
+from networks.system import System
 from utils.reporting.pictures import Caption, localization_panel, prediction_panel
+from utils.training.execution import Execution
+from utils.training.schedule import EpochPlan
 
+Entry = TypeVar("Entry")
+
+SHOWN = 8  # images of a panel
 PARTS_SHOWN = 3  # of each module that proposes parts, the best ones: more would hide each other
+
+
+def spread_over(entries: Sequence[Entry]) -> list[Entry]:
+    """Return up to `SHOWN` of these, evenly spread over all."""
+    return [entries[i] for i in torch.linspace(0, len(entries) - 1, min(SHOWN, len(entries))).long().tolist()]
+
+
+def draw_panel(
+    network: System, batch: Any, execution: Execution, plan: EpochPlan, class_names: Sequence[str]
+) -> Tensor:
+    """Draw what a system (set to evaluate) finds in a batch of `datasets`: see `output_panel`."""
+    network.eval()
+    with torch.no_grad(), execution.autocast():
+        output = network(
+            execution.images(batch.images), mask_background=plan.mask_background, branches=network.evaluated
+        )
+    return output_panel(
+        batch.images,
+        output,
+        network.predict_logits(output),
+        input_size=network.input_size,
+        class_names=class_names,
+        labels=batch.labels,
+        true_boxes=batch.boxes,
+    )
 
 
 def output_panel(
     images: Tensor,
     output: NetworkOutput,
-    answer: Tensor,
+    prediction: Tensor,
     *,
     input_size: int,
     class_names: Sequence[str],
@@ -27,22 +59,20 @@ def output_panel(
 ) -> Tensor:
     """Draw what the network found in images [B, 3, S, S] uint8: uint8 [3, height, width].
 
-    `answer` [B, classes] are the logits of the prediction; `true_boxes` [B, 4] are edges in pixels of `images`.
+    `prediction` [B, classes] are its logits; `true_boxes` [B, 4] are edges in pixels of `images`.
     Pictures are drawn at input_size, the pixels of the output's boxes.
     """
     scale = input_size / images.shape[-1]
     images = F.interpolate(images.float().cpu(), size=(input_size, input_size), mode="bilinear", antialias=True)
     pictures = images.round().clamp(0, 255).to(torch.uint8)
-    probabilities, predictions = answer.float().softmax(dim=1).max(dim=1)
+    probabilities, predictions = prediction.float().softmax(dim=1).max(dim=1)
     captions = [
         Caption(
-            predicted=class_names[prediction],
+            predicted=class_names[predicted],
             true=None if labels is None else class_names[labels[index]],
             note=f"{probability:.0%}",
         )
-        for index, (prediction, probability) in enumerate(
-            zip(predictions.tolist(), probabilities.tolist(), strict=True)
-        )
+        for index, (predicted, probability) in enumerate(zip(predictions.tolist(), probabilities.tolist(), strict=True))
     ]
     true_boxes = None if true_boxes is None else true_boxes * scale
     if output.part_boxes is not None:
@@ -67,7 +97,8 @@ def output_panel(
 
 def parts_to_show(output: NetworkOutput) -> Tensor:
     """Return the boxes [B, N, 4] of the best parts of each module."""
-    return output.part_boxes.unflatten(1, (output.part_scores.shape[1], -1))[:, :, :PARTS_SHOWN].flatten(1, 2)
+    modules = output.extras["part_scores"].shape[1] if output.extras and "part_scores" in output.extras else 1
+    return output.part_boxes.unflatten(1, (modules, -1))[:, :, :PARTS_SHOWN].flatten(1, 2)
 
 
 def image_panel(

@@ -138,7 +138,7 @@ def prediction_panel(
     """One picture of any size, with all that its prediction shows, side by side.
 
     The picture with the object's box, the mask and the parts; the object's crop with its numbered windows; where the
-    evidence for the answer lies; the most likely names as bars. What is None is left out.
+    evidence for the prediction lies; the most likely names as bars. What is None is left out.
 
     Args:
         picture: RGB, in its own proportions (drawn no flatter than 2 to 1).
@@ -381,7 +381,7 @@ def _legend(
         (true, "true box", lambda draw, box: _draw_dashed_box(draw, box, TRUE_BOX)),
         (mask, "left out by the mask", lambda draw, box: draw.rectangle(box, fill=(75, 75, 75), outline=MASK_OUTLINE)),
         (windows is not None, windows, _draw_numbered_sample),
-        (evidence, "speaks for the answer", lambda draw, box: draw.rectangle(box, fill=HEAT[2][1])),
+        (evidence, "speaks for the prediction", lambda draw, box: draw.rectangle(box, fill=HEAT[2][1])),
         (names, "right", lambda draw, box: draw.rectangle(box, fill=RIGHT)),
         (names, "wrong", lambda draw, box: draw.rectangle(box, fill=WRONG)),
     ]

@@ -23,7 +23,7 @@ CONFUSIONS_LISTED = 200
 
 
 class Mistake(NamedTuple):
-    """A wrong answer as it is shown: the drawing is uint8 [3, H, W]."""
+    """A wrong prediction as it is shown: the drawing is uint8 [3, H, W]."""
 
     drawing: Tensor
     picture: str
@@ -49,7 +49,7 @@ def write_report(
         class_names: C names, of any characters.
         matrix: [C, C] counts by true (row) and predicted class.
         overlaps: [images] IoU of predicted and true boxes, None where there are none.
-        mistakes: the surest wrong answers, the surest first.
+        mistakes: the surest wrong predictions, the surest first.
     """
     sections = [
         ("Accuracy", _accuracy(report)),
@@ -58,7 +58,7 @@ def write_report(
         ("Classes", _classes(matrix, class_names)),
         ("Localization", _localization(report, overlaps)),
         ("Calibration", _calibration(report["calibration"])),
-        ("Settings", _settings(report["settings"])),
+        ("Settings", _settings(_by_name(report["settings"]))),
     ]
     identifiers = [title.lower().replace(" ", "-") for title, _ in sections]
     links = "".join(f'<a href="#{i}">{title}</a>' for i, (title, _) in zip(identifiers, sections, strict=True))
@@ -67,7 +67,7 @@ def write_report(
         for i, (title, content) in zip(identifiers, sections, strict=True)
     )
     title = escape(str(report["checkpoint"]))
-    subtitle = escape(f"epoch {report['epoch']}, chosen by {report['selected_on']}; answer: {report['answer']}")
+    subtitle = escape(f"epoch {report['epoch']}, chosen by {report['selected_on']}; prediction: {report['prediction']}")
     # The policy keeps the page to itself whatever a class is called.
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
     page = (
@@ -81,18 +81,24 @@ def write_report(
 
 
 def order_where_it_matters(report: Mapping) -> str:
-    """Say in which order the test images were read if answers depend on it, else nothing."""
-    return f", {report['order']}" if report["settings"].get("graph_scope") == "batch" else ""
+    """Say in which order the test images were read if predictions depend on it, else nothing."""
+    return f", {report['order']}" if _by_name(report["settings"]).get("graph_scope") == "batch" else ""
+
+
+def _by_name(settings: Mapping) -> dict[str, object]:
+    """Return all settings, the system's own `options` among the others."""
+    shared = {name: value for name, value in settings.items() if name != "options"}
+    return {**shared, **settings.get("options", {})}
 
 
 # ---- Sections -------------------------------------------------------------------------------------------------------
 
 
 def _tiles(report: Mapping) -> str:
-    answer = report["branches"]["answer"]
-    low, high = answer["top1_interval_95"]
+    prediction = report["branches"]["prediction"]
+    low, high = prediction["top1_interval_95"]
     tiles = [
-        (f"{answer['top1']:.1%}", f"top-1 of the answer, 95 % interval {low:.1%} to {high:.1%}"),
+        (f"{prediction['top1']:.1%}", f"top-1 of the prediction, 95 % interval {low:.1%} to {high:.1%}"),
         (f"{report['mean_per_class_accuracy']:.1%}", "mean accuracy of the classes"),
         (f"{report['calibration']['expected_error']:.1%}", "expected calibration error"),
         (f"{report['images']}", f"test images{order_where_it_matters(report)}"),
@@ -112,21 +118,21 @@ def _accuracy(report: Mapping) -> str:
             cells += [(_bar(values[k]), values[k]), (f"{low:.1%} to {high:.1%}", low)]
         rows.append(cells)
     return _table(["branch", "top-1", "95 % interval", "top-5", "95 % interval"], rows) + (
-        "<p>The answer is what counts; the branches show which part helps. Intervals are Wilson's.</p>"
+        "<p>The prediction is what counts; the branches show which part helps. Intervals are Wilson's.</p>"
     )
 
 
 def _mistakes(mistakes: Sequence[Mistake]) -> str:
     if not mistakes:
-        return "<p>No test image was answered wrongly.</p>"
+        return "<p>No test image was classified wrongly.</p>"
     figures = "".join(
         f'<figure><img alt="" src="{_jpeg(m.drawing)}"><figcaption><b>{escape(m.predicted)}</b> {m.probability:.1%}, '
         f"it is <b>{escape(m.true)}</b><br><small>{escape(m.picture)}</small></figcaption></figure>"
         for m in mistakes
     )
     return (
-        f"<p>The {len(mistakes)} wrong answers that the network was surest of: often a wrong label, two objects, or a "
-        f"box beside the object.</p><div class='gallery'>{figures}</div>"
+        f"<p>The {len(mistakes)} wrong predictions that the network was surest of: often a wrong label, two objects "
+        f"or a box beside the object.</p><div class='gallery'>{figures}</div>"
     )
 
 
@@ -165,7 +171,8 @@ def _confusions(matrix: Tensor, class_names: Sequence[str]) -> str:
     listed = _table(["true class", "taken for", "images", "share of the class"], rows) if rows else ""
     more = f"<p>The {len(rows)} most frequent of {len(worst)}.</p>" if len(worst) > len(rows) else ""
     return (
-        "<p>Rows: true classes, columns: answers; green on the diagonal is right, red is wrong, strong is frequent.</p>"
+        "<p>Rows: true classes, columns: predictions; green on the diagonal is right, red is wrong, strong is "
+        "frequent.</p>"
         '<div id="cell" aria-live="polite">Point at a cell to read it.</div>'
         f'<svg id="matrix" style="max-width:{min(820, 28 * side):.0f}px" '
         f'viewBox="{-margin:.2f} {-margin:.2f} {side:.2f} {side:.2f}" data-count="{count}" role="img" '
@@ -226,7 +233,7 @@ def _calibration(calibration: Mapping) -> str:
         x, width = entry["low"] * 400, (entry["high"] - entry["low"]) * 400
         height = entry["accuracy"] * 200
         tip = (
-            f"probability {entry['low']:.0%} to {entry['high']:.0%}: {entry['count']} answers, "
+            f"probability {entry['low']:.0%} to {entry['high']:.0%}: {entry['count']} predictions, "
             f"{entry['accuracy']:.1%} of them right"
         )
         shapes += (
@@ -237,8 +244,8 @@ def _calibration(calibration: Mapping) -> str:
     shapes += '<line class="ideal" x1="0" y1="200" x2="400" y2="0"/>'
     return (
         f"<p>Expected calibration error {calibration['expected_error']:.1%}. Bars below the dashed line: the network "
-        "is surer than it should be. Strong bars hold more of the answers.</p>"
-        + _chart(shapes, "probability of the answer", "share that is right")
+        "is surer than it should be. Strong bars hold more of the predictions.</p>"
+        + _chart(shapes, "probability of the prediction", "share that is right")
     )
 
 
@@ -359,7 +366,7 @@ matrix.addEventListener("pointermove", event => {
   if (!inside) return;
   const found = confusions.rows[row].find(entry => entry[0] === column);
   const total = confusions.rows[row].reduce((sum, entry) => sum + entry[1], 0);
-  const [truth, answer] = [confusions.names[row], confusions.names[column]];
-  cell.textContent = `${truth} answered as ${answer}: ${found ? found[1] : 0} of ${total}`;
+  const [truth, prediction] = [confusions.names[row], confusions.names[column]];
+  cell.textContent = `${truth} taken for ${prediction}: ${found ? found[1] : 0} of ${total}`;
 });
 """

@@ -1,4 +1,4 @@
-"""What a network answered, image by image: collected while it is evaluated, written as a table, and read back."""
+"""What a network predicted, image by image: collected while it is evaluated, written as a table, and read back."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from utils.reporting.metrics import (
 
 
 class ResultCollector:
-    """Collects, batch by batch, what each branch answered; pass it to `utils.training.engine.evaluate` as `on_batch`.
+    """Collects, batch by batch, what each branch predicted; pass it to `utils.training.engine.evaluate` as `on_batch`.
 
     Args:
         input_size: side of the picture that object boxes are in pixels of.
-        leave_out: branches to say nothing of.
+        leave_out: branches that are not reported.
     """
 
     def __init__(self, input_size: int, leave_out: Sequence[str] = ()) -> None:
@@ -39,18 +39,18 @@ class ResultCollector:
         self.paths: list[str] = []
         self._batches: dict[str, list[Tensor]] = {}
 
-    def __call__(self, batch, output: NetworkOutput, answer: Tensor) -> None:
-        labels = batch.labels.to(answer.device)
-        probabilities, predictions = answer.float().softmax(dim=1).max(dim=1)
+    def __call__(self, batch, output: NetworkOutput, prediction: Tensor) -> None:
+        labels = batch.labels.to(prediction.device)
+        probabilities, predictions = prediction.float().softmax(dim=1).max(dim=1)
         values = {"label": labels, "prediction": predictions, "probability": probabilities}
-        for name, logits in {"answer": answer, **output.logits}.items():
+        for name, logits in {"prediction": prediction, **output.logits}.items():
             if name in self.leave_out:
                 continue
             logits = logits.mean(dim=1) if logits.ndim == 3 else logits
             values[f"top1/{name}"] = topk_correct(logits, labels, 1)
             values[f"top5/{name}"] = topk_correct(logits, labels, 5)
         if batch.boxes is not None and output.object_boxes is not None:
-            true_boxes = batch.boxes.to(answer.device) * (self.input_size / batch.images.shape[-1])
+            true_boxes = batch.boxes.to(prediction.device) * (self.input_size / batch.images.shape[-1])
             values["box_iou"] = paired_box_iou(inclusive_to_edges(output.object_boxes), true_boxes)
         for name, value in values.items():
             self._batches.setdefault(name, []).append(value)
@@ -63,7 +63,7 @@ class ResultCollector:
         return {name: value for name, value in values.items() if len(value) == len(self.paths)}
 
     def report(self, class_names: Sequence[str]) -> dict[str, object]:
-        """Return accuracies with 95 % intervals, and the answer's confusions and calibration."""
+        """Return accuracies with 95 % intervals, and the prediction's confusions and calibration."""
         values = self.values()
         matrix = confusion_matrix(values["prediction"], values["label"], len(class_names))
         total = len(self.paths)
@@ -81,24 +81,25 @@ class ResultCollector:
             "branches": branches,
             "mean_per_class_accuracy": mean_per_class_accuracy(matrix),
             "worst_confusions": worst_confusions(matrix, class_names),
-            "calibration": calibration(values["probability"], values["top1/answer"]),
+            "calibration": calibration(values["probability"], values["top1/prediction"]),
         }
 
     def surest_mistakes(self, count: int = 24) -> list[int]:
-        """Return the positions of wrong answers, those with the highest probability first."""
+        """Return the positions of wrong predictions, those with the highest probability first."""
         values = self.values()
-        wrong = (~values["top1/answer"]).nonzero().flatten()
+        wrong = (~values["top1/prediction"]).nonzero().flatten()
         order = values["probability"][wrong].argsort(descending=True, stable=True)
         return wrong[order[:count]].tolist()
 
     def write(self, path: Path, class_names: Sequence[str]) -> None:
-        """Write one line per image: picture, names, the answer's probability, 1 or 0 per branch, overlap of boxes."""
+        """Write one line per image: picture, names, the probability, 1 or 0 per branch, overlap of boxes."""
         values = self.values()
         branches = [name for name in values if name.startswith("top1/")]
         text = io.StringIO(newline="")
         table = csv.writer(text, lineterminator="\n")
         overlap = ["box_iou"] if "box_iou" in values else []
         named = [name.removeprefix("top1/") for name in branches]
+        named[named.index("prediction")] = "correct"  # `prediction` is the class
         table.writerow(["picture", "label", "prediction", "probability", *named, *overlap])
         for index, picture in enumerate(self.paths):
             row = [picture, *(class_names[values[name][index]] for name in ("label", "prediction"))]
@@ -113,6 +114,9 @@ def read_predictions(path: Path) -> list[Mapping[str, str]]:
     """Read what `ResultCollector.write` wrote, line by line. Raises UserError for another file."""
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    if not rows or not {"picture", "label", "prediction", "answer"} <= rows[0].keys():
+    for row in rows:
+        if "answer" in row:  # of an older version
+            row["correct"] = row.pop("answer")
+    if not rows or not {"picture", "label", "prediction", "correct"} <= rows[0].keys():
         raise UserError(f"{path} is no table of predictions: write it again with test.py")
     return rows

@@ -26,7 +26,7 @@ DESCRIPTIONS = {
     "loss/ranking": "Whether the regions that classify better are also ranked higher.",
     "loss/contrastive": "Whether parts of one class are closer to each other than to those of others.",
     "loss/": "Cross-entropy of this branch. Validation rising while training falls: overfitting.",
-    "accuracy/answer": "Share of images that the system answers rightly (top-1).",
+    "accuracy/prediction": "Share of images that the system classifies rightly (top-1).",
     "accuracy/": "Share of images that this branch alone classifies rightly (top-1).",
     "box_iou/mean": "Mean overlap of predicted and true object boxes (intersection over union).",
     "box_iou/share_at_0.5": "Share of images whose object box overlaps the true one by 0.5 or more. "
@@ -34,16 +34,16 @@ DESCRIPTIONS = {
     "learning_rate": "Learning rate of the backbone at the beginning of the epoch.",
     "images_per_second": "Images a second over the whole epoch, loading included.",
     "images": "Number of images in the epoch.",
-    "calibration_error": "Expected calibration error: how far the answer's probabilities are from its accuracy.",
+    "calibration_error": "Expected calibration error: how far the prediction's probabilities are from its accuracy.",
 }
 
 # What the table of runs (HParams) compares: (group of events within the run, curve, name of the column)
 FINAL_FIGURES = (
-    ("", "validation/accuracy/answer", "validation answer"),
+    ("", "validation/accuracy/prediction", "validation prediction"),
     ("", "validation/box_iou/share_at_0.5", "validation boxes IoU >= 0.5"),
     ("", "train/loss/total", "training loss"),
     ("", "speed/train_images_per_second", "training images/s"),
-    ("test", "accuracy/answer", "test answer"),
+    ("test", "accuracy/prediction", "test prediction"),
     ("test", "box_iou/share_at_0.5", "test boxes IoU >= 0.5"),
 )
 

@@ -31,6 +31,12 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def print_once(text: str) -> None:
+    """Print, once for all processes."""
+    if is_main():
+        print(text, flush=True)
+
+
 def choose_device(name: str) -> torch.device:
     """Turn the setting into a device; "auto" is the GPU where there is one. Raises UserError for an absent GPU."""
     if name == "auto":

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from utils.training.distributed import any_process
+
 NATIVE_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86 twice, 64-bit ARM; as Linux lists them
 
 
@@ -14,6 +16,12 @@ def resolve_precision(name: str, device: torch.device) -> str:
     if name != "auto":
         return name
     return "bf16" if has_native_bf16(device) else "float32"
+
+
+def agreed_precision(name: str, device: torch.device) -> str:
+    """The same for a run of several processes: float32 where one of them has no other. All of them have to ask."""
+    here = resolve_precision(name, device)
+    return "float32" if any_process(here == "float32", device) else here
 
 
 def has_native_bf16(device: torch.device) -> bool:

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from utils.checkpoint import CheckpointError, load_checkpoint, load_last
+from utils.checkpoint import CheckpointError, has, load_checkpoint, load_last
+from utils.older_runs import UnknownSettingsError
 from utils.training.distributed import gather, is_main, world_size
 
-TRAINING_STATE = ("optimizer", "schedule", "progress", "skipped_steps")  # in last.pth only
+# What is in last.pth only, and in every checkpoint
+TRAINING_STATE = {"optimizer": dict, "schedule": dict, "progress": dict | None, "skipped_steps": int}
+CONTENT = {
+    **{"settings": dict, "class_names": list, "training_images": int, "steps_per_epoch": int},
+    **{"epoch": int, "best": dict, "network": dict},
+}
+# These may differ when a run is continued: they change where and how it is computed, not what.
+FREE_ON_RESUME = {
+    *("data_root", "checkpoint_dir", "device", "data_parallel", "workers", "prefetch", "cache", "pictures_every"),
+    *("save_every_steps", "keep_checkpoints", "on_bad_image", "skip_nonfinite", "fresh", "exit_threshold"),
+}
 CHECKPOINTS = ("last.pth", "next.pth", "previous.pth")
 
 
@@ -16,24 +27,23 @@ def load_resumable(
     folder: Path,
     settings: Mapping[str, object],
     *,
-    free: Collection[str],
+    restore: Callable[[Mapping], Mapping[str, object]],
     class_names: Sequence[str],
     training_images: int,
     steps_per_epoch: int,
-    defaults: Mapping[str, object] | None = None,
 ) -> dict | None:
     """Return the run's last checkpoint, or None for a new run; every process has to ask.
 
-    A setting that is younger than the checkpoint has its value in `defaults` there. Raises CheckpointError for one of
-    other settings (those in `free` may differ), classes or images, and where the processes would not go on from the
-    same.
+    `settings`, and what `restore` makes of those that a checkpoint of any version holds, are by name. Raises
+    CheckpointError for one of other settings (but `FREE_ON_RESUME`), classes or images, and where the processes would
+    not go on from the same.
     """
     found = load_last(folder, set_aside=is_main())
     if found is None:
         saved = None
     else:
         path, saved = found
-        _refuse_another_run(path, saved, settings, defaults or {}, free, class_names, training_images, steps_per_epoch)
+        _refuse_another_run(path, saved, settings, restore, class_names, training_images, steps_per_epoch)
     positions = gather(None if saved is None else (saved["epoch"], (saved["progress"] or {"step": 0})["step"]))
     if any(position != positions[0] for position in positions):
         raise CheckpointError(
@@ -47,20 +57,22 @@ def _refuse_another_run(
     path: Path,
     saved: Mapping,
     ours: Mapping[str, object],
-    defaults: Mapping[str, object],
-    free: Collection[str],
+    restore: Callable[[Mapping], Mapping[str, object]],
     class_names: Sequence[str],
     training_images: int,
     steps_per_epoch: int,
 ) -> None:
-    expected = {"settings", "class_names", "training_images", "steps_per_epoch", "epoch", "best", "network"}
-    if not expected | set(TRAINING_STATE) <= saved.keys():
+    if not has(saved, CONTENT | TRAINING_STATE):
         raise CheckpointError(f"{path} is no checkpoint to go on from: move it away, or start anew with --fresh")
-    theirs = {**defaults, **saved["settings"]}
-    differing = [name for name in ours if name not in free and ours[name] != theirs.get(name)]
+    try:
+        theirs = restore(saved["settings"])
+    except UnknownSettingsError as error:
+        raise CheckpointError(f"{path} has {error}: move it away, or start anew with --fresh") from None
+    names = dict.fromkeys([*ours, *theirs])
+    differing = [name for name in names if name not in FREE_ON_RESUME and ours.get(name) != theirs.get(name)]
     remedy = "give this one a --name of its own, or start anew with --fresh"
     if differing:
-        values = ", ".join(f"{name} {theirs.get(name)!r} there and {ours[name]!r} here" for name in differing)
+        values = ", ".join(f"{name} {theirs.get(name)!r} there and {ours.get(name)!r} here" for name in differing)
         raise CheckpointError(f"{path} is of a run with other settings ({values}): go on with those it has, {remedy}")
     if saved["class_names"] != list(class_names):
         raise CheckpointError(

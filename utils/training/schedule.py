@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, OneCycleLR
 
+from networks.system import System
 from utils.errors import UserError
 
 
@@ -19,41 +20,41 @@ class EpochPlan(NamedTuple):
     branches: tuple[str, ...]  # what training has to compute for them
     mask_background: bool  # cut the object from the picture with the background blanked
 
+    def with_total(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return loss terms with the weighted `total` of those that are trained, if any of them is."""
+        weighted = [weight * terms[name] for name, weight in self.loss_weights.items() if name in terms]
+        return {"total": sum(weighted), **terms} if weighted else dict(terms)
 
-def plan_epoch(
-    epoch: int,
-    branches: Sequence[str],
-    loss_weights: Mapping[str, float],
-    *,
-    warmup_epochs: int = 1,
-    mask_from_epoch: int | None = None,
-) -> EpochPlan:
-    """Plan an epoch, counted from 1: during warm-up only `raw` is trained, then every term with its weight.
+
+def plan_epoch(system: System, epoch: int, loss_weights: Mapping[str, float], *, warmup_epochs: int = 1) -> EpochPlan:
+    """Plan an epoch, counted from 1: in warm-up only the system's `warmup_branches` train, then every term.
 
     A term that is not the loss of one branch may need any of them, so that all are computed.
     """
-    weights = {"raw": 1.0} if epoch <= warmup_epochs else {name: w for name, w in loss_weights.items() if w > 0}
-    needed = tuple(weights) if weights.keys() <= set(branches) else tuple(branches)
-    masked = mask_from_epoch is not None and epoch >= mask_from_epoch
-    return EpochPlan(weights, needed, masked)
+    if epoch <= warmup_epochs:
+        weights = dict.fromkeys(system.warmup_branches, 1.0)
+    else:
+        weights = {name: weight for name, weight in loss_weights.items() if weight > 0}
+    needed = tuple(weights) if weights.keys() <= set(system.branches) else tuple(system.branches)
+    return EpochPlan(weights, needed, system.masks_background(epoch))
 
 
 def build_optimizer(
-    network: nn.Module,
-    heads: Sequence[nn.Module],
+    system: System,
     *,
     learning_rate: float,
     head_learning_rate_factor: float,
     momentum: float,
     weight_decay: float,
 ) -> torch.optim.SGD:
-    """Return SGD in which the parameters of `heads` learn at `head_learning_rate_factor` times the rate of the rest."""
-    head_parameters = [p for head in heads for p in head.parameters() if p.requires_grad]
-    head_ids = {id(p) for p in head_parameters}
-    trunk_parameters = [p for p in network.parameters() if p.requires_grad and id(p) not in head_ids]
+    """Return SGD with a learning rate for each of the system's parameter groups.
+
+    `heads` learn at `head_learning_rate_factor` times the rate, others at their factor in `learning_rate_factors`.
+    """
+    factors = {"heads": head_learning_rate_factor, **system.learning_rate_factors}
     groups = [
-        {"params": trunk_parameters, "lr": learning_rate},
-        {"params": head_parameters, "lr": learning_rate * head_learning_rate_factor},
+        {"params": parameters, "lr": learning_rate * factors.get(name, 1.0)}
+        for name, parameters in system.parameter_groups().items()
     ]
     return torch.optim.SGD(groups, lr=learning_rate, momentum=momentum, weight_decay=weight_decay)
 

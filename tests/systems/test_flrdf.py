@@ -6,19 +6,22 @@ import os
 from pathlib import Path
 
 import numpy as np
+import object_checks
 import pytest
 import reference
+import small_systems
+import system_checks
 import torch
 import torch.nn.functional as F
+from small_systems import Variant, flat, learners, run
 from torch import Tensor, nn
 
 from datasets import Pictures, read_catalogue
-from networks import build_network
+from networks import Shared, build_network, build_on_trunk
 from networks.backbone import Backbone
-from networks.flrdf import FLRDF
-from networks.losses import loss_terms
-from networks.mmal import MMALNet
 from networks.outputs import Features, NetworkOutput
+from networks.system import System
+from networks.systems.flrdf import FLRDF
 from utils.data.augmentation import normalised
 
 pytestmark = pytest.mark.usefixtures("thin_trunk")
@@ -66,13 +69,20 @@ class GivenBackbone(nn.Module):
         return Features(final, final, penultimate, final, final.mean(dim=(2, 3)))
 
 
-def build(control: str | float = "learnable", *, input_size: int = SIZE, **settings: object) -> FLRDF:
+def build(
+    control: str | float = "learnable", *, input_size: int = SIZE, dropout: float = 0.5, **options: object
+) -> FLRDF:
     torch.manual_seed(0)
     suppression = "learnable" if isinstance(control, str) else control
-    network = FLRDF(ColourBackbone(), CLASSES, input_size=input_size, suppression=suppression, **settings)
+    shared = Shared(input_size=input_size, dropout=dropout)
+    network = build_on_trunk("flrdf", ColourBackbone(), CLASSES, shared=shared, suppression=suppression, **options)
     if control == "learnable, spread":
         nn.init.normal_(controller(network), std=1.0)
     return network
+
+
+def on_trunk(name: str, trunk: nn.Module, *, classes: int = CLASSES, size: int = SIZE, **options: object) -> System:
+    return build_on_trunk(name, trunk, classes, shared=Shared(input_size=size), **options)
 
 
 def controller(network: FLRDF) -> Tensor:
@@ -140,7 +150,7 @@ def test_evaluation_step_by_step(control: str | float, box_agreement: bool, fact
         output = network(images)
     assert len(given) == 2
     assert tuple(output.logits) == ("raw", "object")
-    assert output[2:] == (None,) * 5
+    assert output[2:] == (None,) * 4
     small = images if factor == 1 else F.interpolate(images, size=(SIZE, SIZE), mode="bilinear", antialias=True)
     torch.testing.assert_close(given[0], small)
     for index, image in enumerate(images):
@@ -188,7 +198,7 @@ def given_maps(final: Tensor, penultimate: Tensor | None = None, **settings: obj
     size = 32 * final.shape[-1]
     images = make_images(1, size)
     torch.manual_seed(0)
-    network = FLRDF(GivenBackbone(images, penultimate, final), CLASSES, input_size=size, **settings).eval()
+    network = on_trunk("flrdf", GivenBackbone(images, penultimate, final), size=size, **settings).eval()
     with torch.no_grad():
         return network(images)
 
@@ -284,7 +294,7 @@ def test_share_of_one_is_a_plain_network() -> None:
     for name in ("raw", "object"):
         torch.testing.assert_close(output.logits[name], plain.logits[name])
     agreed = build(1.0, box_agreement=True).eval()(images)
-    mmal = MMALNet(ColourBackbone(), CLASSES, input_size=SIZE).eval()
+    mmal = on_trunk("mmal", ColourBackbone()).eval()
     assert torch.equal(agreed.object_boxes, mmal(images).object_boxes)
 
 
@@ -405,14 +415,82 @@ def test_unknown_branches_are_refused(branches: tuple[str, ...], training: bool)
         build("learnable", input_size=128).train(training)(make_images(1, 128), branches=branches)
 
 
-# ---- losses, answer, gradients ------------------------------------------------------------------------------------
+# ---- as a whole, in both kinds of suppression ---------------------------------------------------------------------
+
+FIXED = Variant("flrdf", suppression=0.9, box_agreement=True, jigsaw_blocks=3)
+ALL = {"learnable": Variant("flrdf"), "fixed": FIXED}
 
 
-def test_declared_branches_losses_and_answer() -> None:
+@pytest.mark.parametrize("check", system_checks.CHECKS, ids=lambda check: check.__name__)
+def test_fixed_suppression(check: system_checks.Check) -> None:
+    check(FIXED)
+
+
+@pytest.mark.parametrize("variant", ALL)
+@torch.no_grad()
+def test_output(variant: str) -> None:
+    for images in (small_systems.make_images(), small_systems.make_images(2 * small_systems.SIZE)):
+        output, given = run(ALL[variant].evaluated, images)
+        assert list(flat(output)) == ["logits.raw", "logits.object", "object_boxes"]
+        assert [tuple(x.shape) for x in given] == [(2, 3, small_systems.SIZE, small_systems.SIZE)] * 2
+
+
+@pytest.mark.parametrize("variant", ALL)
+def test_contract_at_other_input_sizes(variant: str) -> None:
+    system_checks.output_keeps_the_contract_at_other_input_sizes(ALL[variant], (224, 448))
+
+
+@pytest.mark.parametrize("variant", ALL)
+def test_who_learns_from_a_branch(variant: str) -> None:
+    """Nothing flows through boxes and crops; all branches reach the trunk."""
+    found = learners(ALL[variant].build_scripted(dropout=0.0), small_systems.make_images())
+    controller = {"suppression"} if variant == "learnable" else set()
+    both = {"backbone", "classifier"}
+    assert found == {"raw": both | controller, "object": both, "jigsaw": both}
+
+
+@pytest.mark.parametrize("variant", ALL)
+def test_no_gradient_flows_through_the_crops(variant: str) -> None:
+    object_checks.no_gradient_flows_through_the_crops(ALL[variant])
+
+
+@pytest.mark.parametrize("variant", ALL)
+def test_crops_of_larger_images_have_more_detail(variant: str) -> None:
+    object_checks.crops_of_larger_images_have_more_detail(ALL[variant])
+
+
+@pytest.mark.parametrize("factor", (1, 2))
+def test_background_is_never_blanked(factor: int) -> None:
+    cut = object_checks.object_is_cut_out(FIXED, factor)
+    assert torch.equal(cut.plain[1], cut.masked[1])
+
+
+@pytest.mark.parametrize(
+    ("variant", "maps"),
+    [
+        (variant, maps)
+        for variant in ALL
+        for maps in object_checks.ODD_MAPS
+        if (variant, maps) != ("learnable", "disjoint")  # its box asks the last map alone, where there is an object
+    ],
+)
+def test_maps_without_an_object_give_the_whole_image(variant: str, maps: str) -> None:
+    object_checks.maps_without_an_object_give_the_whole_image(ALL[variant], maps)
+
+
+@pytest.mark.parametrize("variant", ALL)
+def test_dropout_acts_on_every_branch(variant: str) -> None:
+    system_checks.dropout_acts_on_every_branch(ALL[variant])
+
+
+# ---- losses, prediction, gradients ----------------------------------------------------------------------------------
+
+
+def test_declared_branches_losses_and_prediction() -> None:
     network = build("learnable")
     assert network.branches == ("raw", "object", "jigsaw")
-    assert set(network.evaluated) == {"raw", "object"}
-    assert set(network.answer) == {"raw", "object"}
+    assert network.evaluated == ("raw", "object")
+    assert network.prediction == ("raw", "object")
     assert network.loss_weights == {"raw": 1.0, "object": 1.0, "jigsaw": 1.0}
     assert network.input_size == SIZE
 
@@ -420,7 +498,7 @@ def test_declared_branches_losses_and_answer() -> None:
 def test_loss_is_the_sum_of_three_cross_entropies() -> None:
     network = build("learnable", input_size=128, dropout=0.0).train()
     output = network(make_images(3, 128))
-    terms = loss_terms(output, LABELS)
+    terms = network.losses(output, LABELS)
     assert terms.keys() == {"raw", "object", "jigsaw"}
     total = sum(network.loss_weights[name] * term for name, term in terms.items())
     expected = 0.0
@@ -431,7 +509,7 @@ def test_loss_is_the_sum_of_three_cross_entropies() -> None:
 
 
 @torch.no_grad()
-def test_answer_is_the_mean_probability_of_raw_and_object() -> None:
+def test_prediction_is_the_mean_probability_of_raw_and_object() -> None:
     network = build("learnable", input_size=128).eval()
     output = network(make_images(4, 128))
     mean = (output.logits["raw"].exp() / output.logits["raw"].exp().sum(dim=1, keepdim=True)) / 2
@@ -450,7 +528,7 @@ def test_one_classifier_for_all_branches() -> None:
     assert network.heads() == [network.classifier]
     for name in network.branches:
         network.zero_grad()
-        loss_terms(network(make_images(3, 128)), LABELS)[name].backward()
+        network.losses(network(make_images(3, 128)), LABELS)[name].backward()
         assert network.classifier.weight.grad.abs().max() > 1e-4
         assert any(
             parameter.grad.abs().max() > 1e-6
@@ -461,7 +539,7 @@ def test_one_classifier_for_all_branches() -> None:
 
 def controller_gradient(network: FLRDF, term: str) -> Tensor | None:
     network.zero_grad()
-    loss_terms(network(make_images(3, 128)), LABELS)[term].backward()
+    network.losses(network(make_images(3, 128)), LABELS)[term].backward()
     return controller(network).grad
 
 
@@ -481,7 +559,7 @@ def test_gradient_of_the_controller_by_finite_differences() -> None:
     images = make_images(3, 128).double()
 
     def loss() -> Tensor:
-        return loss_terms(NetworkOutput({"raw": network(images, branches=("raw",)).logits["raw"]}), LABELS)["raw"]
+        return network.losses(network(images, branches=("raw",)), LABELS)["raw"]
 
     weights = controller(network)
     loss().backward()
@@ -501,7 +579,7 @@ def test_gradient_of_the_controller_by_finite_differences() -> None:
 def test_fixed_suppression_has_nothing_to_learn(classify_suppressed: bool) -> None:
     network = build(0.7, input_size=128, classify_suppressed=classify_suppressed).train()
     assert not list(network.suppression.parameters())
-    sum(loss_terms(network(make_images(3, 128)), LABELS).values()).backward()
+    sum(network.losses(network(make_images(3, 128)), LABELS).values()).backward()
     assert network.backbone.final.grad.abs().max() > 1e-6
 
 
@@ -518,7 +596,7 @@ def test_with_a_real_trunk(blocks: int) -> None:
     assert {name: tuple(logits.shape) for name, logits in output.logits.items()} == dict.fromkeys(
         ("raw", "object", "jigsaw"), (3, CLASSES)
     )
-    sum(loss_terms(output, LABELS).values()).backward()
+    sum(network.losses(output, LABELS).values()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in network.parameters())
     images = make_images(2, 96)
     with torch.no_grad():
@@ -557,7 +635,7 @@ def test_mixed_precision(control: str | float) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = network(images)
     torch.testing.assert_close(output.logits["raw"].float(), expected, rtol=0.1, atol=0.1)
-    terms = loss_terms(output, LABELS)
+    terms = network.losses(output, LABELS)
     sum(terms.values()).backward()
     assert all(term.isfinite() for term in terms.values())
     learnt = [parameter for name, parameter in network.named_parameters() if name != "backbone.penultimate"]
@@ -577,7 +655,7 @@ def test_a_controller_without_a_teacher_is_refused() -> None:
 def test_other_suppressions_are_refused(suppression: object) -> None:
     for classify_suppressed in (True, False):
         with pytest.raises(ValueError, match="suppression"):
-            FLRDF(ColourBackbone(), CLASSES, suppression=suppression, classify_suppressed=classify_suppressed)
+            on_trunk("flrdf", ColourBackbone(), suppression=suppression, classify_suppressed=classify_suppressed)
 
 
 @pytest.mark.parametrize(("input_size", "blocks"), ((128, 0), (128, -2), (128, 5), (448, 15), (96, 4)))
@@ -595,11 +673,13 @@ def test_largest_and_smallest_number_of_blocks(input_size: int, blocks: int) -> 
 @pytest.mark.parametrize(
     ("settings", "message"),
     (
-        ({"suppression": 1.2}, "suppression"),
-        ({"classify_suppressed": False}, "classify_suppressed"),
-        ({"jigsaw_blocks": 4}, "jigsaw_blocks"),
-        ({"answer": ("jigsaw",)}, "answer"),
-        ({"answer": ("raw", "window")}, "answer"),
+        ({"suppression": 1.2}, "suppression.*1.2.*learnable"),
+        ({"suppression": "strong"}, "strong.*learnable"),
+        ({"suppression": 0.0}, "0.0.*learnable"),
+        ({"classify_suppressed": False}, "classify_suppressed.*suppression.*learnable"),
+        ({"jigsaw_blocks": 4}, "jigsaw_blocks.*4.*3"),
+        ({"prediction": ("jigsaw",)}, "prediction.*jigsaw.*raw, object"),
+        ({"prediction": ("raw", "window")}, "prediction"),
         ({"num_classes": 1}, "classes"),
         ({"input_size": 100}, "input_size"),
     ),
@@ -616,7 +696,7 @@ def test_build_network_refuses(settings: dict[str, object], message: str) -> Non
 @pytest.fixture(scope="module")
 def birds() -> tuple[GivenBackbone, Tensor]:
     """What a ResNet-50 trained on ImageNet sees in 59 photographs of all classes, and their true boxes."""
-    shared = Path(os.environ.get("FINEGRAINED_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+    shared = Path(os.environ.get("FINEGRAINED_SHARED", Path(__file__).resolve().parents[3] / "shared"))
     root, weights = shared / "data" / "cub36", shared / "weights" / "resnet50_imagenet_v1.pth"
     for needed in (root, weights):
         if not needed.exists():
@@ -647,11 +727,11 @@ def covered(predicted: Tensor, true: Tensor) -> float:
 def test_boxes_cover_more_of_real_birds(birds: tuple[GivenBackbone, Tensor]) -> None:
     """Than MMAL-Net's on the same maps, and than boxes of the last map alone, for which nothing is suppressed."""
     backbone, true = birds
-    mmal = MMALNet(backbone, 36, input_size=SIZE).eval()(backbone.images, branches=("object",))
+    mmal = on_trunk("mmal", backbone, classes=36).eval()(backbone.images, branches=("object",))
 
     def flrdf(suppression: str | float) -> float:
         torch.manual_seed(0)
-        network = FLRDF(backbone, 36, input_size=SIZE, suppression=suppression).eval()
+        network = on_trunk("flrdf", backbone, classes=36, suppression=suppression).eval()
         return covered(network(backbone.images).object_boxes, true)
 
     by_mmal, unsuppressed, at_start, fixed = (

@@ -5,16 +5,21 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import reference
+import small_systems
+import system_checks
 import torch
 import torch.nn.functional as F
+from small_systems import Variant, flat, learners, run
 from test_parts import COUNTS, gate_by_hand, list_anchors, list_boxes, propose
 from torch import Tensor, nn
 
-from networks import build_network
-from networks.losses import loss_terms
+from networks import Shared, build_network, build_on_trunk
+from networks.losses import classification_losses, contrastive_loss, ranking_loss
 from networks.outputs import Features, NetworkOutput
 from networks.parts import anchor_levels
-from networks.scrim import SCRIM
+from networks.systems.scrim import SCRIM
+
+pytestmark = pytest.mark.usefixtures("thin_trunk")
 
 CLASSES, SIZE, CHANNELS = 5, 128, 32
 
@@ -35,9 +40,10 @@ class PatchBackbone(nn.Module):
         return Features(*earlier, final, final, final.mean(dim=(2, 3)))
 
 
-def build(*, input_size: int = SIZE, **settings: object) -> SCRIM:
+def build(*, input_size: int = SIZE, dropout: float = 0.5, **options: object) -> SCRIM:
     torch.manual_seed(0)
-    return SCRIM(PatchBackbone(), CLASSES, input_size=input_size, coarse_channels=8, **settings)
+    shared = Shared(input_size=input_size, dropout=dropout)
+    return build_on_trunk("scrim", PatchBackbone(), CLASSES, shared=shared, coarse_channels=8, **options)
 
 
 def make_images(size: int, batch: int = 2, seed: int = 1) -> Tensor:
@@ -76,7 +82,7 @@ def classify_step_by_step(
     image: Tensor,
     *,
     proposals: int = 6,
-    in_answer: int = 4,
+    in_prediction: int = 4,
     every_level: bool = True,
     sizes: tuple[int, int, int] = (48, 96, 192),
 ) -> dict[str, Tensor]:
@@ -89,7 +95,7 @@ def classify_step_by_step(
     boxes = list_boxes(input_size, sizes)
     levels = np.array([anchor["level"] for anchor in list_anchors(input_size)]) if every_level else None
     result: dict[str, list[Tensor]] = {name: [] for name in ("part", "boxes", "scores", "coarse", "crops")}
-    for_answer = [features.embedding[0]]
+    for_prediction = [features.embedding[0]]
     for module in range(2):
         part_map = gate_by_hand(network.coarse_parts[module], features.final[0])
         projection = network.coarse_parts[module].projection
@@ -103,11 +109,11 @@ def classify_step_by_step(
             result["crops"].append(crop)
             result["boxes"].append(torch.from_numpy(boxes[pick]).float())
             result["part"].append(network.part_classifier.weight @ embedding + network.part_classifier.bias)
-            if rank < in_answer:
-                for_answer.append(embedding)
+            if rank < in_prediction:
+                for_prediction.append(embedding)
     stacked = {name: torch.stack(values) for name, values in result.items()}
     stacked["raw"] = network.classifier.weight @ features.embedding[0] + network.classifier.bias
-    stacked["concat"] = network.concat_classifier.weight @ torch.cat(for_answer) + network.concat_classifier.bias
+    stacked["concat"] = network.concat_classifier.weight @ torch.cat(for_prediction) + network.concat_classifier.bias
     return stacked
 
 
@@ -122,7 +128,7 @@ def assert_step_by_step(network: SCRIM, images: Tensor, **rule: object) -> None:
         assert torch.equal(output.part_boxes[index], expected["boxes"])
         crops = given[1][index * count : (index + 1) * count]
         torch.testing.assert_close(crops, expected["crops"], rtol=0, atol=2e-3)
-        torch.testing.assert_close(output.part_scores[index], expected["scores"], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(output.extras["part_scores"][index], expected["scores"], rtol=1e-4, atol=1e-4)
         for name, logits in output.logits.items():
             torch.testing.assert_close(logits[index], expected[name], rtol=1e-3, atol=2e-3)
 
@@ -133,13 +139,13 @@ def test_step_by_step(input_size: int, zoom: int) -> None:
     assert_step_by_step(build(input_size=input_size), make_images(zoom * input_size))
 
 
-@pytest.mark.parametrize(("proposals", "in_answer"), ((1, 1), (2, 1), (3, 3), (9, 2)))
+@pytest.mark.parametrize(("proposals", "in_prediction"), ((1, 1), (2, 1), (3, 3), (9, 2)))
 @pytest.mark.parametrize("every_level", (False, True))
-def test_step_by_step_with_other_settings(proposals: int, in_answer: int, every_level: bool) -> None:
-    network = build(part_proposals=proposals, parts_in_answer=in_answer, parts_of_every_level=every_level)
-    assert network.concat_classifier.in_features == CHANNELS * (1 + 2 * in_answer)
+def test_step_by_step_with_other_settings(proposals: int, in_prediction: int, every_level: bool) -> None:
+    network = build(part_proposals=proposals, parts_in_answer=in_prediction, parts_of_every_level=every_level)
+    assert network.concat_classifier.in_features == CHANNELS * (1 + 2 * in_prediction)
     images = make_images(SIZE, batch=3)
-    assert_step_by_step(network, images, proposals=proposals, in_answer=in_answer, every_level=every_level)
+    assert_step_by_step(network, images, proposals=proposals, in_prediction=in_prediction, every_level=every_level)
 
 
 LARGE = (96, 192, 384)
@@ -168,14 +174,14 @@ def test_the_parts_of_these_tests_differ() -> None:
 def test_output_of_evaluation_and_of_training() -> None:
     network, images = build(dropout=0.0), make_images(SIZE, batch=3)
     evaluated, trained = network.eval()(images), network.train()(images)
-    assert evaluated.coarse_features is None
+    assert "coarse_features" not in evaluated.extras
     for index, image in enumerate(images):
         expected = classify_step_by_step(network, image)["coarse"]
-        torch.testing.assert_close(trained.coarse_features[index], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(trained.extras["coarse_features"][index], expected, rtol=1e-4, atol=1e-4)
     for output in (evaluated, trained):
         assert output.logits["raw"].shape == output.logits["concat"].shape == (3, CLASSES)
         assert output.logits["part"].shape == (3, 12, CLASSES)
-        assert output.part_boxes.shape == (3, 12, 4) and output.part_scores.shape == (3, 2, 6)
+        assert output.part_boxes.shape == (3, 12, 4) and output.extras["part_scores"].shape == (3, 2, 6)
         assert output.object_boxes is output.window_boxes is output.object_masks is None
     for name, logits in evaluated.logits.items():  # nothing but dropout and the coarse features is of training alone
         torch.testing.assert_close(trained.logits[name], logits)
@@ -192,24 +198,79 @@ def test_an_image_is_classified_by_itself() -> None:
         assert torch.equal(alone.part_boxes[0], together.part_boxes[index])
 
 
+# ---- as a whole ---------------------------------------------------------------------------------------------------
+
+DEFAULT = Variant("scrim")
+
+
+@torch.no_grad()
+def test_output() -> None:
+    network, size, count = DEFAULT.evaluated, small_systems.SIZE, 12  # parts, six for each of its two modules
+    for images in (small_systems.make_images(), small_systems.make_images(2 * size)):
+        output, given = run(network, images)
+        fields = ["logits.raw", "logits.part", "logits.concat", "part_boxes", "extras.part_scores"]
+        assert list(flat(output)) == fields
+        assert [tuple(x.shape) for x in given] == [(2, 3, size, size), (2 * count, 3, size // 2, size // 2)]
+        assert output.part_boxes.shape == (2, count, 4)
+        assert (output.part_boxes.abs() < 1.5 * size).all()  # inside the zeros round the picture
+        assert (output.part_boxes == output.part_boxes.round()).all()
+        assert output.extras["part_scores"].shape == (2, 2, count // 2)
+        assert (output.extras["part_scores"].diff(dim=2) <= 0).all()
+    trained = DEFAULT.build().train()(small_systems.make_images())
+    assert list(flat(trained)) == [*fields, "extras.coarse_features"]
+    assert trained.extras["coarse_features"].shape[:2] == (2, 2)
+
+
+@pytest.mark.parametrize(("branch", "passes"), (("raw", 1), ("part", 2), ("concat", 2)))
+@torch.no_grad()
+def test_passes_of_a_branch(branch: str, passes: int) -> None:
+    _, given = run(DEFAULT.evaluated, small_systems.make_images(), branches=(branch,))
+    assert len(given) == passes
+
+
+def test_contract_at_other_input_sizes() -> None:
+    system_checks.output_keeps_the_contract_at_other_input_sizes(DEFAULT, (224, 448))
+
+
+@torch.no_grad()
+def test_parts_of_larger_images_are_cut_out_of_these() -> None:
+    network, images = DEFAULT.evaluated, small_systems.make_images(2 * small_systems.SIZE)
+    from_large = network(images)
+    from_small = network(F.interpolate(images, size=(small_systems.SIZE,) * 2, mode="bilinear", antialias=True))
+    assert torch.equal(from_large.part_boxes, from_small.part_boxes)
+    assert not torch.allclose(from_large.logits["part"], from_small.logits["part"], atol=1e-5)
+
+
+def test_who_learns_from_a_branch() -> None:
+    assert learners(DEFAULT.build_scripted(dropout=0.0), small_systems.make_images()) == {
+        "raw": {"backbone", "classifier"},
+        "part": {"backbone", "part_classifier"},
+        "concat": {"backbone", "concat_classifier"},
+    }
+
+
+def test_dropout_acts_on_every_branch() -> None:
+    system_checks.dropout_acts_on_every_branch(DEFAULT)
+
+
 # ---- branches -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("every_level", (False, True))
 @torch.no_grad()
-def test_the_answer_alone_looks_at_fewer_parts(every_level: bool) -> None:
+def test_the_prediction_alone_looks_at_fewer_parts(every_level: bool) -> None:
     network, images = build(parts_of_every_level=every_level).eval(), make_images(2 * SIZE, batch=3)
     with reference.recorded_passes(network) as given:
         everything = network(images)
-    with reference.recorded_passes(network) as given_for_answer:
-        answer = network(images, branches=("concat",))
+    with reference.recorded_passes(network) as given_for_prediction:
+        prediction = network(images, branches=("concat",))
     assert [len(batch) for batch in given] == [3, 3 * 12]
-    assert [len(batch) for batch in given_for_answer] == [3, 3 * 8]
-    assert answer.logits.keys() == {"raw", "concat"}
-    for name, logits in answer.logits.items():
+    assert [len(batch) for batch in given_for_prediction] == [3, 3 * 8]
+    assert prediction.logits.keys() == {"raw", "concat"}
+    for name, logits in prediction.logits.items():
         torch.testing.assert_close(logits, everything.logits[name])
-    assert torch.equal(answer.part_boxes, everything.part_boxes.view(3, 2, 6, 4)[:, :, :4].reshape(3, 8, 4))
-    torch.testing.assert_close(answer.part_scores, everything.part_scores[:, :, :4])
+    assert torch.equal(prediction.part_boxes, everything.part_boxes.view(3, 2, 6, 4)[:, :, :4].reshape(3, 8, 4))
+    torch.testing.assert_close(prediction.extras["part_scores"], everything.extras["part_scores"][:, :, :4])
     assert torch.equal(network.predict_logits(everything), everything.logits["concat"])
 
 
@@ -223,15 +284,15 @@ def test_warm_up_needs_one_pass(training: bool) -> None:
     assert len(given) == 1
     assert torch.equal(output.logits.pop("raw"), everything.logits["raw"])
     assert output == NetworkOutput({})
-    assert loss_terms(network(images, branches=("raw",)), torch.tensor([0, 1])).keys() == {"raw"}
+    assert network.losses(network(images, branches=("raw",)), torch.tensor([0, 1])).keys() == {"raw"}
 
 
 @torch.no_grad()
-def test_parts_bring_the_answer_along() -> None:
+def test_parts_bring_the_prediction_along() -> None:
     network, images = build().eval(), make_images(SIZE)
     everything, parts = network(images), network(images, branches=("part",))
     assert torch.equal(parts.logits["part"], everything.logits["part"])
-    assert torch.equal(parts.part_scores, everything.part_scores)
+    assert torch.equal(parts.extras["part_scores"], everything.extras["part_scores"])
 
 
 @torch.no_grad()
@@ -245,14 +306,80 @@ def test_blanking_the_background_changes_nothing() -> None:
 # ---- learning -----------------------------------------------------------------------------------------------------
 
 
+def test_declared_branches_and_prediction() -> None:
+    network = build()
+    assert network.branches == network.evaluated == ("raw", "part", "concat")
+    assert network.prediction == ("concat",)
+    assert all(parameter.requires_grad for parameter in network.parameters())
+
+
 def test_loss_terms_and_their_weights() -> None:
     network = build().train()
-    terms = loss_terms(network(make_images(SIZE, batch=4)), torch.tensor([0, 0, 1, 1]))
+    terms = network.losses(network(make_images(SIZE, batch=4)), torch.tensor([0, 0, 1, 1]))
     assert terms.keys() == {"raw", "part", "concat", "ranking", "contrastive"}
     assert network.loss_weights == {"raw": 1.0, "part": 1.0, "concat": 1.0, "ranking": 1.0, "contrastive": 0.5}
     assert all(term.shape == () and term.isfinite() and term > 0 for term in terms.values())
-    terms = loss_terms(network.eval()(make_images(SIZE, batch=4)), torch.tensor([0, 0, 1, 1]))
+    terms = network.losses(network.eval()(make_images(SIZE, batch=4)), torch.tensor([0, 0, 1, 1]))
     assert terms.keys() == {"raw", "part", "concat", "ranking"}
+
+
+def make_scored_output(batch: int = 4, modules: int = 2, parts: int = 3) -> NetworkOutput:
+    generator = torch.Generator().manual_seed(8)
+    return NetworkOutput(
+        {
+            "raw": torch.randn(batch, 5, generator=generator),
+            "part": torch.randn(batch, modules * parts, 5, generator=generator),
+        },
+        extras={
+            "part_scores": torch.randn(batch, modules, parts, generator=generator),
+            "coarse_features": torch.randn(batch, modules, 6, generator=generator),
+        },
+    )
+
+
+LABELS = torch.tensor([0, 3, 1, 3])
+
+
+def test_terms_are_those_that_the_output_allows() -> None:
+    output, losses = make_scored_output(), build().losses
+    assert list(losses(output, LABELS)) == ["raw", "part", "ranking", "contrastive"]
+    scores, features = ({name: output.extras[name]} for name in ("part_scores", "coarse_features"))
+    assert losses(output._replace(extras=scores), LABELS).keys() == {"raw", "part", "ranking"}
+    unclassified = output._replace(logits={"raw": output.logits["raw"]})
+    assert losses(unclassified, LABELS).keys() == {"raw", "contrastive"}
+    assert losses(unclassified._replace(extras=features), LABELS).keys() == {"raw", "contrastive"}
+    assert losses(unclassified._replace(extras=scores), LABELS).keys() == {"raw"}
+    assert losses(unclassified._replace(extras=None), LABELS).keys() == {"raw"}
+    assert all(term.shape == () and term.dtype == torch.float32 for term in losses(output, LABELS).values())
+
+
+def test_terms_are_the_losses_of_their_names() -> None:
+    output = make_scored_output()
+    terms = build().losses(output, LABELS)
+    assert torch.equal(terms["ranking"], ranking_loss(output.extras["part_scores"], output.logits["part"], LABELS))
+    assert torch.equal(terms["contrastive"], contrastive_loss(output.extras["coarse_features"], LABELS))
+    classified = classification_losses(output, LABELS)
+    assert all(torch.equal(terms[name], classified[name]) for name in ("raw", "part"))
+
+
+def test_smoothing_changes_only_what_classifies() -> None:
+    output, losses = make_scored_output(), build().losses
+    plain, smoothed = losses(output, LABELS), losses(output, LABELS, label_smoothing=0.2)
+    assert {name for name in plain if not torch.equal(plain[name], smoothed[name])} == {"raw", "part"}
+    expected = classification_losses(output, LABELS, label_smoothing=0.2)
+    assert all(torch.equal(smoothed[name], expected[name]) for name in expected)
+
+
+def test_losses_make_the_host_wait_nowhere() -> None:
+    output, network = make_scored_output(), build()
+    expected = network.losses(output, LABELS)
+    with reference.ForbidHostReads():
+        terms = network.losses(output, LABELS)
+    assert all(torch.equal(terms[name], expected[name]) for name in expected)
+    torch.compiler.reset()
+    compiled = torch.compile(network.losses, fullgraph=True, backend="eager")(output, LABELS)
+    for name in expected:
+        torch.testing.assert_close(compiled[name], expected[name])
 
 
 LEARNERS = {
@@ -267,7 +394,7 @@ LEARNERS = {
 @pytest.mark.parametrize("name", LEARNERS)
 def test_who_learns_from_a_term(name: str) -> None:
     network = build(dropout=0.0).train()
-    loss_terms(network(make_images(SIZE, batch=4)), torch.tensor([0, 0, 1, 1]))[name].backward()
+    network.losses(network(make_images(SIZE, batch=4)), torch.tensor([0, 0, 1, 1]))[name].backward()
     learning = {
         parameter_name.split(".")[0]
         for parameter_name, parameter in network.named_parameters()
@@ -279,7 +406,7 @@ def test_who_learns_from_a_term(name: str) -> None:
             assert any(parameter.grad.abs().sum() > 0 for parameter in module.parameters())
 
 
-def test_the_answer_teaches_the_backbone_by_the_picture_and_by_the_parts() -> None:
+def test_the_prediction_teaches_the_backbone_by_the_picture_and_by_the_parts() -> None:
     network = build(dropout=0.0).train()
     embeddings: list[Tensor] = []
     network.backbone.register_forward_hook(lambda module, inputs, features: embeddings.append(features.embedding))
@@ -292,7 +419,7 @@ def test_the_answer_teaches_the_backbone_by_the_picture_and_by_the_parts() -> No
 
 def test_every_parameter_learns_from_one_step() -> None:
     network = build(dropout=0.0).train()
-    terms = loss_terms(network(make_images(SIZE, batch=8)), torch.arange(8) // 2)
+    terms = network.losses(network(make_images(SIZE, batch=8)), torch.arange(8) // 2)
     sum(network.loss_weights[name] * term for name, term in terms.items()).backward()
     missing = [name for name, parameter in network.named_parameters() if parameter.grad is None]
     assert not missing
@@ -311,7 +438,7 @@ def test_ranking_teaches_every_level_where_each_is_proposed() -> None:
     for image in output.part_boxes.int().view(8, 3, 4).tolist():
         assert [int(levels[index[tuple(box)]]) for box in image][0] == 0
         assert {int(levels[index[tuple(box)]]) for box in image} == {0, 1, 2}
-    output.part_scores.square().sum().backward()
+    output.extras["part_scores"].square().sum().backward()
     for navigator in network.navigators:
         assert all(layer.weight.grad.abs().sum() > 0 for layer in (*navigator.levels, *navigator.scores))
 
@@ -321,7 +448,7 @@ def test_no_gradient_flows_through_boxes_and_crops() -> None:
     with reference.recorded_passes(network) as given:
         output = network(make_images(SIZE))
     assert not output.part_boxes.requires_grad and not any(batch.requires_grad for batch in given)
-    assert output.part_scores.requires_grad and output.coarse_features.requires_grad
+    assert output.extras["part_scores"].requires_grad and output.extras["coarse_features"].requires_grad
 
 
 def test_a_navigator_learns_to_find_the_part_that_tells() -> None:
@@ -330,7 +457,7 @@ def test_a_navigator_learns_to_find_the_part_that_tells() -> None:
     optimizer = torch.optim.SGD(network.navigators.parameters(), lr=0.002)
     losses = []
     for _ in range(12):
-        loss = loss_terms(network(images), labels)["ranking"]
+        loss = network.losses(network(images), labels)["ranking"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -351,11 +478,12 @@ def test_heads_are_all_but_the_backbone() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     (
-        ({"parts_in_answer": 0}, ("parts_in_answer", "0", "6")),
+        ({"parts_in_answer": 0}, ("parts_in_answer", "0", "1")),
         ({"parts_in_answer": 7}, ("parts_in_answer", "7", "6")),
         ({"part_proposals": 3}, ("parts_in_answer", "4", "3")),
         ({"part_proposals": 130}, ("part_proposals", "130", "129")),
-        ({"part_proposals": 0}, ("parts_in_answer", "0")),
+        ({"prediction": ("part",)}, ("part", "raw, concat")),
+        ({"part_proposals": 0}, ("part_proposals", "0", "1")),
         ({"anchor_sizes": (48, 96)}, ("anchor_sizes", "3")),
         ({"anchor_sizes": (48, 96, 0)}, ("anchor_sizes", "0")),
     ),
@@ -393,9 +521,9 @@ def test_built_by_its_name() -> None:
         anchor_sizes=LARGE,
         parts_of_every_level=False,
     )
-    assert isinstance(network, SCRIM) and network.answer == ("concat",) and network.input_size == 96
+    assert isinstance(network, SCRIM) and network.prediction == ("concat",) and network.input_size == 96
     assert network.coarse_parts[0].projection.out_features == 16
-    assert network.concat_classifier.in_features == 512 * 5
+    assert network.concat_classifier.in_features == network.backbone.embedding_channels * 5
     np.testing.assert_array_equal(network.proposals.boxes.numpy(), list_boxes(96, LARGE))
     with torch.no_grad():
         output = network.eval()(make_images(96))

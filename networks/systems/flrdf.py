@@ -3,25 +3,52 @@
 After Liang & Qu, Liaoning Technical University (foreground localization and region discriminative features). Stated
 there: the suppression, one shared ResNet, the three branches and the sum of their losses. Our reading, most of it a
 setting: the suppression acts once, on the final map; `raw` classifies the suppressed map, so that its controller
-learns; the box follows MMAL-Net's rule on that map alone; the branches share one classifier; the answer is the mean of
-`raw` and `object`.
+learns; the box follows MMAL-Net's rule on that map alone; the branches share one classifier; the prediction is the mean
+of `raw` and `object`.
 """
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
-from networks.backbone import DENSE_STRIDE, STRIDE, Backbone, checked_stride
+from torch import Tensor
+
+from networks.backbone import DENSE_STRIDE, STRIDE, Backbone
 from networks.classifier import Classifier
 from networks.crops import crop_objects, resize_images
 from networks.jigsaw import permute_blocks, random_permutations
 from networks.localization import activation_map, cell_boxes_to_pixels, localize
-from networks.outputs import NetworkOutput, combine_branches, requested_branches
+from networks.outputs import NetworkOutput, requested_branches
 from networks.suppression import RegionSuppression
-from utils.errors import UserError
+from networks.system import Shared, System
+from utils.options import Count, Limit, Positive, require
+
+Ceiling = Annotated[float, Limit(lambda x: 0 < x <= 1, "a share above 0, at most 1")]
 
 
-class FLRDF(nn.Module):
+@dataclass(frozen=True)
+class Options:
+    suppression: Literal["learnable"] | Ceiling = "learnable"  # what channels are capped at; a share of their maximum
+    classify_suppressed: bool = True  # raw classifies the suppressed map; without it only a fixed suppression works
+    box_agreement: bool = False  # the box keeps only what the map before the last one confirms, as in mmal
+    jigsaw_blocks: Count = 2  # blocks along a side of the shuffled object; 1: not shuffled
+    localization_stride: Literal[32, 16] = 32  # pixels of the input for each cell of the map of the object
+    localization_threshold: Positive = 1.0  # cells belong to the object above so many times the map's mean
+
+    def check(self, shared: Shared) -> None:
+        require(
+            self.classify_suppressed or self.suppression != "learnable",
+            "classify_suppressed",
+            self.classify_suppressed,
+            "True, unless suppression is a number such as 0.7: nothing else would teach the learnable one",
+        )
+        blocks = shared.input_size // STRIDE
+        cells = f"at most {blocks}: a block is a cell of {STRIDE} pixels or more"
+        require(self.jigsaw_blocks <= blocks, "jigsaw_blocks", self.jigsaw_blocks, cells)
+
+
+class FLRDF(System):
     """Branches `raw`, `object` and, in training only, `jigsaw`: the object with its blocks in a random order.
 
     `suppression`: see `networks.suppression.RegionSuppression`. `classify_suppressed=False` lets `raw` classify the
@@ -29,46 +56,30 @@ class FLRDF(nn.Module):
     the box only what the penultimate map confirms, as MMAL-Net does. `jigsaw_blocks` are counted along a side.
     """
 
+    Options = Options
+
     branches = ("raw", "object", "jigsaw")
     evaluated = ("raw", "object")
+    prediction = ("raw", "object")
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        num_classes: int,
-        *,
-        input_size: int = 448,
-        localization_stride: int = STRIDE,
-        localization_threshold: float = 1.0,
-        suppression: str | float = "learnable",
-        classify_suppressed: bool = True,
-        box_agreement: bool = False,
-        jigsaw_blocks: int = 2,
-        dropout: float = 0.5,
-    ):
-        super().__init__()
-        if suppression == "learnable" and not classify_suppressed:
-            raise UserError(
-                "classify_suppressed is off and suppression 'learnable': nothing would teach the controller; "
-                "set suppression to a number such as 0.5"
-            )
-        if not 1 <= jigsaw_blocks <= input_size // STRIDE:
-            raise UserError(f"jigsaw_blocks is {jigsaw_blocks}; expected 1 to {input_size // STRIDE} blocks a side")
-        self.input_size = input_size
-        self.localization_stride = checked_stride(localization_stride)
-        self.localization_threshold = localization_threshold
-        self.classify_suppressed = classify_suppressed
-        self.box_agreement = box_agreement
-        self.jigsaw_blocks = jigsaw_blocks
-        self.answer = ("raw", "object")
+    def __init__(self, backbone: Backbone, num_classes: int, options: Options, shared: Shared):
+        super().__init__(backbone, options, shared)
+        self.localization_stride = options.localization_stride
+        self.localization_threshold = options.localization_threshold
+        self.classify_suppressed = options.classify_suppressed
+        self.box_agreement = options.box_agreement
+        self.jigsaw_blocks = options.jigsaw_blocks
         self.loss_weights = dict.fromkeys(self.branches, 1.0)
-        self.backbone = backbone
-        self.dropout = nn.Dropout(dropout)
-        self.suppression = RegionSuppression(backbone.embedding_channels, suppression)
+        self.suppression = RegionSuppression(backbone.embedding_channels, options.suppression)
         self.classifier = Classifier(backbone.embedding_channels, num_classes)
 
     def forward(
-        self, images: Tensor, *, mask_background: bool = False, branches: tuple[str, ...] | None = None
+        self,
+        images: Tensor,
+        *,
+        labels: Tensor | None = None,
+        mask_background: bool = False,
+        branches: tuple[str, ...] | None = None,
     ) -> NetworkOutput:
         """Map normalised images [B, 3, S, S], S >= input_size, to a `NetworkOutput`.
 
@@ -97,13 +108,6 @@ class FLRDF(nn.Module):
             logits["jigsaw"] = self.classifier(self.dropout(self.backbone(shuffled, kind="part").embedding))
         return NetworkOutput(logits, object_boxes)
 
-    def predict_logits(self, output: NetworkOutput) -> Tensor:
-        """Return the system's one answer, [B, classes]: the mean probability over the branches of `answer`."""
-        return combine_branches(output, self.answer)
-
-    def heads(self) -> list[nn.Module]:
-        """Parts that start from random weights and may want a higher learning rate than the trunk.
-
-        Not the suppression: it shapes the boxes, which must not jump.
-        """
+    def heads(self) -> list[Classifier]:
+        """Not the suppression: it shapes the boxes, which must not jump."""
         return [self.classifier]

@@ -6,49 +6,57 @@ MMM 2021. Behaviour follows the published code, batched.
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from dataclasses import dataclass
+from typing import Literal
 
-from networks.backbone import DENSE_STRIDE, STRIDE, Backbone, checked_stride
+from torch import Tensor
+
+from networks.backbone import DENSE_STRIDE, STRIDE, Backbone
 from networks.classifier import Classifier
 from networks.crops import crop_objects, crop_windows, resize_images
 from networks.localization import activation_map, cell_boxes_to_pixels, localize
-from networks.outputs import NetworkOutput, combine_branches, requested_branches
-from networks.windows import WindowSelector
+from networks.outputs import NetworkOutput, requested_branches
+from networks.system import Shared, System
+from networks.windows import Windows, WindowSelector
+from utils.options import Positive
 
 
-class MMALNet(nn.Module):
-    """Branches `raw`, `object` and `window` share the backbone and the classifier; the answer is `object`.
+@dataclass(frozen=True)
+class Options:
+    windows: Windows = "birds"  # which windows of the object are looked at: birds, vehicles, or groups of one's own
+    localization_stride: Literal[32, 16] = 32  # pixels of the input for each cell of the map of the object
+    localization_threshold: Positive = 1.0  # cells belong to the object above so many times the map's mean
+
+
+class MMALNet(System):
+    """Branches `raw`, `object` and `window` share the backbone and the classifier; the prediction is `object`.
 
     The windows only serve training: evaluation leaves their pass out unless it is asked for.
     """
 
+    Options = Options
+    run_defaults = {"epochs": 200, "batch_size": 6}
+    published_names = {"pretrained_model.": "backbone.trunk.", "rawcls_net.": "classifier."}
+
     branches = ("raw", "object", "window")
     evaluated = ("raw", "object")
+    prediction = ("object",)
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        num_classes: int,
-        *,
-        input_size: int = 448,
-        localization_stride: int = STRIDE,
-        localization_threshold: float = 1.0,
-        windows: str | tuple = "birds",
-        dropout: float = 0.5,
-    ):
-        super().__init__()
-        self.input_size = input_size
-        self.localization_stride = checked_stride(localization_stride)
-        self.localization_threshold = localization_threshold
-        self.answer = ("object",)
+    def __init__(self, backbone: Backbone, num_classes: int, options: Options, shared: Shared):
+        super().__init__(backbone, options, shared)
+        self.localization_stride = options.localization_stride
+        self.localization_threshold = options.localization_threshold
         self.loss_weights = dict.fromkeys(self.branches, 1.0)
-        self.backbone = backbone
-        self.dropout = nn.Dropout(dropout)
         self.classifier = Classifier(backbone.embedding_channels, num_classes)
-        self.window_selector = WindowSelector(windows, grid_size=input_size // STRIDE, stride=STRIDE)
+        self.window_selector = WindowSelector(options.windows, grid_size=self.input_size // STRIDE, stride=STRIDE)
 
     def forward(
-        self, images: Tensor, *, mask_background: bool = False, branches: tuple[str, ...] | None = None
+        self,
+        images: Tensor,
+        *,
+        labels: Tensor | None = None,
+        mask_background: bool = False,
+        branches: tuple[str, ...] | None = None,
     ) -> NetworkOutput:
         """Map normalised images [B, 3, S, S], S >= input_size, to a `NetworkOutput`.
 
@@ -76,11 +84,3 @@ class MMALNet(nn.Module):
         embeddings = windows.embedding.unflatten(0, (-1, self.window_selector.count))  # [B, N, C]
         logits["window"] = self.classifier(self.dropout(embeddings))
         return NetworkOutput(logits, object_boxes, window_boxes)
-
-    def predict_logits(self, output: NetworkOutput) -> Tensor:
-        """Return the system's one answer, [B, classes]."""
-        return combine_branches(output, self.answer)
-
-    def heads(self) -> list[nn.Module]:
-        """Parts that start from random weights and may want a higher learning rate than the trunk."""
-        return [self.classifier]

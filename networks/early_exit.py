@@ -1,0 +1,38 @@
+"""Images that are sure of their class after the object pass skip the windows, the dearest part of evaluation.
+
+Ours; after the early exits of Teerapittayanon, McDanel & Kung, "BranchyNet: Fast Inference via Early Exiting from Deep
+Neural Networks", ICPR 2016. `utils.reporting.early_exit` finds a threshold that costs no accuracy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from networks.outputs import early_prediction, object_confidence
+
+Look = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def look_where_unsure(
+    look: Look,
+    crops: Tensor,
+    window_boxes: Tensor,
+    logits: dict[str, Tensor],
+    prediction: tuple[str, ...],
+    threshold: float,
+) -> tuple[Tensor, Tensor]:
+    """Return what `look(crops, window_boxes)` does, logits `window` [B, N, classes] and `graph` [B, classes].
+
+    With a `threshold` below 1 only images whose `object` branch is at most so sure are looked at, for which the host
+    waits for the device; the logits of the others repeat the prediction of the branches before the windows.
+    """
+    if threshold >= 1:
+        return look(crops, window_boxes)
+    graph = early_prediction(logits, prediction).float().clone()  # it may be the logits of a branch itself
+    window = graph[:, None].repeat(1, window_boxes.shape[1], 1)
+    unsure = (object_confidence(logits) <= threshold).nonzero().squeeze(1)
+    if len(unsure):
+        window[unsure], graph[unsure] = (found.float() for found in look(crops[unsure], window_boxes[unsure]))
+    return window, graph

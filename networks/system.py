@@ -1,0 +1,144 @@
+"""What a system is: the one base of all files in `networks/systems/`.
+
+A system's file holds all that only one published method has: its options, its parts put together, `forward`, its
+losses, its optimizer steps and the run defaults of its paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+from torch import Tensor, nn
+
+from networks.backbone import Backbone
+from networks.losses import classification_losses
+from networks.outputs import NetworkOutput, combine_branches
+
+
+class Shared(NamedTuple):
+    """The shared settings that a system's defaults and checks may look at; see `config.Settings` for what they mean.
+
+    `pretrained` "none": random weights to learn from; None: the weights are loaded later. `batch_size` 0: not trained.
+    """
+
+    input_size: int = 448
+    backbone: str = "resnet50"
+    pretrained: str | None = None
+    sync_batch_norm: bool = False
+    dropout: float = 0.5
+    batch_size: int = 0
+    images_per_class: int = 0
+    loss_weights: Mapping[str, float] | None = None
+
+    @property
+    def has_pretrained_weights(self) -> bool:
+        return self.pretrained != "none"
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """The options of a system that has none."""
+
+
+class Step(NamedTuple):
+    """One optimizer step: what the network is shown, and what it learns from that."""
+
+    images: Tensor  # [B', 3, S, S]
+    targets: Tensor  # [B', ...] labels, as the system's `losses` takes them
+    terms: tuple[str, ...] | None = None  # the loss terms that are trained; None: all
+    branches: tuple[str, ...] | None = None  # what the pass computes; None: what the epoch's loss terms need
+
+
+class System(nn.Module):
+    """A network with several branches of logits, and how it is trained.
+
+    `__init__` of a system calls this one first, then adds its parts: after `backbone` and `dropout`, in the order in
+    which they are to draw their random weights.
+    """
+
+    Options: ClassVar[type] = NoOptions
+    # Values for settings left at None, below the user's and the data set's; one may be a function of the other settings
+    run_defaults: ClassVar[Mapping[str, object | Callable[[Shared], object]]] = {}
+    # How names begin in checkpoints of the published code, and in ours (see `utils.checkpoint.load_published`)
+    published_names: ClassVar[Mapping[str, str]] = {}
+
+    # The next three are the class's, by which settings are checked; `__init__` may change them as its options ask for
+    branches: tuple[str, ...]  # the names of its logits
+    evaluated: tuple[str, ...]  # those that evaluation computes: the ones that only serve training left out
+    prediction: tuple[str, ...]  # those that are ensembled
+    ensembling: ClassVar[str] = "mean probability"  # what `predict_logits` takes of them, in words
+    loss_weights: Mapping[str, float]  # the weight of each of its loss terms
+    warmup_branches: ClassVar[tuple[str, ...]] = ("raw",)  # what trains in the first epochs; (): it has no warm-up
+    needs_labels: ClassVar[bool] = False  # whether `forward` gets the step's targets as `labels` in training
+    # Gradients are absent (None) before each step: a parameter that the step does not reach stays as it is. False: they
+    # are zero once they have been there, so that it moves by momentum and weight decay, as in PyTorch before 2.0.
+    absent_gradients: bool = True
+    # Of groups in `parameter_groups` beside `trunk` and `heads`, whose factor is a shared setting
+    learning_rate_factors: ClassVar[Mapping[str, float]] = {}
+    can_exit_early: ClassVar[bool] = False  # whether it has an `exit_threshold`
+
+    def __init__(self, backbone: Backbone, options: object, shared: Shared):
+        super().__init__()
+        self.options = options
+        self.input_size = shared.input_size  # side in pixels of what the backbone sees
+        self.backbone = backbone
+        self.dropout = nn.Dropout(shared.dropout)
+
+    def forward(
+        self,
+        images: Tensor,
+        *,
+        labels: Tensor | None = None,
+        mask_background: bool = False,
+        branches: tuple[str, ...] | None = None,
+    ) -> NetworkOutput:
+        """Map normalised images [B, 3, S, S], S >= input_size, to a `NetworkOutput`.
+
+        Only the passes that `branches` need are computed (None: all). `labels` [B] come in training, where
+        `needs_labels`; `mask_background` blanks what is not the object, where the system knows that.
+        """
+        raise NotImplementedError
+
+    def steps(self, images: Tensor, labels: Tensor) -> Iterator[Step]:
+        """Yield the optimizer steps of a batch of normalised images [B, 3, S, S] and labels [B].
+
+        A step is taken before the next one is asked for, which so may look at the weights it has changed.
+        """
+        yield Step(images, labels)
+
+    def losses(self, output: NetworkOutput, targets: Tensor, *, label_smoothing: float = 0.0) -> dict[str, Tensor]:
+        """Return every loss term that an output allows, by name, as float32 scalars: the cross-entropy of each branch.
+
+        `targets` [B] int64.
+        """
+        return classification_losses(output, targets, label_smoothing=label_smoothing)
+
+    def predict_logits(self, output: NetworkOutput) -> Tensor:
+        """Return the prediction, [B, classes]: logits of the mean probability over the branches of `prediction`."""
+        return combine_branches(output, self.prediction)
+
+    def heads(self) -> list[nn.Module]:
+        """Return the parts that start from random weights and may want a higher learning rate than the trunk."""
+        return [self.classifier]
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Return all trainable parameters by group: `trunk` learns at the learning rate, `heads` times its factor."""
+        heads = [p for head in self.heads() for p in head.parameters() if p.requires_grad]
+        known = {id(p) for p in heads}
+        trunk = [p for p in self.parameters() if p.requires_grad and id(p) not in known]
+        return {"trunk": trunk, "heads": heads}
+
+    def masks_background(self, epoch: int) -> bool:
+        """Whether the background is masked in an epoch, counted from 1."""
+        return False
+
+    def prepare(self, batches: Iterable) -> None:
+        """Look at the training batches once before a new run, such as for a k-means start; what it finds is in buffers.
+
+        Called in every process, with batches of all its training images.
+        """
+
+    def after_step(self, output: NetworkOutput, targets: Tensor) -> None:
+        """Change buffers after an optimizer step, such as moving averages; nothing here has a gradient."""

@@ -1,0 +1,198 @@
+"""SG-KRL, every part trained: semantic-guided fusion, cropping, weighting, windows and a graph on one backbone.
+
+After the published SG-KRL code, which adds to MMAL-Net (Zhang et al., MMM 2021) a cross-attention fusion that guides
+the object crop, CBAM weighting that guides the windows, and a graph convolution over the windows. There, fusion and
+weighting are used only detached and never learn (see `sgkrl_published`). This variant, ours, gives every part a
+gradient: the fused map is classified, the object is classified from its weighted map, and the graph links windows of
+one picture only, so that no prediction depends on the batch. Each part starts by changing nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
+
+from torch import Tensor, nn
+
+from networks.attention import SemanticFusion, SemanticWeighting
+from networks.backbone import DENSE_STRIDE, STRIDE, Backbone
+from networks.classifier import Classifier
+from networks.crops import crop_objects, crop_windows, resize_images
+from networks.early_exit import look_where_unsure
+from networks.graph import GraphHead
+from networks.localization import activation_map, adaptive_mask, cell_boxes_to_pixels, localize, with_gradient
+from networks.outputs import NetworkOutput, requested_branches
+from networks.system import Shared, System
+from networks.windows import Windows, WindowSelector
+from utils.options import Count, Limit, Positive, Probability, require
+
+PARTS = {"fusion", "weighting"}  # that can be left out, for comparison
+Without = Annotated[
+    tuple[str, ...],
+    Limit(
+        lambda parts: len(set(parts)) == len(parts) and set(parts) <= PARTS, "'fusion', 'weighting', both or nothing"
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Options:
+    windows: Windows = "birds"  # which windows of the object are looked at: birds, vehicles, or groups of one's own
+    localization_stride: Literal[32, 16] | None = None  # pixels a cell of the object's map; None: docs/settings.md
+    localization_threshold: Positive | None = None  # cells of the object are above so many means; None: likewise
+    graph_neighbours: Count = 3  # how many of the nearest windows a window is linked to, if there are as many
+    graph_edges: Literal["equal", "distance", "overlap"] = "equal"  # what a link weighs
+    graph_residual: bool = True  # the graph's logits are added to the mean of those of the windows
+    spatial_weights: Literal["relative", "absolute"] = "relative"  # mean 1 in each picture, or sigmoids as published
+    without: Without = ()  # fusion, weighting: parts that are left out, for comparison
+    crop_gradient: bool = False  # an experiment: what is cut out moves the object box; set clip_gradient_norm, too
+    mask_from_epoch: Count = 46  # from this epoch on (from 1) the background is masked, as published
+    exit_threshold: Probability = 1.0  # test.py: images whose object branch is surer skip the windows; 1: none does
+
+    def completed(self, shared: Shared) -> Options:
+        """As published (32, 1) on random weights; on pretrained ones what finds birds better, see docs/settings.md."""
+        pretrained = shared.has_pretrained_weights
+        stride, threshold = 16 if pretrained and shared.input_size < 448 else 32, 1.2 if pretrained else 1.0
+        return replace(
+            self,
+            without=tuple(sorted(self.without)),
+            localization_stride=self.localization_stride or stride,
+            localization_threshold=self.localization_threshold or threshold,
+        )
+
+    def check(self, shared: Shared) -> None:
+        require(
+            "weighting" not in self.without or self.spatial_weights != "absolute",
+            "without",
+            self.without,
+            "nothing or 'fusion' where spatial_weights is 'absolute': without the weighting there are no such weights",
+        )
+
+
+class SGKRL(System):
+    """Branches `raw`, `fused`, `object`, `window` and `graph`; the prediction is the mean of all but `window`.
+
+    One linear classifier serves all branches but the graph: their maps have the same channels with the same meaning,
+    which keeps the fused map an activation map that localization can use.
+
+    `graph_residual` adds the graph's logits to the mean of those of the windows, and lets them start near zero: the
+    branch `graph` starts as the mean of the windows' logits. `spatial_weights`: see
+    `networks.attention.SpatialGate`. `crop_gradient`: see `networks.localization.with_gradient`.
+    """
+
+    Options = Options
+    run_defaults = {
+        # Chosen on 135 validation images of CUB's gulls and wrens; see docs/settings.md.
+        "batch_norm": lambda shared: (
+            "frozen" if shared.has_pretrained_weights and not shared.sync_batch_norm else "shared"
+        )
+    }
+    can_exit_early = True
+
+    branches = ("raw", "fused", "object", "window", "graph")
+    evaluated = branches
+    prediction = ("raw", "fused", "object", "graph")
+
+    def __init__(self, backbone: Backbone, num_classes: int, options: Options, shared: Shared):
+        super().__init__(backbone, options, shared)
+        self.localization_stride = options.localization_stride
+        self.localization_threshold = options.localization_threshold
+        self.crop_gradient = options.crop_gradient
+        self.graph_residual = options.graph_residual
+        self.exit_threshold = options.exit_threshold
+        if "fusion" in options.without:
+            self.branches = self.evaluated = ("raw", "object", "window", "graph")
+            self.prediction = ("raw", "object", "graph")
+        self.loss_weights = dict.fromkeys(self.branches, 1.0)
+
+        channels = backbone.embedding_channels
+        self.classifier = Classifier(channels, num_classes)
+        self.fusion = None if "fusion" in options.without else SemanticFusion(backbone.channels, residual=True)
+        self.weighting = nn.Identity()
+        if "weighting" not in options.without:
+            relative = options.spatial_weights == "relative"
+            self.weighting = SemanticWeighting(channels, identity_start=True, relative=relative)
+        self.window_selector = WindowSelector(options.windows, grid_size=self.input_size // STRIDE, stride=STRIDE)
+        self.graph = GraphHead(
+            channels,
+            num_classes,
+            neighbours=options.graph_neighbours,
+            edges=options.graph_edges,
+            dropout=shared.dropout,
+            zero_start=options.graph_residual,
+        )
+
+    def forward(
+        self,
+        images: Tensor,
+        *,
+        labels: Tensor | None = None,
+        mask_background: bool = False,
+        branches: tuple[str, ...] | None = None,
+    ) -> NetworkOutput:
+        """Map normalised images [B, 3, S, S], S >= input_size, to a `NetworkOutput`.
+
+        The raw pass sees the images scaled down to input_size; object crop and windows are cut at their full size.
+        Logits: `raw`, `fused`, `object`, `graph` [B, classes], `window` [B, N, classes]. `mask_background` blanks what
+        lies outside the adaptive object mask before the object is cut. Only the passes that `branches` need are
+        computed (None: all). With an `exit_threshold` below 1, evaluation looks at the windows of unsure images only:
+        see `networks.early_exit`.
+        """
+        wanted = requested_branches(branches, self.branches)
+        # 1. Look at the picture.
+        raw = self.backbone(resize_images(images, self.input_size), dense=self.localization_stride == DENSE_STRIDE)
+        logits = {"raw": self.classifier(self.dropout(raw.embedding))}
+        if wanted <= {"raw"}:
+            return NetworkOutput(logits)
+
+        # 2. Fuse the stages: every cell of the final map gathers what it needs from the shallower ones.
+        fused = raw.final
+        if self.fusion is not None:
+            fused = self.fusion(raw)
+            logits["fused"] = self.classifier(self.dropout(fused.mean(dim=(2, 3))))
+
+        # 3. Find the object in the fused map.
+        localization = localize(
+            activation_map(fused), activation_map(raw.penultimate), threshold=self.localization_threshold
+        )
+        object_boxes = cell_boxes_to_pixels(localization.boxes, self.localization_stride)
+        object_masks = adaptive_mask(localization)
+        if not wanted & {"object", "window", "graph"}:
+            return NetworkOutput(logits, object_boxes, None, object_masks)
+
+        # 4. Cut it out, enlarged, and look at it.
+        masks = object_masks if mask_background else None
+        crop_boxes = (
+            with_gradient(object_boxes, fused, self.localization_stride) if self.crop_gradient else object_boxes
+        )
+        crops = crop_objects(images, crop_boxes, input_size=self.input_size, masks=masks)
+        cropped = self.backbone(resize_images(crops, self.input_size), kind="object")
+
+        # 5. Weight its channels and cells by what they mean.
+        weighted = self.weighting(cropped.final)
+        logits["object"] = self.classifier(self.dropout(weighted.mean(dim=(2, 3))))
+
+        # 6. Choose windows of several scales on the weighted map.
+        window_boxes = self.window_selector(activation_map(weighted))
+        if not wanted & {"window", "graph"}:
+            return NetworkOutput(logits, object_boxes, window_boxes, object_masks)
+
+        # 7. Look at them, and let the graph reason on what they show together.
+        threshold = 1.0 if self.training else self.exit_threshold
+        logits["window"], logits["graph"] = look_where_unsure(
+            self._look_at_windows, crops, window_boxes, logits, self.prediction, threshold
+        )
+        return NetworkOutput(logits, object_boxes, window_boxes, object_masks)
+
+    def _look_at_windows(self, crops: Tensor, window_boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits `window` and `graph` from object crops and windows [B, N, 4] on them."""
+        windows = self.backbone(crop_windows(crops, window_boxes, input_size=self.input_size), kind="part")
+        nodes = self.dropout(windows.embedding.unflatten(0, (-1, self.window_selector.count)))  # [B, N, C]
+        by_window, by_graph = self.classifier(nodes), self.graph(nodes, window_boxes)
+        return by_window, by_graph + by_window.mean(dim=1) if self.graph_residual else by_graph
+
+    def masks_background(self, epoch: int) -> bool:
+        return epoch >= self.options.mask_from_epoch
+
+    def heads(self) -> list[nn.Module]:
+        return [self.classifier, self.graph]

@@ -1,0 +1,107 @@
+"""Settings as flags of the command line: one for each field of a dataclass, in the blocks in which they stand."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import functools
+import inspect
+import re
+import textwrap
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from utils.flags import add_flags, from_words
+from utils.options import SettingsError, hints, shortened, shown
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports what is wrong in one sentence, without printing the usage first. Raises SettingsError."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        printable = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+        raise SettingsError(f"{shortened(printable.removeprefix('argument '))} (--help lists all settings)") from None
+
+
+def first_value(arguments: Sequence[str] | None, name: str, default: object) -> Any:
+    """Return what one flag is given, whatever the others are. Raises SettingsError where its value is missing."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument(f"--{name}", default=default)
+    return getattr(parser.parse_known_args(arguments)[0], name)
+
+
+def parse_flags(
+    arguments: Sequence[str] | None,
+    records: Mapping[str, type],
+    *,
+    description: str,
+    explain: Callable[[str], str | None],
+) -> list[dict[str, object]]:
+    """Return, for each of `records`, what the command line gives for its fields.
+
+    `records`: dataclasses by a title; a title of "" lists the fields under the headings in the source. `explain` is
+    asked about a flag that none of them has: a sentence for the user, or None. Raises SettingsError for malformed
+    values and unknown names; `--help` prints and ends the program.
+    """
+    parser = Parser(
+        description=description,
+        usage="%(prog)s [--setting value ...]",
+        argument_default=argparse.SUPPRESS,  # what is not given stays out: the defaults are checked as they are
+        allow_abbrev=False,
+        add_help=False,
+    )
+    groups = [
+        (heading, record, names)
+        for title, record in records.items()
+        for heading, names in (blocks(record) if title == "" else {title: list(hints(record))}).items()
+    ]
+    parser.add_argument("-h", "--help", action=_Overview, groups=groups, help="all settings and their values")
+    parser.add_argument("--help_all", action="help", help="the same with explanations")
+    for heading, record, names in groups:
+        add_flags(parser.add_argument_group(heading), record, names)
+    given, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        flag = unknown[0].partition("=")[0]
+        sentence = explain(flag.removeprefix("--").removeprefix("no-")) if flag.startswith("--") else None
+        if sentence is not None:
+            raise SettingsError(sentence)
+        near = difflib.get_close_matches(flag, parser._option_string_actions, n=1)
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{f'; did you mean {near[0]}?' if near else ''}")
+    return [
+        {name: from_words(record, name, value) for name, value in vars(given).items() if name in hints(record)}
+        for record in records.values()
+    ]
+
+
+@functools.cache
+def blocks(record: type) -> dict[str, list[str]]:
+    """Return a dataclass's fields by the headings in its source, but a dict of any values, which is no flag."""
+    found: dict[str, list[str]] = {}
+    for title, name in re.findall(r"^    (?:# ---- (.*?) -+|(\w+): .*)$", inspect.getsource(record), re.MULTILINE):
+        if title:
+            found[title] = names = []
+        elif hints(record)[name] != dict[str, Any]:
+            names.append(name)
+    return found
+
+
+class _Overview(argparse.Action):
+    """Prints the settings with their values, without explanations, and ends the program."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, groups: list, **options: object):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, **options)
+        self.groups = groups
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> typing.NoReturn:
+        lines = [f"usage: {parser.usage % {'prog': parser.prog}}", "", parser.description, ""]
+        for heading, record, names in (group for group in self.groups if group[2]):
+            defaults = dataclasses.asdict(record())
+            words = (f"--{name} {shown(defaults[name])}".replace(" ", "\0") for name in names)
+            text = textwrap.fill("  ".join(words), 118, initial_indent="  ", subsequent_indent="  ")
+            lines += [f"{heading}:", text.replace("\0", " ")]
+        lines += ["", "None: the value of the data set or the model. --no-NAME switches off what is True."]
+        lines += ["--help_all explains every setting; --model NAME --help shows those of another system."]
+        print("\n".join(lines))
+        parser.exit()

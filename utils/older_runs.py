@@ -1,0 +1,73 @@
+"""Settings of runs that were begun by an older version, in the form that this one has."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from utils.options import SettingsError
+
+# What runs that are older than a shared setting had. The defaults may have been edited since; never None.
+BEFORE: dict[str, object] = {"batch_norm": "shared", "crop_scale": 1.0}
+
+# The same for settings that a system has of its own.
+OPTIONS_BEFORE: dict[str, object] = {
+    "crop_gradient": False,
+    "graph_edges": "equal",
+    "graph_neighbours": 3,
+    "graph_residual": False,
+    "localization_stride": 32,
+    "localization_threshold": 1.0,
+    "spatial_weights": "absolute",
+    "without": (),
+}
+
+# When every setting stood in one list, whatever the system was
+OF_SYSTEMS = {
+    *("windows", "wiring", "graph_scope", "graph_neighbours", "graph_edges", "graph_residual", "spatial_weights"),
+    *("without", "crop_gradient", "localization_stride", "localization_threshold", "suppression"),
+    *("classify_suppressed", "box_agreement", "jigsaw_blocks", "coarse_channels", "part_proposals", "parts_in_answer"),
+    *("part_max_iou", "parts_of_every_level", "anchor_sizes", "mask_from_epoch", "exit_threshold"),
+}
+
+
+class UnknownSettingsError(SettingsError):
+    """Settings of a newer version, or of no version at all."""
+
+
+def in_current_form(saved: Mapping[str, object], own: Mapping[str, Collection[str]]) -> dict[str, object]:
+    """Return saved settings with those of the system in `options`; `own` names what each system has there.
+
+    Raises UnknownSettingsError where what was saved are no settings.
+    """
+    options = saved.get("options", {}) if isinstance(saved, dict) else None
+    if not isinstance(options, dict) or not all(isinstance(n, str) for n in (*saved, *options, saved.get("model", ""))):
+        raise UnknownSettingsError("something else in place of its settings")
+    values = dict(saved)
+    if "options" not in saved:
+        if saved.get("model") == "sgkrl" and saved.get("wiring") == "published":
+            values["model"] = "sgkrl_published"
+        apart = {name: values.pop(name) for name in saved if name in OF_SYSTEMS}
+        options = {name: value for name, value in apart.items() if name in own.get(values.get("model"), ())}
+        values |= {"prediction": values.pop("answer", None), "options": options}
+    younger = {name: value for name, value in OPTIONS_BEFORE.items() if name in own.get(values.get("model"), ())}
+    return values | {"options": younger | values["options"]}
+
+
+def folder_of(folder: Path, settings: Any) -> Path:
+    """Return a run's folder, or the one that an older version gave the same run, where only that is there.
+
+    `sgkrl_published` was a variant of `sgkrl` (`--wiring published`), and its runs lie in that model's folders.
+    """
+    former = folder.with_name(folder.name.replace("-sgkrl_published", "-sgkrl", 1))
+    if settings.model != "sgkrl_published" or folder.exists():
+        return folder
+    try:
+        found = json.loads((former / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return folder
+    if not isinstance(found, dict) or found.get("wiring") != "published" and found.get("model") != settings.model:
+        return folder
+    return former

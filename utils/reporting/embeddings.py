@@ -1,0 +1,32 @@
+"""The test images as TensorBoard's projector shows them: near each other where the network sees them alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+
+from utils.training.building import Trained
+
+
+def project(trained: Trained, loader: DataLoader, class_names: Sequence[str]) -> dict[str, object]:
+    """Return what TensorBoard's projector shows of the test images: an embedding each, its class, a small picture."""
+    network, _, _, plan, execution = trained
+    embeddings, thumbnails, class_of = [], [], []
+    hook = network.backbone.register_forward_hook(lambda module, inputs, output: passes.append(output.embedding))
+    try:
+        for batch in loader:
+            passes = []
+            with torch.no_grad(), execution.autocast():
+                images = execution.images(batch.images)
+                network(images, mask_background=plan.mask_background, branches=network.prediction)
+            # the pass over the object where there is one, over the picture where not
+            seen = [embedding for embedding in passes[:2] if len(embedding) == len(images)]
+            embeddings.append(seen[-1].float().cpu())
+            thumbnails.append(F.interpolate(batch.images.float(), size=(32, 32)) / 255)
+            class_of += [" ".join(class_names[label].split()) for label in batch.labels.tolist()]
+    finally:
+        hook.remove()
+    return {"mat": torch.cat(embeddings), "metadata": class_of, "label_img": torch.cat(thumbnails)}

@@ -1,0 +1,53 @@
+"""Drawings of what a network saw in the images that it got wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from PIL import Image
+
+from networks.evidence import forward_with_evidence
+from utils.reporting.panels import image_panel
+from utils.reporting.report import Mistake
+from utils.training.building import Trained
+
+
+def draw_mistakes(
+    trained: Trained, batches: Iterable[tuple[Any, Sequence[Image.Image], Sequence[int]]]
+) -> list[Mistake]:
+    """Run the network once more on a few test images and draw what it found in each.
+
+    `batches`: a batch of `datasets`, the pictures in their own size, and their labels.
+    """
+    network, _, saved, plan, execution = trained
+    names, mistakes = saved["class_names"], []
+    for batch, pictures, true_labels in batches:
+        with execution.autocast():
+            output, evidence = forward_with_evidence(
+                network,
+                execution.images(batch.images),
+                size=112,
+                mask_background=plan.mask_background,
+                branches=network.evaluated,
+            )
+        probabilities = network.predict_logits(output).float().softmax(dim=1)
+        top, labels = (t.tolist() for t in probabilities.topk(min(4, len(names)), dim=1))
+        for index, (picture, label) in enumerate(zip(pictures, true_labels, strict=True)):
+            box = None
+            if batch.boxes is not None:
+                box = batch.boxes[index] * (network.input_size / batch.images.shape[-1])
+            drawing = image_panel(
+                picture,
+                output,
+                index,
+                [names[likely] for likely in labels[index]],
+                top[index],
+                input_size=network.input_size,
+                evidence=evidence[index],
+                true_box=box,
+                height=200,
+            )
+            predicted = names[labels[index][0]]
+            mistakes.append(Mistake(drawing, batch.paths[index], names[label], predicted, top[index][0]))
+    return mistakes

@@ -1,0 +1,46 @@
+"""What a run and an evaluation print."""
+
+from __future__ import annotations
+
+import math
+
+from utils.reporting.report import order_where_it_matters
+
+
+def as_text(report: dict) -> str:
+    """Return a report's figures as test.py prints them."""
+    lines = [
+        f"{report['images']} test images{order_where_it_matters(report)}, epoch {report['epoch']}, chosen by "
+        f"{report['selected_on']}",
+        f"prediction: {report['prediction']}",
+        "",
+        f"{'branch':<10}{'top-1':>8}   95 % interval    {'top-5':>8}",
+    ]
+    for name, values in report["branches"].items():
+        low, high = values["top1_interval_95"]
+        lines.append(f"{name:<10}{values['top1']:>8.1%}   {low:.1%} to {high:.1%}  {values['top5']:>8.1%}")
+    lines += ["", f"mean per-class accuracy of the prediction: {report['mean_per_class_accuracy']:.1%}"]
+    lines.append(f"expected calibration error of the prediction: {report['calibration']['expected_error']:.1%}")
+    if report["boxes"]:
+        boxes = report["boxes"]
+        lines.append(f"object boxes: IoU >= 0.5 for {boxes['share_at_0.5']:.1%}, mean IoU {boxes['mean']:.3f}")
+    lines.append(f"{report['images_per_second']:.1f} images/s")
+    if report["worst_confusions"]:
+        lines += ["", "most frequent confusions:"]
+        lines += [f"  {c['count']} x {c['true']} taken for {c['predicted']}" for c in report["worst_confusions"][:5]]
+    return "\n".join(lines)
+
+
+def report_line(epoch: int, epochs: int, trained: dict, evaluated: dict, speed: float, prefix: str) -> str:
+    """Return an epoch's figures in one line."""
+    parts = [
+        f"epoch {epoch}/{epochs}",
+        f"loss {trained.get('loss/total', math.nan):.3f}",
+        f"{speed:.1f} images/s",
+        f"{prefix}:",
+    ]
+    accuracies = {name.removeprefix("accuracy/"): v for name, v in evaluated.items() if name.startswith("accuracy/")}
+    parts += [f"{name} {value:.1%}" for name, value in accuracies.items()]
+    if "box_iou/share_at_0.5" in evaluated:
+        parts.append(f"boxes {evaluated['box_iou/share_at_0.5']:.1%}")
+    return "  ".join(parts)

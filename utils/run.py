@@ -1,0 +1,252 @@
+"""A training run: its folder, what it goes on from, its log, its best epoch, and what happens between steps."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
+
+from networks.outputs import NetworkOutput
+from networks.system import System
+from utils.checkpoint import fits, save_checkpoint, save_last
+from utils.errors import Stopped
+from utils.files import locked, write_text
+from utils.options import flat
+from utils.reporting.metrics import EpochMeter
+from utils.reporting.pictures import save_png
+from utils.reporting.report_text import report_line
+from utils.reporting.runlog import RunLog
+from utils.training.distributed import any_process, is_main, print_once, rank, world_size
+from utils.training.interruption import StopRequest
+from utils.training.nonfinite import STEPS_BETWEEN_READINGS, NonFiniteLossError, SkipBudget
+from utils.training.resume import (
+    TRAINING_STATE,
+    drop_half_files,
+    drop_old_epochs,
+    holds_epoch,
+    load_resumable,
+    move_aside,
+)
+from utils.training.seeding import seed_everything
+
+
+class Run:
+    """What is in a run's folder and how far its training is; a context that keeps the folder to this process.
+
+        with Run(folder, settings, ...) as run:  # run.saved: the checkpoint to go on from, if any
+            run.attach(system, optimizer, schedule)
+            run.begin(...)                       # before this, nothing is written
+            for epoch in run.epochs():
+                with run.epoch(epoch, loader):   # its methods are the callbacks of `train_one_epoch` and `evaluate`
+                    ...
+                run.finish_epoch(epoch, trained, evaluated)
+
+    Args:
+        settings: `config.Settings`, complete.
+        facts: what the checkpoint says of the data: class_names, training_images, steps_per_epoch, selected_on.
+        restore: turns the settings that a checkpoint holds into `config.Settings`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: Any,
+        facts: Mapping[str, Any],
+        *,
+        device: torch.device,
+        restore: Callable[[Mapping], Any],
+    ) -> None:
+        self.folder, self.settings, self.facts, self.device = folder, settings, dict(facts), device
+        self.restore = restore
+        self.stack = contextlib.ExitStack()
+        self.epochs_done, self.best = 0, {"accuracy": -1.0, "epoch": 0}
+        self.progress: dict[str, Any] | None = None  # what an epoch had done when the run was interrupted
+
+    def __enter__(self) -> Run:
+        with contextlib.ExitStack() as stack:
+            if is_main():
+                stack.enter_context(locked(self.folder))
+            self.saved = None
+            if not self.settings.fresh:
+                data = {name: value for name, value in self.facts.items() if name != "selected_on"}
+                ours, restore = flat(self.settings), lambda saved: flat(self.restore(saved))
+                self.saved = load_resumable(self.folder, ours, restore=restore, **data)
+            used = self.saved["skipped_steps"] if self.saved else 0
+            self.skipped = SkipBudget(self.settings.skip_nonfinite, used)
+            self.stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> bool | None:
+        return self.stack.__exit__(*exception)
+
+    # ---- Before the first epoch -------------------------------------------------------------------------------------
+
+    def attach(self, system: System, optimizer: Optimizer, schedule: LRScheduler) -> None:
+        """Take what learns, and bring it to where the run that goes on was. Raises CheckpointError where that fails."""
+        self.system, self.optimizer, self.schedule = system, optimizer, schedule
+        saved = self.saved
+        if saved is None:
+            return
+        with fits(self.folder / "last.pth", "move it away, or start anew with --fresh"):
+            system.load_state_dict(saved["network"])
+            optimizer.load_state_dict(saved["optimizer"])
+            schedule.load_state_dict(saved["schedule"])
+        self.epochs_done, self.best, self.progress = saved["epoch"], saved["best"], saved["progress"]
+        is_best = self.best["epoch"] == self.epochs_done and self.progress is None
+        if is_main() and is_best and not holds_epoch(self.folder / "best.pth", self.epochs_done):
+            # the run was killed between its two files
+            content = {name: value for name, value in saved.items() if name not in TRAINING_STATE}
+            save_checkpoint(self.folder / "best.pth", content)
+
+    def begin(self, bad_pictures: Mapping[str, str]) -> None:
+        """Start to write: the folder, the log, the settings; from here on Ctrl-C and SIGTERM end the run orderly."""
+        self.stop = self.stack.enter_context(StopRequest())
+        if is_main() and self.settings.fresh and (kept := move_aside(self.folder)):
+            print_once(f"the run that was in {self.folder} is now in {kept}")
+        if is_main():
+            drop_half_files(self.folder)
+        classes, images = len(self.facts["class_names"]), self.facts["training_images"]
+        print_once(f"{self.folder}: {classes} classes, {images} training images, on {self.device}")
+        at = f", step {self.progress['step']} of epoch {self.progress['epoch']}" if self.progress else ""
+        continuing = f"; continuing after epoch {self.epochs_done}{at}" if self.saved else ""
+        print_once(f"best.pth is chosen by {self.facts['selected_on']}{continuing}")
+        resumed = self.epochs_done if self.saved else None
+        self.log = self.stack.enter_context(RunLog(self.folder, resume_epoch=resumed, enabled=is_main()))
+        if is_main() and self.saved is None:
+            text = json.dumps(dataclasses.asdict(self.settings), indent=2)
+            write_text(self.folder / "config.json", text + "\n")
+            self.log.log_settings(flat(self.settings) | {"selected_on": self.facts["selected_on"]})
+        if is_main() and bad_pictures:
+            path = self.folder / "bad_pictures.txt"
+            lines = [f"{picture}\t{reason}".replace("\n", "\\n") + "\n" for picture, reason in bad_pictures.items()]
+            write_text(path, "".join(lines))
+            print_once(f"{len(lines)} unreadable pictures are left out; they are listed in {path}")
+
+    # ---- One epoch --------------------------------------------------------------------------------------------------
+
+    def epochs(self) -> range:
+        """Return the epochs that are left, counted from 1."""
+        return range(self.epochs_done + 1, self.settings.epochs + 1)
+
+    @contextlib.contextmanager
+    def epoch(self, epoch: int, loader: DataLoader) -> Iterator[None]:
+        """Set an epoch's beginning, or the place in it where the run goes on; a loss that is not finite is recorded."""
+        self.current, self.steps = epoch, len(loader)
+        self.learning_rate = self.optimizer.param_groups[0]["lr"]
+        self.meter, self.steps_done = EpochMeter(self.device), 0
+        if self.progress is not None:
+            self.steps_done, self.learning_rate = self.progress["step"], self.progress["learning_rate"]
+            if is_main():  # it holds the sums of all processes
+                self.meter.load_state_dict(self.progress["meter"])
+        loader.sampler.set_epoch(epoch, start=self.steps_done * loader.batch_size)
+        try:
+            yield
+        except NonFiniteLossError as error:
+            raise self._recorded(error) from None
+        self.progress = None
+
+    def before_step(self, step: int) -> None:
+        """Seed all that is random in a step."""
+        seed_everything(self.settings.seed, self.current, step, rank())
+
+    def save_after(self, step: int) -> bool:
+        """Whether to save after a step: several processes agree, for which they wait for each other, now and then."""
+        asked = (world_size() == 1 or step % STEPS_BETWEEN_READINGS == 0) and self.stop.agree(self.device)
+        every = self.settings.save_every_steps
+        return asked or (every > 0 and step % every == 0 and step < self.steps)
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint within the epoch. Raises Stopped where the run was asked to stop."""
+        progress = {"epoch": self.current, "learning_rate": self.learning_rate, "step": step}
+        progress["meter"] = self.meter.state_dict()
+        if is_main():
+            save_last(self.folder, self.content(self.current - 1) | self.training_state(progress))
+        if self.stop.agreed:
+            any_process(False, self.device)  # torchrun ends all when one has ended: wait for the one that saves
+            raise Stopped
+
+    def after_evaluation_batch(self, batch: object, output: NetworkOutput, prediction: Tensor) -> None:
+        """Stop where that was asked for, but not on weights that the last step has broken: the end will report that."""
+        if world_size() == 1 and self.stop.requested and prediction.isfinite().all():
+            self.stop.agree(self.device)
+            self.save(self.steps)
+
+    # ---- After an epoch ---------------------------------------------------------------------------------------------
+
+    def finish_epoch(self, epoch: int, trained: dict[str, float], evaluated: dict[str, float]) -> None:
+        """Log the epoch's figures and save. Raises Stopped where the run was asked to stop."""
+        prefix = self.settings.select_on
+        speed = {"train": trained.pop("images_per_second"), prefix: evaluated.pop("images_per_second")}
+        print_once(report_line(epoch, self.settings.epochs, trained, evaluated, speed["train"], prefix))
+        groups = {
+            "train": trained,
+            prefix: evaluated,
+            "schedule": {"learning_rate": self.learning_rate},
+            "speed": {f"{split}_images_per_second": value for split, value in speed.items()},
+        }
+        self.log.log_epoch(epoch, groups)
+        self._save_epoch(epoch, evaluated["accuracy/prediction"])
+        if epoch < self.settings.epochs and self.stop.agree(self.device):
+            raise Stopped
+
+    def wants_pictures(self, epoch: int) -> bool:
+        every = self.settings.pictures_every
+        return is_main() and every > 0 and (epoch in (1, self.settings.epochs) or epoch % every == 0)
+
+    def show_pictures(self, epoch: int, panel: Tensor) -> None:
+        self.log.log_pictures(f"{self.settings.select_on}/localization", panel, epoch)
+        save_png(self.folder / "pictures" / f"epoch-{epoch:03d}.png", panel)
+
+    def _save_epoch(self, epoch: int, accuracy: float) -> None:
+        """Write last.pth first, so that best.pth is never ahead of what a continued run knows."""
+        is_best = accuracy > self.best["accuracy"]
+        if is_best:
+            self.best = {"accuracy": accuracy, "epoch": epoch}
+        if not is_main():
+            return
+        kept = self.settings.keep_checkpoints
+        if kept:
+            save_checkpoint(self.folder / f"epoch-{epoch:03d}.pth", self.content(epoch))
+        save_last(self.folder, self.content(epoch) | self.training_state(None))
+        if is_best:
+            save_checkpoint(self.folder / "best.pth", self.content(epoch))
+        if kept:
+            drop_old_epochs(self.folder, kept)
+
+    def content(self, epochs_done: int) -> dict[str, object]:
+        """Return what every checkpoint holds."""
+        return {
+            "settings": dataclasses.asdict(self.settings),
+            **self.facts,
+            "epoch": epochs_done,
+            "best": self.best,
+            "network": self.system.state_dict(),
+        }
+
+    def training_state(self, progress: dict[str, object] | None) -> dict[str, object]:
+        """Return what only last.pth holds; `progress`: what an epoch has done so far, None between two epochs."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "progress": progress,
+            "skipped_steps": self.skipped.used,
+        }
+
+    def _recorded(self, error: NonFiniteLossError) -> NonFiniteLossError:
+        """Write what went wrong, with the images of the batch, into the folder, and return an error that says so."""
+        path = self.folder / "nonfinite.json"
+        record = {"epoch": self.current, "step": error.step, "terms": error.terms, "images": error.paths}
+        if is_main():
+            write_text(path, json.dumps(record, indent=2) + "\n")
+        where = f"; the images of the batch are listed in {path}" if error.paths else " (seen after its last step)"
+        text = f"epoch {self.current}: {error}{where}"
+        return NonFiniteLossError(text, step=error.step, terms=error.terms, paths=error.paths)

@@ -1,0 +1,97 @@
+"""What the shared settings in `config.py` may be: types that `utils.options` has not, and what contradicts what."""
+
+from __future__ import annotations
+
+import math
+import re
+import stat
+from pathlib import Path
+from typing import Annotated, Any
+
+from utils.options import Limit, require
+
+
+def can_be_folder(text: str) -> bool:
+    """Whether a path is a folder that is there, or one that could be made."""
+    try:
+        return text != "" and stat.S_ISDIR(Path(text).expanduser().stat().st_mode)
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError, RuntimeError):  # below a file, too long, no file name, the home of an unknown user
+        return False
+
+
+Folder = Annotated[str, Limit(can_be_folder, "a folder that is there or can be made")]
+SideOfInput = Annotated[
+    int, Limit(lambda side: side % 32 == 0 and side >= 96, "a multiple of 32 of at least 96, such as 224 or 448")
+]
+Device = Annotated[
+    str,
+    Limit(
+        lambda name: re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,2})?", name) is not None,
+        "'auto', 'cpu', 'cuda', 'cuda:1' ...",
+    ),
+]
+Patterns = Annotated[
+    tuple[str, ...], Limit(lambda p: len(p) > 0 and all(p), "at least one pattern and no empty one, or None for all")
+]
+Branches = Annotated[
+    tuple[str, ...],
+    Limit(lambda names: 0 < len(names) == len(set(names)), "at least one branch, and each of them once"),
+]
+RunName = Annotated[str, Limit(lambda n: re.fullmatch(r"[\w.+-]+", n) is not None, "letters, digits, any of . _ + -")]
+Fraction = Annotated[float, Limit(lambda x: 0 < x < 1, "a share between 0 and 1")]
+PartOfArea = Annotated[float, Limit(lambda x: 0.01 <= x <= 1, "a number from 0.01 to 1")]
+Epochs = Annotated[tuple[int, ...], Limit(lambda epochs: all(e >= 1 for e in epochs), "epochs, counted from 1")]
+Weights = Annotated[
+    dict[str, float],
+    Limit(lambda weights: all(0 <= w < math.inf for w in weights.values()), "finite numbers of at least 0"),
+]
+Processes = Annotated[int, Limit(lambda n: 0 <= n <= 1024, "a whole number from 0 to 1024, as each is a process")]
+Batches = Annotated[int, Limit(lambda n: 1 <= n <= 1024, "a whole number from 1 to 1024")]
+
+
+def refuse_contradictions(settings: Any, system: Any) -> None:
+    """Refuse complete settings, each of them possible, that contradict each other. Raises SettingsError."""
+
+    def needs(name: str, condition: bool, expected: str) -> None:
+        require(condition, name, getattr(settings, name), expected)
+
+    needs(
+        "data_root",
+        settings.dataset == "demo" or (settings.data_root is not None and can_be_folder(settings.data_root)),
+        f"the folder that holds {settings.dataset}",
+    )
+    needs("image_size", settings.image_size >= settings.input_size, f"at least input_size, {settings.input_size}")
+    needs(
+        "validation",
+        settings.validation > 0 or settings.select_on == "test",
+        "a share above 0, unless select_on is 'test': something has to choose the best epoch",
+    )
+    needs("warmup_epochs", settings.warmup_epochs == 0 or len(system.warmup_branches) > 0, "0 for this model")
+    needs(
+        "warmup_epochs",
+        settings.warmup_epochs < settings.epochs
+        or set(settings.prediction or system.prediction) <= set(system.warmup_branches),
+        f"less than epochs, {settings.epochs}: {settings.model} predicts with branches that are trained after it",
+    )
+    needs(
+        "images_per_class",
+        settings.images_per_class == 0 or settings.batch_size % settings.images_per_class == 0,
+        f"0, or a number that divides batch_size, {settings.batch_size}",
+    )
+    needs(
+        "batch_norm",
+        settings.batch_norm != "frozen" or settings.pretrained != "none",
+        "'shared' or 'per_pass' where pretrained is 'none': frozen ones must be learnt",
+    )
+    needs(
+        "sync_batch_norm",
+        not settings.sync_batch_norm or settings.batch_norm == "shared",
+        "False where batch_norm is 'per_pass', whose statistics each process takes from its own images, or 'frozen'",
+    )
+    needs(
+        "stride_on_first_conv",
+        not settings.stride_on_first_conv or settings.backbone not in ("resnet18", "resnet34"),
+        f"False for {settings.backbone}, which has no 1x1 convolution to put it on; resnet50 and deeper have",
+    )

@@ -1,0 +1,146 @@
+"""Networks from settings, and out of checkpoints, ready to train or to evaluate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from networks import build_network
+from networks.folding import cast_for_autocast, fold_batch_norm
+from networks.system import System
+from utils.checkpoint import CheckpointError, fits, load_run
+from utils.older_runs import UnknownSettingsError
+from utils.options import SettingsError
+from utils.training.compilation import compile_backbone
+from utils.training.distributed import choose_device, unwrap, wrap_network
+from utils.training.execution import Execution
+from utils.training.precision import resolve_precision
+from utils.training.schedule import EpochPlan, build_optimizer, build_schedule, plan_epoch
+
+
+class Trained(NamedTuple):
+    """A network out of a checkpoint, ready to evaluate (its batch norms are folded), and what it was trained with."""
+
+    network: System
+    settings: Any  # config.Settings
+    saved: dict[str, Any]  # the checkpoint's content
+    plan: EpochPlan  # that of the epoch it was saved in
+    execution: Execution
+
+
+def build_from_settings(settings: Any, num_classes: int, *, load_weights: bool) -> System:
+    """Build the network of `config.Settings`; without the pretrained weights where a checkpoint's follow."""
+    return build_network(
+        settings.model,
+        num_classes=num_classes,
+        backbone=settings.backbone,
+        pretrained=settings.pretrained if load_weights or settings.pretrained == "none" else None,
+        stride_on_first_conv=settings.stride_on_first_conv,
+        batch_norm=settings.batch_norm,
+        input_size=settings.input_size,
+        dropout=settings.dropout,
+        prediction=settings.prediction,
+        **settings.options,
+    )
+
+
+def build_to_train(settings: Any, num_classes: int, device: torch.device, *, load_weights: bool) -> torch.nn.Module:
+    """Build the network to train: on its device, spread over processes or GPUs, compiled where that is asked for."""
+    network = build_from_settings(settings, num_classes, load_weights=load_weights)
+    if settings.channels_last:
+        network = network.to(memory_format=torch.channels_last)
+    network = wrap_network(
+        network.to(device), device, data_parallel=settings.data_parallel, sync_batch_norm=settings.sync_batch_norm
+    )
+    if settings.compile:
+        compile_backbone(network)
+    system = unwrap(network)
+    if system.can_exit_early:
+        system.exit_threshold = 1.0  # the validation looks at everything
+    system.evaluated = evaluated_branches(system, weights_of_losses(settings, system))
+    return network
+
+
+def build_learning(settings: Any, system: System, *, steps_per_epoch: int) -> tuple[Optimizer, LRScheduler]:
+    """Return the optimizer of the system's parameters and the schedule of its learning rates."""
+    optimizer = build_optimizer(
+        system,
+        learning_rate=settings.learning_rate,
+        head_learning_rate_factor=settings.head_learning_rate_factor,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+    )
+    schedule = build_schedule(
+        optimizer,
+        settings.schedule,
+        epochs=settings.epochs,
+        steps_per_epoch=steps_per_epoch,
+        milestones=settings.milestones,
+    )
+    return optimizer, schedule
+
+
+def build_to_evaluate(settings: Any, saved: dict[str, Any], load: Callable[[System], object]) -> Trained:
+    """Build the network of `settings`, fill it with `load`, and make it ready to evaluate.
+
+    `saved` holds at least class_names and epoch.
+    """
+    device = choose_device(settings.device)
+    execution = Execution(device, resolve_precision(settings.precision, device), settings.channels_last)
+    network = build_from_settings(settings, len(saved["class_names"]), load_weights=False)
+    load(network)
+    if settings.channels_last:
+        network = network.to(memory_format=torch.channels_last)
+    network = fold_batch_norm(network.to(device))
+    if execution.precision == "bf16":
+        cast_for_autocast(network, torch.bfloat16)
+    if settings.compile:
+        compile_backbone(network)
+    if network.can_exit_early:
+        network.exit_threshold = 1.0
+    loss_weights = weights_of_losses(settings, network)
+    network.evaluated = evaluated_branches(network, loss_weights)
+    progress = saved.get("progress")  # of an epoch that is not done
+    epoch = progress["epoch"] if progress else saved["epoch"]
+    plan = plan_epoch(network, epoch, loss_weights, warmup_epochs=settings.warmup_epochs)
+    return Trained(network, settings, saved, plan, execution)
+
+
+def weights_of_losses(settings: Any, system: System) -> dict[str, float]:
+    """Return the system's own weights of its loss terms, with those that the settings change. Raises SettingsError."""
+    own, changed = system.loss_weights, settings.loss_weights or {}
+    if not changed.keys() <= own.keys():
+        raise SettingsError(f"loss_weights names {', '.join(changed)}; {settings.model} has {', '.join(own)}")
+    weights = {**own, **changed}
+    if not any(weights.values()):
+        raise SettingsError("loss_weights are all 0: leave at least one term to train")
+    return weights
+
+
+def evaluated_branches(system: System, loss_weights: Mapping[str, float]) -> tuple[str, ...]:
+    """Return what evaluation computes: of the system's choice, the branches that are trained or in the prediction."""
+    return tuple(name for name in system.evaluated if loss_weights[name] > 0 or name in system.prediction)
+
+
+def load_trained(path: Path, rebuilt: Callable[..., Any], **overrides: object) -> Trained:
+    """Rebuild a network from the settings saved in its checkpoint, with some of them changed; see `config.rebuilt`.
+
+    Raises CheckpointError where the file is no checkpoint of a run, is of another version or damaged, SettingsError for
+    impossible overrides.
+    """
+    saved = load_run(path)
+    try:
+        settings = rebuilt(saved["settings"], **overrides)
+    except UnknownSettingsError as error:
+        raise CheckpointError(f"{path} has {error}") from None
+
+    def load(network: System) -> None:
+        with fits(path, "use a file that train.py of this version can have written"):
+            network.load_state_dict(saved["network"])
+
+    return build_to_evaluate(settings, saved, load)

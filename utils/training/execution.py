@@ -1,0 +1,34 @@
+"""How to compute: the device, mixed precision and the memory layout."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from utils.data.augmentation import normalised
+
+
+class Execution(NamedTuple):
+    """How to compute: the device, mixed precision and the memory layout."""
+
+    device: torch.device
+    precision: str = "float32"
+    channels_last: bool = True
+
+    def autocast(self) -> torch.autocast:
+        """Return the context in which the network runs."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+
+    def images(self, images: Tensor, augmentation: Tensor | None = None) -> Tensor:
+        """Move a batch of images [B, 3, H, W] to the device, in the chosen layout, as the network wants them.
+
+        uint8 is augmented there, if `augmentation` [B, 8], itself on the CPU, says how, and normalised; floating point
+        is so already.
+        """
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        images = images.to(self.device, non_blocking=True)
+        if images.dtype == torch.uint8:
+            images = normalised(images, augmentation)
+        return images.contiguous(memory_format=layout)
