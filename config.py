@@ -93,7 +93,7 @@ class Settings:
     head_learning_rate_factor: Positive | None = None  # parts that start from random weights: times this
     momentum: Share | None = None  # of SGD
     weight_decay: PositiveOrZero | None = None  # of all weights
-    schedule: Literal["steps", "one_cycle"] | None = None  # steps: x 0.1 at each milestone; one_cycle: up, then down
+    schedule: Literal["steps", "one_cycle", "cosine"] | None = None  # steps: x 0.1 at each milestone; or along a cosine
     milestones: Epochs | None = None  # schedule=steps: the epochs after which the learning rate falls
     clip_gradient_norm: PositiveOrZero | None = None  # a larger gradient is scaled down to this norm; 0: never
     label_smoothing: Share | None = None  # share of the target that goes to the other classes

@@ -187,6 +187,15 @@ def test_published_milestones(model, epochs):
     assert trunk == head
 
 
+@pytest.mark.parametrize(("epochs", "steps"), [(4, 10), (10, 1), (1, 3)])
+def test_cosine_is_constant_within_an_epoch(epochs, steps):
+    trunk, head = _rates("cosine", epochs=epochs, steps=steps)
+    by_epoch = [0.02 / 2 * (1 + math.cos(math.pi * t / epochs)) for t in range(epochs)]
+    expected = [rate for rate in by_epoch for _ in range(steps)]
+    assert trunk == pytest.approx(expected, rel=1e-9)
+    assert head == pytest.approx([5 * value for value in expected], rel=1e-9)
+
+
 def test_an_unknown_schedule_is_refused():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
     with pytest.raises(ValueError, match="sine"):

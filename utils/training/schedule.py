@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, OneCycleLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, MultiStepLR, OneCycleLR
 
 from networks.system import System
 from utils.errors import UserError
@@ -66,11 +67,14 @@ def build_schedule(
 
     "steps": a tenth of the rate after each epoch in `milestones`. "one_cycle": up to the optimizer's rate over the
     first 30 % of the steps, then down to nearly nothing, both along a cosine (Smith & Topin, "Super-Convergence", 2018;
-    the momentum stays as it is).
+    the momentum stays as it is). "cosine": from the optimizer's rate down along half a cosine, constant within an epoch
+    (Loshchilov & Hutter, "SGDR", ICLR 2017, without restarts).
     """
     if kind == "steps":
         return MultiStepLR(optimizer, [epoch * steps_per_epoch for epoch in milestones], gamma=0.1)
     if kind == "one_cycle":
         highest = [group["lr"] for group in optimizer.param_groups]
         return OneCycleLR(optimizer, highest, total_steps=epochs * steps_per_epoch, cycle_momentum=False)
-    raise UserError(f"unknown schedule {kind!r}; choose 'steps' or 'one_cycle'")
+    if kind == "cosine":
+        return LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * (step // steps_per_epoch) / epochs)) / 2)
+    raise UserError(f"unknown schedule {kind!r}; choose 'steps', 'one_cycle' or 'cosine'")
