@@ -38,8 +38,8 @@ from networks.windows import REFERENCE_GRID, WINDOW_SETS  # noqa: E402
 from utils.data.demo_birds import draw_demo_picture  # noqa: E402
 from utils.errors import UserError, exit_with_one_sentence  # noqa: E402
 from utils.options import flat  # noqa: E402
+from utils.reporting.drawing import INK, PAPER, SHADOW, TRACK, WINDOWS, to_pillow  # noqa: E402
 from utils.reporting.panels import image_panel  # noqa: E402
-from utils.reporting.pictures import INK, PAPER, SHADOW, TRACK, WINDOWS, to_pillow  # noqa: E402
 from utils.training.building import load_trained  # noqa: E402
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

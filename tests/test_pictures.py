@@ -7,19 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from utils.reporting.pictures import (
-    DIMMED,
-    GAP,
-    PADDING,
-    PREDICTED_BOX,
-    RIGHT,
-    TRUE_BOX,
-    WINDOWS,
-    WRONG,
-    Caption,
-    localization_panel,
-    save_png,
-)
+from utils.reporting.drawing import DIMMED, PREDICTED_BOX, RIGHT, TRUE_BOX, WINDOWS, WRONG
+from utils.reporting.figures import GAP, PADDING, Caption
+from utils.reporting.pictures import localization_panel, save_png
 
 SIZE = 96
 LEGEND = 22 + PADDING  # height of the legend and the space below

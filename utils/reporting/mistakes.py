@@ -9,7 +9,7 @@ from PIL import Image
 
 from networks.evidence import forward_with_evidence
 from utils.reporting.panels import image_panel
-from utils.reporting.report import Mistake
+from utils.reporting.report_sections import Mistake
 from utils.training.building import Trained
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from networks.outputs import NetworkOutput
 from networks.system import System
-from utils.reporting.pictures import Caption, localization_panel, prediction_panel
+from utils.reporting.figures import Caption
+from utils.reporting.pictures import localization_panel, prediction_panel
 from utils.training.execution import Execution
 from utils.training.schedule import EpochPlan
 
