@@ -98,23 +98,27 @@ def parts_of(B: int, input_size: int, channels: int, device: torch.device) -> di
     final, penultimate = features
     boxes = random_boxes((B, WINDOWS), input_size, generator)
     images = torch.randn(B, 3, input_size, input_size, generator=generator)
-    permutations = random_permutations(B, BLOCKS**2, torch.device("cpu"))
-    selector = WindowSelector("birds", grid_size=grid, stride=STRIDE).to(device)
-    window_set = scale_window_set(reference.BIRDS, grid)
-    graph = GraphHead(channels, 200).to(device).eval()
     nodes = torch.randn(B, WINDOWS, channels, generator=generator)
-    proposals = PartProposals(PROPOSALS, grid_size=grid, stride=STRIDE, every_level=False).to(device)
-    conflicts = proposals.conflicts.cpu().numpy()
-    anchors = proposals.boxes.cpu()
-    scores = torch.randint(0, 500, (B, len(anchors)), generator=generator).float()
-    on_device = [t.to(device) for t in (final, penultimate, images, boxes, permutations, nodes, scores)]
-    ours_final, ours_penultimate, ours_images, ours_boxes, ours_permutations, ours_nodes, ours_scores = on_device
+    return {
+        "localization": localization(final, penultimate, device),
+        "object crops": crops(images, boxes[:, :1], input_size, device),
+        "window crops": crops(images, boxes, input_size // 2, device),
+        "windows": windows(final, device),
+        "graph": graph(nodes, boxes, device),
+        "jigsaw": jigsaw(images, device),
+        "suppression": suppression(final, device),
+        "anchor NMS": anchor_selection(B, grid, device, generator),
+    }
 
-    def our_localization() -> Tensor:
+
+def localization(final: Tensor, penultimate: Tensor, device: torch.device) -> Part:
+    ours_final, ours_penultimate = final.to(device), penultimate.to(device)
+
+    def ours() -> Tensor:
         found = localize(activation_map(ours_final), activation_map(ours_penultimate))
         return torch.cat([cell_boxes_to_pixels(found.boxes, STRIDE), adaptive_mask(found).flatten(1).float()], dim=1)
 
-    def slow_localization() -> Tensor:
+    def slow() -> Tensor:
         rows = []
         for one, other in zip(final, penultimate, strict=True):
             masks = [reference.mask_above_mean(m.sum(dim=0, dtype=torch.float64).numpy()) for m in (one, other)]
@@ -123,36 +127,57 @@ def parts_of(B: int, input_size: int, channels: int, device: torch.device) -> di
             rows.append(torch.cat([torch.tensor(reference.cell_box_to_pixels(box, STRIDE)).float(), mask]))
         return torch.stack(rows)
 
-    def slow_crops() -> Tensor:
-        return torch.stack(
-            [reference.crop_and_resize(image, box, input_size) for image, box in zip(images, boxes[:, 0], strict=True)]
-        )
+    return Part(ours, slow)
 
-    def slow_window_crops() -> Tensor:
-        size = input_size // 2
-        return torch.stack(
-            [
-                reference.crop_and_resize(image, box, size)
-                for image, own in zip(images, boxes, strict=True)
-                for box in own
-            ]
-        )
+
+def crops(images: Tensor, boxes: Tensor, size: int, device: torch.device) -> Part:
+    ours_images, ours_boxes = images.to(device), boxes.to(device)
+
+    def slow() -> Tensor:
+        pairs = ((image, box) for image, own in zip(images, boxes, strict=True) for box in own)
+        return torch.stack([reference.crop_and_resize(image, box, size) for image, box in pairs])
+
+    return Part(lambda: crop_and_resize(ours_images, ours_boxes, size), slow, 1e-3)
+
+
+def windows(final: Tensor, device: torch.device) -> Part:
+    grid = final.shape[-1]
+    selector = WindowSelector("birds", grid_size=grid, stride=STRIDE).to(device)
+    window_set = scale_window_set(reference.BIRDS, grid)
+    ours_final = final.to(device)
+
+    def slow() -> Tensor:
+        return torch.stack([torch.from_numpy(reference.select_windows(f, window_set, STRIDE)) for f in final])
+
+    return Part(lambda: selector(activation_map(ours_final)), slow)
+
+
+def graph(nodes: Tensor, boxes: Tensor, device: torch.device) -> Part:
+    head = GraphHead(nodes.shape[-1], 200).to(device).eval()
+    ours_nodes, ours_boxes = nodes.to(device), boxes.to(device)
 
     @torch.no_grad()
-    def slow_graph() -> Tensor:
-        first, second = graph.cpu().convolutions
+    def slow() -> Tensor:
+        first, second = head.cpu().convolutions
         rows = []
         for own, own_boxes in zip(nodes, boxes, strict=True):
             edges = reference.neighbour_edges(own_boxes[:, :2].numpy(), NEIGHBOURS)
             edges = sorted({*edges, *((j, i) for i, j in edges)})
             for layer in (first, second):
                 own = torch.relu(reference.graph_convolution(own, edges, layer.lin.weight, layer.bias))
-            rows.append(graph.classifier(own.mean(dim=0)))
-        graph.to(device)
+            rows.append(head.classifier(own.mean(dim=0)))
+        head.to(device)
         return torch.stack(rows)
 
-    def slow_jigsaw() -> Tensor:
-        side = input_size // BLOCKS
+    return Part(torch.no_grad()(lambda: head(ours_nodes, ours_boxes)), slow, 1e-4)
+
+
+def jigsaw(images: Tensor, device: torch.device) -> Part:
+    permutations = random_permutations(len(images), BLOCKS**2, torch.device("cpu"))
+    ours_images, ours_permutations = images.to(device), permutations.to(device)
+
+    def slow() -> Tensor:
+        side = images.shape[-1] // BLOCKS
         result = torch.empty_like(images)
         for image, order, target in zip(images, permutations.tolist(), result, strict=True):
             for place, source in enumerate(order):
@@ -162,31 +187,33 @@ def parts_of(B: int, input_size: int, channels: int, device: torch.device) -> di
                 ]
         return result
 
-    def slow_suppression() -> Tensor:
+    return Part(lambda: permute_blocks(ours_images, ours_permutations, BLOCKS), slow)
+
+
+def suppression(final: Tensor, device: torch.device) -> Part:
+    ours_final = final.to(device)
+
+    def slow() -> Tensor:
         result = final.clone()
         for image in result:
             for channel in image:
                 channel.clamp_(max=(channel.max() * SHARE).item())
         return result
 
-    def slow_proposals() -> Tensor:
+    return Part(lambda: suppress(ours_final, SHARE), slow)
+
+
+def anchor_selection(B: int, grid: int, device: torch.device, generator: torch.Generator) -> Part:
+    proposals = PartProposals(PROPOSALS, grid_size=grid, stride=STRIDE, every_level=False).to(device)
+    conflicts = proposals.conflicts.cpu().numpy()
+    anchors = proposals.boxes.cpu()
+    scores = torch.randint(0, 500, (B, len(anchors)), generator=generator).float()
+    ours_scores = scores.to(device)
+
+    def slow() -> Tensor:
         return torch.stack([anchors[reference.greedy_selection(own.numpy(), conflicts, PROPOSALS)] for own in scores])
 
-    return {
-        "localization": Part(our_localization, slow_localization),
-        "object crops": Part(lambda: crop_and_resize(ours_images, ours_boxes[:, 0], input_size), slow_crops, 1e-3),
-        "window crops": Part(
-            lambda: crop_and_resize(ours_images, ours_boxes, input_size // 2), slow_window_crops, 1e-3
-        ),
-        "windows": Part(
-            lambda: selector(activation_map(ours_final)),
-            lambda: torch.stack([torch.from_numpy(reference.select_windows(f, window_set, STRIDE)) for f in final]),
-        ),
-        "graph": Part(torch.no_grad()(lambda: graph(ours_nodes, ours_boxes)), slow_graph, 1e-4),
-        "jigsaw": Part(lambda: permute_blocks(ours_images, ours_permutations, BLOCKS), slow_jigsaw),
-        "suppression": Part(lambda: suppress(ours_final, SHARE), slow_suppression),
-        "anchor NMS": Part(lambda: proposals(ours_scores)[0], slow_proposals),
-    }
+    return Part(lambda: proposals(ours_scores)[0], slow)
 
 
 def random_boxes(shape: tuple[int, ...], size: int, generator: torch.Generator) -> Tensor:
