@@ -1,0 +1,157 @@
+"""PMG: one network trained step by step on jigsaws of smaller and larger blocks, stage by stage.
+
+Du, Chang, Bhunia, Xie, Ma, Song & Guo, "Fine-Grained Visual Classification via Progressive Multi-Granularity Training
+of Jigsaw Patches", ECCV 2020. Logits, losses, steps and gradients follow the published code. Ours are the maximum over
+the whole map (theirs covers a corner of it at other sizes than 448) and, unless told otherwise, an order of blocks for
+each image. The published recipe also loads pictures at 550 pixels, crops them to 448 and normalises with mean and
+deviation 0.5; here they are loaded, and normalised, as for all systems.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from networks.backbone import Backbone
+from networks.classifier import Classifier
+from networks.crops import resize_images
+from networks.jigsaw import cyclic_permutations, permute_blocks
+from networks.outputs import NetworkOutput, requested_branches
+from networks.system import Shared, Step, System
+from utils.options import Count, require
+
+STAGES = ("stage2", "stage3", "final")
+HIDDEN = 512  # units
+
+
+@dataclass(frozen=True)
+class Options:
+    granularities: tuple[Count, Count, Count] = (8, 4, 2)  # blocks along a side, one optimizer step each, by stage
+    order_per_image: bool = True  # every image's blocks in an order of its own; False: one for a batch, as published
+    zeroed_gradients: bool = True  # as published: what a step does not reach moves on by momentum and weight decay
+
+    def check(self, shared: Shared) -> None:
+        dividing = all(shared.input_size % blocks == 0 for blocks in self.granularities)
+        require(dividing, "granularities", self.granularities, f"numbers that divide input_size, {shared.input_size}")
+        require(
+            shared.batch_size != 1,
+            "batch_size",
+            shared.batch_size,
+            "at least 2 for pmg: its heads normalise over images",
+        )
+
+
+class ConvolutionBlock(nn.Module):
+    """Convolution, batch norm, ReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, kernel_size: int):
+        super().__init__()
+        padding = kernel_size // 2
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, bias=False)
+        self.bn = nn.BatchNorm2d(out_channels, momentum=0.01)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.bn(self.conv(x)))
+
+
+def build_classifier(in_features: int, num_classes: int) -> nn.Sequential:
+    """Return the two layers that classify a vector [B, in_features]."""
+    return nn.Sequential(
+        nn.BatchNorm1d(in_features),
+        nn.Linear(in_features, HIDDEN),
+        nn.BatchNorm1d(HIDDEN),
+        nn.ELU(),
+        Classifier(HIDDEN, num_classes),
+    )
+
+
+class PMG(System):
+    """Branches `stage2`, `stage3`, `final` and `concat`, from one pass; the prediction is the sum of their logits."""
+
+    Options = Options
+    run_defaults = {
+        "epochs": 200,
+        "batch_size": 16,
+        "learning_rate": 2e-4,
+        "head_learning_rate_factor": 10.0,
+        "weight_decay": 5e-4,
+        "schedule": "cosine",
+        "brightness": 0.0,
+        "contrast": 0.0,
+    }
+    published_names = {
+        "features.": "backbone.trunk.",
+        **{f"conv_block{number}.": f"blocks.{stage}." for number, stage in enumerate(STAGES, start=1)},
+        **{f"classifier{number}.": f"classifiers.{stage}." for number, stage in enumerate(STAGES, start=1)},
+        "classifier_concat.": "classifiers.concat.",
+    }
+    warmup_branches = ()
+    ensembling = "sum of logits"
+
+    branches = (*STAGES, "concat")
+    evaluated = branches
+    prediction = branches
+
+    def __init__(self, backbone: Backbone, num_classes: int, options: Options, shared: Shared):
+        super().__init__(backbone, options, shared)
+        self.absent_gradients = not options.zeroed_gradients
+        self.loss_weights = {**dict.fromkeys(STAGES, 1.0), "concat": 2.0}
+        width = backbone.embedding_channels // 2
+        self.blocks = nn.ModuleDict(
+            {
+                stage: nn.Sequential(
+                    ConvolutionBlock(backbone.channels[stage], HIDDEN, kernel_size=1),
+                    ConvolutionBlock(HIDDEN, width, kernel_size=3),
+                )
+                for stage in STAGES
+            }
+        )
+        self.classifiers = nn.ModuleDict({stage: build_classifier(width, num_classes) for stage in STAGES})
+        self.classifiers["concat"] = build_classifier(width * len(STAGES), num_classes)
+
+    def forward(
+        self,
+        images: Tensor,
+        *,
+        labels: Tensor | None = None,
+        mask_background: bool = False,
+        branches: tuple[str, ...] | None = None,
+    ) -> NetworkOutput:
+        """Map normalised images [B, 3, S, S], S >= input_size, to logits [B, classes] of each branch; no boxes.
+
+        Only the heads that `branches` need are computed (None: all). PMG has no mask: `mask_background` changes
+        nothing. In training B is at least 2.
+        """
+        wanted = requested_branches(branches, self.branches)
+        features = self.backbone(resize_images(images, self.input_size))
+        vectors = {
+            stage: self.blocks[stage](getattr(features, stage)).amax(dim=(2, 3))
+            for stage in STAGES
+            if wanted & {stage, "concat"}
+        }
+        logits = {stage: self.classifiers[stage](vector) for stage, vector in vectors.items() if stage in wanted}
+        if "concat" in wanted:
+            logits["concat"] = self.classifiers["concat"](torch.cat(list(vectors.values()), dim=1))
+        return NetworkOutput(logits)
+
+    def steps(self, images: Tensor, labels: Tensor) -> Iterator[Step]:
+        """Jigsaws for each stage, from small blocks to large ones, then the picture: paper, section 3.2.
+
+        Every step runs the whole network, which updates all running statistics four times a batch, as published.
+        """
+        images = resize_images(images, self.input_size)
+        for stage, blocks in zip(STAGES, self.options.granularities, strict=True):
+            orders = len(images) if self.options.order_per_image else 1
+            permutations = cyclic_permutations(orders, blocks**2, images.device)
+            yield Step(permute_blocks(images, permutations, blocks), labels, (stage,), self.branches)
+        yield Step(images, labels, ("concat",), self.branches)
+
+    def predict_logits(self, output: NetworkOutput) -> Tensor:
+        """Return the prediction, [B, classes]: the sum of the logits of its branches."""
+        return torch.stack([output.logits[name].float() for name in self.prediction]).sum(dim=0)
+
+    def heads(self) -> list[nn.Module]:
+        return [self.blocks, self.classifiers]
