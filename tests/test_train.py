@@ -234,6 +234,7 @@ def test_demo_birds_have_boxes(tmp_path, monkeypatch, evaluation_script):
             *("--dataset", "demo", "--model", "mmal", "--backbone", "resnet18", "--classes", *names),
             *("--input_size", "96", "--image_size", "128", "--windows", "((((5, 5),), 2),)", "--warmup_epochs", "0"),
             *("--epochs", "1", "--batch_size", "4", "--workers", "0", "--checkpoint_dir", str(tmp_path)),
+            *("--precision", "float32"),  # as the boxes below, wherever the tests run
         ]
     )
     folder = tmp_path / "demo-mmal"
