@@ -326,18 +326,12 @@ def test_loss_weights_reach_the_loss(tiny_run, tmp_path):
     assert line["train/loss/total"] == pytest.approx(total, rel=1e-6)
 
 
+# raw and fused train sgkrl, its other branches are not in the loss
+FEW_LOSSES = ("--warmup_epochs", "0", "--loss_weights", "window=0", "graph=0", "object=0")
+
+
 def test_branches_that_nothing_trains_are_evaluated_for_the_prediction_only(tiny_run, tmp_path, evaluation_script):
-    options = (
-        "--warmup_epochs",
-        "0",
-        "--loss_weights",
-        "window=0",
-        "graph=0",
-        "object=0",
-        "--prediction",
-        "raw",
-        "object",
-    )
+    options = (*FEW_LOSSES, "--prediction", "raw", "object")
     train.main(tiny_run(tmp_path, *options, model="sgkrl"))
     (line,) = read_log(tmp_path / "folder-sgkrl")
     evaluated = {name.rpartition("/")[2] for name in line if name.startswith("validation/accuracy/")}
@@ -348,17 +342,7 @@ def test_branches_that_nothing_trains_are_evaluated_for_the_prediction_only(tiny
 
 
 def test_the_exit_curve_asks_for_branches_that_evaluation_leaves_out(tiny_run, tmp_path, evaluation_script, capsys):
-    options = (
-        "--warmup_epochs",
-        "0",
-        "--loss_weights",
-        "window=0",
-        "graph=0",
-        "object=0",
-        "--prediction",
-        "raw",
-        "fused",
-    )
+    options = (*FEW_LOSSES, "--prediction", "raw", "fused")
     train.main(tiny_run(tmp_path, *options, model="sgkrl"))
     evaluation_script.main([str(tmp_path / "folder-sgkrl" / "last.pth"), "--exit_curve"])
     assert "early exit, measured on" in capsys.readouterr().out
