@@ -167,7 +167,7 @@ def test_empty_root(tmp_path: Path, dataset: str, missing: str) -> None:
 
 
 def test_unknown_data_set() -> None:
-    with pytest.raises(DataError, match="unknown data set 'flowers': expected one of demo, folder, cub"):
+    with pytest.raises(DataError, match="unknown data set 'flowers': expected one of aircraft, cars, cub"):
         read_catalogue("flowers", None)
 
 

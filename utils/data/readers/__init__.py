@@ -1,0 +1,51 @@
+"""The data sets: a file here for each, whose `read` makes a `Catalogue` of its folder.
+
+The folder's listing is the list of data sets; a new one needs its row in config.py's table, too.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from utils.data.catalogue import Catalogue, Source, check_complete, drop_repeated, keep_classes
+from utils.data.errors import DataError, describe
+
+DATASETS = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
+
+
+def read_catalogue(
+    dataset: str,
+    root: str | Path | None,
+    *,
+    classes: Sequence[str] | None = None,
+    seed: int = 0,
+    test_fraction: float = 0.2,
+) -> Catalogue:
+    """List a data set.
+
+    Args:
+        dataset: one of `DATASETS`.
+        root: the data set's folder in its official layout, or the folder that holds it; unused for "demo".
+        classes: patterns over class names as in a shell ("*_Gull"); keeps the classes that match any of them, in the
+            data set's own order, and numbers them anew.
+        seed, test_fraction: how a `folder` data set that is not split yet is split; unused otherwise.
+
+    Raises:
+        DataError: unknown data set, missing or malformed files, a picture listed twice in different ways, a class
+            without pictures, a pattern without a class.
+    """
+    if dataset not in DATASETS:
+        raise DataError(f"unknown data set {dataset!r}: expected one of {', '.join(DATASETS)}")
+    reader = importlib.import_module(f"{__name__}.{dataset}")
+    try:
+        catalogue = reader.read(Source(dataset, root, seed, test_fraction))
+        catalogue = drop_repeated(catalogue)
+        check_complete(dataset, catalogue)
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or root} cannot be read ({describe(error)}): expected files of data set {dataset!r} there"
+        ) from None
+    return keep_classes(catalogue, classes) if classes else catalogue
