@@ -171,6 +171,14 @@ def test_unused_classifier_of_the_trunk_may_be_missing(
     assert_holds(spare["mmal"], mmal)
 
 
+def test_counters_of_batch_norms_may_be_missing(mmal: Published, spare: dict[str, nn.Module], tmp_path: Path) -> None:
+    kept = {name: value for name, value in mmal.state_dict.items() if not name.endswith("num_batches_tracked")}
+    assert len(kept) < len(mmal.state_dict)
+    torch.save({"net_state_dict": kept}, tmp_path / "old.pth")
+    load_published(spare["mmal"], tmp_path / "old.pth")
+    assert_holds(spare["mmal"], mmal)
+
+
 Spoil = Callable[[dict[str, Tensor]], object]
 
 

@@ -15,6 +15,8 @@ from networks.system import System
 from utils.errors import UserError
 from utils.files import SavingError, sync_folder, written_whole
 
+WRAPPED_AS = ("model_state_dict", "net_state_dict", "state_dict")  # where published code puts the weights in a file
+
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be used, said in one sentence that names the file."""
@@ -112,24 +114,31 @@ def load_checkpoint(path: str | Path) -> dict:
 def load_published(network: System, path: str | Path) -> None:
     """Load a checkpoint of a system's published code into a network of that system, such as `sgkrl_published`.
 
-    Everything has to fit: raises CheckpointError naming what is missing, left over or of another shape (the trunk's
-    unused `fc` excepted), and for a system whose published files are not known.
+    Everything has to fit: raises CheckpointError naming what is missing, left over or of another shape, and for a
+    system whose published files are not known. Exceptions are the trunk's `fc` where it is unused, and the counters of
+    batch norms, which nothing reads and files of PyTorch 0.4.0 and older lack.
     """
     names, published = network.published_names, {ours: theirs for theirs, ours in network.published_names.items()}
     if not names:
         raise CheckpointError(f"{path}: no published checkpoints are known of this model; choose another one")
     content = load_checkpoint(path)
-    state = content.get("model_state_dict", content)
+    state = next((content[name] for name in WRAPPED_AS if name in content), content)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{path} is no published checkpoint: it holds no 'model_state_dict' of tensors")
-    state = {name.removeprefix("module."): value for name, value in state.items()}
+        raise CheckpointError(
+            f"{path} is no published checkpoint: it holds no tensors by name, nor such under {', '.join(WRAPPED_AS)}"
+        )
+    # A part that was spread over GPUs by itself has the prefix behind its own name.
+    state = {".".join(part for part in name.split(".") if part != "module"): value for name, value in state.items()}
     unused = tuple(f"{theirs}fc." for theirs, ours in names.items() if ours == "backbone.trunk.")
+    unused = tuple(name for name in unused if name not in names)  # a system may classify with the trunk's own
     state = {name: value for name, value in state.items() if not name.startswith(unused)}
     expected = network.state_dict()
+    optional = {name for name in expected if name.endswith("num_batches_tracked")}
     published_name = {renamed: name for name in state if (renamed := _renamed(name, names)) in expected}
+    known = {*published_name, *optional}
     problems = {
         "left over": sorted(state.keys() - published_name.values()),
-        "missing": [_renamed(name, published) or name for name in expected if name not in published_name],
+        "missing": [_renamed(name, published) or name for name in expected if name not in known],
         "of another shape": [
             f"{name} {tuple(state[name].shape)} instead of {tuple(expected[ours].shape)}"
             for ours, name in published_name.items()
@@ -141,7 +150,8 @@ def load_published(network: System, path: str | Path) -> None:
         raise CheckpointError(
             f"published checkpoint {path} does not fit this network (SG-KRL's fit sgkrl_published); {listed}"
         )
-    network.load_state_dict({ours: state[name] for ours, name in published_name.items()})
+    found = {ours: state[name] for ours, name in published_name.items()}
+    network.load_state_dict({name: expected[name] for name in optional} | found)
 
 
 def _first_few(names: list[str]) -> str:
