@@ -83,7 +83,8 @@ class Settings:
     pretrained: str | None = None  # torchvision weights such as IMAGENET1K_V2, a .pth file, or none: random weights
     stride_on_first_conv: bool = False  # for .pth files of the ResNet variant with the stride on the 1x1 convolution
     batch_norm: Literal["shared", "per_pass", "frozen"] | None = None  # whose running statistics a pass uses
-    prediction: Branches | None = None  # branches whose mean probability is the prediction; None: the system's own
+    prediction: Branches | None = None  # branches that are ensembled; None: the system's own
+    ensembling: Literal["mean_probability", "mean_logits", "sum_logits"] | None = None  # what of theirs predicts
     dropout: Share | None = None  # before every classifier; the attention of the fusion keeps its published 0.2
 
     # ---- Training -------------------------------------------------------------------------------------------------
@@ -132,6 +133,7 @@ PUBLISHED: dict[str, object] = {
     "backbone": "resnet50",
     "pretrained": "IMAGENET1K_V1",
     "batch_norm": "shared",
+    "ensembling": "mean_probability",
     "dropout": 0.5,
     "epochs": 100,
     "batch_size": 40,

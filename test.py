@@ -23,6 +23,7 @@ import numpy
 
 from config import parse_settings, rebuilt, restored
 from datasets import Catalogue, Entry, choose_split, collate, evaluation_loader, load_batch, load_catalogue
+from networks.outputs import ENSEMBLINGS
 from networks.system import System
 from utils.checkpoint import CheckpointError, load_checkpoint, load_published
 from utils.command_line import Parser
@@ -120,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "epoch": saved["epoch"],
         "selected_on": saved["selected_on"],
         "order": f"shuffled with seed {settings.seed}" if options.shuffle else listing_order(listed),
-        "prediction": f"{network.ensembling} of {', '.join(names)}" if len(names) > 1 else names[0],
+        "prediction": f"{ENSEMBLINGS[network.ensembling]} of {', '.join(names)}" if len(names) > 1 else names[0],
         **results.report(saved["class_names"]),
         "boxes": {n.removeprefix("box_iou/"): v for n, v in figures.items() if n.startswith("box_iou/")} or None,
         "images_per_second": figures["images_per_second"],

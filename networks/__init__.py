@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 import networks.systems
 from networks.backbone import STRIDE, Backbone
-from networks.outputs import SEVERAL_PER_IMAGE
+from networks.outputs import ENSEMBLINGS, SEVERAL_PER_IMAGE
 from networks.system import Shared, System
 from utils.errors import UserError
 from utils.options import Probability, SettingsError, as_annotated, checked, shortened, shown
@@ -89,6 +89,7 @@ def build_network(
     input_size: int | None = None,
     dropout: float | None = None,
     prediction: tuple[str, ...] | None = None,
+    ensembling: str | None = None,
     **options: object,
 ) -> System:
     """Build a system by the name of its file, as `python train.py --model <name>` builds it on the same settings.
@@ -102,7 +103,9 @@ def build_network(
         input_size: side in pixels of what the backbone sees; `forward` takes pictures of that size or larger ones;
             None: the system's own choice, or 448.
         dropout: before every classifier; None: the system's own choice, or 0.5.
-        prediction: the branches whose mean probability is the prediction; None: the system's own choice.
+        prediction: the branches that are ensembled; None: the system's own choice.
+        ensembling: mean_probability, mean_logits or sum_logits, what of these is the prediction; None: the system's
+            own choice, or mean_probability.
         options: the system's own settings, such as `windows="birds"`: see `Options` in its file.
 
     Raises UserError for what cannot be built, SettingsError for options that the system does not have.
@@ -120,7 +123,9 @@ def build_network(
         stride_on_first_conv=stride_on_first_conv,
         batch_norm=batch_norm or defaults_of(system, shared).get("batch_norm", "shared"),
     )
-    return build_on_trunk(name, trunk, num_classes, shared=shared, prediction=prediction, **options)
+    return build_on_trunk(
+        name, trunk, num_classes, shared=shared, prediction=prediction, ensembling=ensembling, **options
+    )
 
 
 def build_on_trunk(
@@ -130,6 +135,7 @@ def build_on_trunk(
     *,
     shared: Shared,
     prediction: tuple[str, ...] | None = None,
+    ensembling: str | None = None,
     **options: object,
 ) -> System:
     """Build a system on a trunk that is there; see `build_network`."""
@@ -143,6 +149,10 @@ def build_on_trunk(
                 f"prediction {prediction!r} came for {name}; choose from its branches {', '.join(choices)}, each once"
             )
         network.prediction = tuple(prediction)
+    ensembling = ensembling or defaults_of(system, shared).get("ensembling", network.ensembling)
+    if ensembling not in ENSEMBLINGS:
+        raise UserError(f"ensembling {shown(ensembling)} came; choose one of {', '.join(ENSEMBLINGS)}")
+    network.ensembling = ensembling
     return network
 
 

@@ -22,6 +22,7 @@ def look_where_unsure(
     logits: dict[str, Tensor],
     prediction: tuple[str, ...],
     threshold: float,
+    ensembling: str = "mean_probability",
 ) -> tuple[Tensor, Tensor]:
     """Return what `look(crops, window_boxes)` does, logits `window` [B, N, classes] and `graph` [B, classes].
 
@@ -30,7 +31,7 @@ def look_where_unsure(
     """
     if threshold >= 1:
         return look(crops, window_boxes)
-    graph = early_prediction(logits, prediction).float().clone()  # it may be the logits of a branch itself
+    graph = early_prediction(logits, prediction, ensembling).float().clone()  # it may be the logits of a branch itself
     window = graph[:, None].repeat(1, window_boxes.shape[1], 1)
     unsure = (object_confidence(logits) <= threshold).nonzero().squeeze(1)
     if len(unsure):

@@ -54,12 +54,29 @@ def requested_branches(branches: tuple[str, ...] | None, available: tuple[str, .
     return wanted
 
 
-def combine_branches(output: NetworkOutput, branches: tuple[str, ...]) -> Tensor:
-    """Return [B, classes] logits of the mean class probability over `branches` (one branch: its logits as they are)."""
+# How the logits of several branches become one prediction, and what that is called in reports
+ENSEMBLINGS = {
+    "mean_probability": "mean probability",
+    "mean_logits": "mean of logits",
+    "sum_logits": "sum of logits",
+}
+
+
+def combine_branches(output: NetworkOutput, branches: tuple[str, ...], ensembling: str = "mean_probability") -> Tensor:
+    """Return the prediction of `branches` as logits [B, classes]; of one branch, its logits as they are."""
     if len(branches) == 1:
         return output.logits[branches[0]]
-    log_probabilities = torch.stack([output.logits[name].float().log_softmax(-1) for name in branches])
-    return torch.logsumexp(log_probabilities, dim=0) - math.log(len(branches))
+    return combine_logits(torch.stack([output.logits[name].float() for name in branches]), ensembling)
+
+
+def combine_logits(logits: Tensor, ensembling: str) -> Tensor:
+    """Return the logits [B, classes] that those of N members, [N, B, classes], have together.
+
+    `mean_probability`: the logarithm of the mean class probability; `mean_logits` and `sum_logits` of the logits.
+    """
+    if ensembling == "mean_probability":
+        return torch.logsumexp(logits.log_softmax(-1), dim=0) - math.log(len(logits))
+    return logits.mean(dim=0) if ensembling == "mean_logits" else logits.sum(dim=0)
 
 
 def object_confidence(logits: dict[str, Tensor]) -> Tensor:
@@ -67,7 +84,13 @@ def object_confidence(logits: dict[str, Tensor]) -> Tensor:
     return logits["object"].float().softmax(dim=-1).amax(dim=-1)
 
 
-def early_prediction(logits: dict[str, Tensor], prediction: tuple[str, ...]) -> Tensor:
-    """Return [B, classes] logits of the mean probability of the prediction's branches that need no windows."""
+def early_prediction(
+    logits: dict[str, Tensor], prediction: tuple[str, ...], ensembling: str = "mean_probability"
+) -> Tensor:
+    """Return [B, classes] logits: the prediction of those of its branches that need no windows.
+
+    For a sum of logits their mean, so that a branch that repeats it makes the sum neither smaller nor larger.
+    """
+    ensembling = "mean_logits" if ensembling == "sum_logits" else ensembling
     branches = tuple(name for name in prediction if name not in ("window", "graph")) or ("object",)
-    return combine_branches(NetworkOutput(logits), branches)
+    return combine_branches(NetworkOutput(logits), branches, ensembling)

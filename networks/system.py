@@ -68,7 +68,7 @@ class System(nn.Module):
     branches: tuple[str, ...]  # the names of its logits
     evaluated: tuple[str, ...]  # those that evaluation computes: the ones that only serve training left out
     prediction: tuple[str, ...]  # those that are ensembled
-    ensembling: ClassVar[str] = "mean probability"  # what `predict_logits` takes of them, in words
+    ensembling: str = "mean_probability"  # how, one of `outputs.ENSEMBLINGS`; `run_defaults` may choose another
     loss_weights: Mapping[str, float]  # the weight of each of its loss terms
     warmup_branches: ClassVar[tuple[str, ...]] = ("raw",)  # what trains in the first epochs; (): it has no warm-up
     needs_labels: ClassVar[bool] = False  # whether `forward` gets the step's targets as `labels` in training
@@ -116,8 +116,8 @@ class System(nn.Module):
         return classification_losses(output, targets, label_smoothing=label_smoothing)
 
     def predict_logits(self, output: NetworkOutput) -> Tensor:
-        """Return the prediction, [B, classes]: logits of the mean probability over the branches of `prediction`."""
-        return combine_branches(output, self.prediction)
+        """Return the prediction, logits [B, classes], of the branches of `prediction` ensembled by `ensembling`."""
+        return combine_branches(output, self.prediction, self.ensembling)
 
     def heads(self) -> list[nn.Module]:
         """Return the parts that start from random weights and may want a higher learning rate than the trunk."""

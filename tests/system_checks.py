@@ -28,6 +28,7 @@ from small_systems import (
 from torch import Tensor, nn
 from torch.nn.parallel import scatter_gather
 
+from networks import defaults_of
 from networks.classifier import Classifier
 from networks.outputs import SEVERAL_PER_IMAGE, Features, NetworkOutput
 from networks.system import System
@@ -205,18 +206,25 @@ def unknown_branches_are_refused(variant: Variant) -> None:
 
 
 @torch.no_grad()
-def prediction_is_the_mean_probability_of_its_branches(variant: Variant) -> None:
-    """Of any that are chosen; a system with another rule tests that one itself."""
+def prediction_ensembles_its_branches(variant: Variant) -> None:
+    """Of any that are chosen, as the system does or is told; a system with another rule tests that one itself."""
     network = variant.evaluated
     if type(network).predict_logits is not System.predict_logits:
         return
     output = network(make_images())
     choices = tuple(name for name in network.evaluated if name not in SEVERAL_PER_IMAGE)
+    own = defaults_of(type(network), None).get("ensembling", "mean_probability")
     for prediction in {network.prediction, choices, choices[-1:]}:
         chosen = variant.build_scripted(prediction=prediction)
-        assert chosen.prediction == prediction
-        mean = torch.stack([output.logits[name].softmax(-1) for name in prediction]).mean(dim=0)
-        torch.testing.assert_close(chosen.predict_logits(output).softmax(-1), mean)
+        assert (chosen.prediction, chosen.ensembling) == (prediction, own)
+        logits = torch.stack([output.logits[name] for name in prediction])
+        expected = {
+            "mean_probability": logits.softmax(-1).mean(dim=0),
+            "mean_logits": logits.mean(dim=0).softmax(-1),
+            "sum_logits": logits.sum(dim=0).softmax(-1),
+        }
+        for chosen.ensembling in (own, "mean_logits"):
+            torch.testing.assert_close(chosen.predict_logits(output).softmax(-1), expected[chosen.ensembling])
 
 
 def background_is_masked_only_where_there_are_masks(variant: Variant) -> None:
@@ -461,7 +469,7 @@ CHECKS: tuple[Check, ...] = (
     evaluation_computes_what_it_reports,
     branches_of_training_alone_are_refused_in_evaluation,
     unknown_branches_are_refused,
-    prediction_is_the_mean_probability_of_its_branches,
+    prediction_ensembles_its_branches,
     background_is_masked_only_where_there_are_masks,
     every_loss_term_has_a_weight,
     gradient_reaches_every_parameter,

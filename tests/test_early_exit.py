@@ -65,6 +65,19 @@ def test_sure_images_skip_the_windows_and_the_others_are_untouched(network) -> N
         assert torch.isfinite(output.logits[name]).all()
 
 
+@pytest.mark.parametrize("ensembling", ["mean_logits", "sum_logits"])
+def test_images_that_exit_early_are_ensembled_alike(network, ensembling: str, monkeypatch) -> None:
+    monkeypatch.setattr(network, "ensembling", ensembling)
+    monkeypatch.setattr(network, "prediction", ("raw", "fused", "object", "graph"))
+    images = pictures(2)
+    full, _ = run(network, images, 1.0)
+    output, _ = run(network, images, 0.0)  # all exit
+    early = sum(full.logits[name] for name in ("raw", "fused", "object")) / 3
+    torch.testing.assert_close(output.logits["graph"], early)
+    predicted = network.predict_logits(output)
+    torch.testing.assert_close(predicted, 4 * early if ensembling == "sum_logits" else early)
+
+
 def test_all_none_and_training(network) -> None:
     images = pictures()
     _, passes = run(network, images, 0.0)

@@ -154,6 +154,15 @@ def test_what_is_younger_than_a_run_has_the_value_that_it_had_before(model):
     assert YOUNG.keys() & OF_SYSTEMS <= OPTIONS_BEFORE.keys()
 
 
+@pytest.mark.parametrize(("model", "expected"), [("pmg", "sum_logits"), ("mmal", "mean_probability")])
+def test_branches_of_older_runs_are_ensembled_as_they_were(model, expected, tmp_path, monkeypatch):
+    edited = edited_config(tmp_path, monkeypatch, ensembling="mean_logits")
+    saved = dataclasses.asdict(parse_settings([*CUB, "--model", model]))
+    assert edited.rebuilt(saved | {"ensembling": "mean_logits"}).ensembling == "mean_logits"
+    del saved["ensembling"]
+    assert edited.restored(saved).ensembling == edited.rebuilt(saved).ensembling == expected
+
+
 def test_what_older_runs_had_does_not_follow_an_edit(tmp_path, monkeypatch):
     own = {"graph_neighbours": 6, "graph_edges": "overlap"}
     edited = edited_config(tmp_path, monkeypatch, batch_norm="per_pass", crop_scale=0.5, options=own)

@@ -11,11 +11,13 @@ import torch
 from small_systems import ScriptedBackbone, make_images
 from torch import Tensor, nn
 
-from networks import Shared, build_options, defaults_of
+from config import parse_settings
+from networks import Shared, build_network, build_options, defaults_of
 from networks.classifier import Classifier
 from networks.losses import classification_losses
-from networks.outputs import NetworkOutput
+from networks.outputs import ENSEMBLINGS, NetworkOutput
 from networks.system import NoOptions, Step, System
+from utils.errors import UserError
 from utils.options import Count, SettingsError, require
 from utils.training.execution import Execution
 from utils.training.learning import Objective
@@ -82,8 +84,38 @@ def test_the_prediction_is_the_mean_probability() -> None:
     output = system(make_images(96))
     mean = (output.logits["raw"].softmax(-1) + output.logits["peak"].softmax(-1)) / 2
     torch.testing.assert_close(system.predict_logits(output).softmax(-1), mean)
-    system.prediction = ("peak",)
-    assert torch.equal(system.predict_logits(output), output.logits["peak"])
+    torch.testing.assert_close(system.predict_logits(output), mean.log())
+    for ensembling in ENSEMBLINGS:
+        system.ensembling, system.prediction = ensembling, ("peak",)
+        assert torch.equal(system.predict_logits(output), output.logits["peak"])
+
+
+def test_logits_can_be_ensembled_instead() -> None:
+    system = Toy().eval()
+    output = system(make_images(96))
+    raw, peak = (output.logits[name].tolist() for name in ("raw", "peak"))
+    system.ensembling = "sum_logits"
+    total = [[a + b for a, b in zip(*rows, strict=True)] for rows in zip(raw, peak, strict=True)]
+    torch.testing.assert_close(system.predict_logits(output), torch.tensor(total))
+    system.ensembling = "mean_logits"
+    torch.testing.assert_close(system.predict_logits(output), torch.tensor(total) / 2)
+    low = NetworkOutput({name: logits.bfloat16() for name, logits in output.logits.items()})
+    assert system.predict_logits(low).dtype == torch.float32
+
+
+def test_ensembling_is_the_users_choice_or_the_systems_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.device("meta"):
+        for model, own in (("mmal", "mean_probability"), ("pmg", "sum_logits")):
+            network = build_network(model, num_classes=3, backbone="resnet18", input_size=96)
+            assert network.ensembling == own
+            network = build_network(model, num_classes=3, backbone="resnet18", input_size=96, ensembling="mean_logits")
+            assert network.ensembling == "mean_logits"
+        with pytest.raises(UserError, match="ensembling 'median'.*mean_probability, mean_logits, sum_logits"):
+            build_network("mmal", num_classes=3, backbone="resnet18", input_size=96, ensembling="median")
+    words = ["--dataset", "cub", "--data_root", "x"]
+    assert parse_settings([*words, "--model", "pmg"]).ensembling == "sum_logits"
+    assert parse_settings([*words, "--model", "mmal"]).ensembling == "mean_probability"
+    assert parse_settings([*words, "--model", "pmg", "--ensembling", "mean_logits"]).ensembling == "mean_logits"
 
 
 def test_heads_are_the_classifier_and_all_else_is_trunk() -> None:

@@ -10,7 +10,10 @@ from typing import Any
 from utils.options import SettingsError
 
 # What runs that are older than a shared setting had. The defaults may have been edited since; never None.
-BEFORE: dict[str, object] = {"batch_norm": "shared", "crop_scale": 1.0}
+BEFORE: dict[str, object] = {"batch_norm": "shared", "crop_scale": 1.0, "ensembling": "mean_probability"}
+
+# The same where it was another one for a system.
+BEFORE_OF_SYSTEM: dict[str, dict[str, object]] = {"pmg": {"ensembling": "sum_logits"}}
 
 # The same for settings that a system has of its own.
 OPTIONS_BEFORE: dict[str, object] = {
@@ -53,7 +56,7 @@ def in_current_form(saved: Mapping[str, object], own: Mapping[str, Collection[st
         options = {name: value for name, value in apart.items() if name in own.get(values.get("model"), ())}
         values |= {"prediction": values.pop("answer", None), "options": options}
     younger = {name: value for name, value in OPTIONS_BEFORE.items() if name in own.get(values.get("model"), ())}
-    return values | {"options": younger | values["options"]}
+    return BEFORE_OF_SYSTEM.get(values.get("model"), {}) | values | {"options": younger | values["options"]}
 
 
 def folder_of(folder: Path, settings: Any) -> Path:

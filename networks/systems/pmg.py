@@ -81,6 +81,7 @@ class PMG(System):
         "schedule": "cosine",
         "brightness": 0.0,
         "contrast": 0.0,
+        "ensembling": "sum_logits",
     }
     published_names = {
         "features.": "backbone.trunk.",
@@ -89,7 +90,6 @@ class PMG(System):
         "classifier_concat.": "classifiers.concat.",
     }
     warmup_branches = ()
-    ensembling = "sum of logits"
 
     branches = (*STAGES, "concat")
     evaluated = branches
@@ -148,10 +148,6 @@ class PMG(System):
             permutations = cyclic_permutations(orders, blocks**2, images.device)
             yield Step(permute_blocks(images, permutations, blocks), labels, (stage,), self.branches)
         yield Step(images, labels, ("concat",), self.branches)
-
-    def predict_logits(self, output: NetworkOutput) -> Tensor:
-        """Return the prediction, [B, classes]: the sum of the logits of its branches."""
-        return torch.stack([output.logits[name].float() for name in self.prediction]).sum(dim=0)
 
     def heads(self) -> list[nn.Module]:
         return [self.blocks, self.classifiers]

@@ -180,7 +180,7 @@ class SGKRL(System):
         # 7. Look at them, and let the graph reason on what they show together.
         threshold = 1.0 if self.training else self.exit_threshold
         logits["window"], logits["graph"] = look_where_unsure(
-            self._look_at_windows, crops, window_boxes, logits, self.prediction, threshold
+            self._look_at_windows, crops, window_boxes, logits, self.prediction, threshold, self.ensembling
         )
         return NetworkOutput(logits, object_boxes, window_boxes, object_masks)
 

@@ -45,6 +45,7 @@ def build_from_settings(settings: Any, num_classes: int, *, load_weights: bool) 
         input_size=settings.input_size,
         dropout=settings.dropout,
         prediction=settings.prediction,
+        ensembling=settings.ensembling,
         **settings.options,
     )
 
