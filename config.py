@@ -90,12 +90,17 @@ class Settings:
     # ---- Training -------------------------------------------------------------------------------------------------
     epochs: Count | None = None  # how often every training image is seen
     batch_size: Count | None = None  # over all devices together
-    learning_rate: Positive | None = None  # SGD; the highest value of the schedule
+    learning_rate: Positive | None = None  # the highest value of the schedule
     head_learning_rate_factor: Positive | None = None  # parts that start from random weights: times this
+    optimizer: Literal["sgd", "adamw"] | None = None  # adamw wants a lower learning rate, such as 1e-4
     momentum: Share | None = None  # of SGD
     weight_decay: PositiveOrZero | None = None  # of all weights
-    schedule: Literal["steps", "one_cycle", "cosine"] | None = None  # steps: x 0.1 at each milestone; or along a cosine
-    milestones: Epochs | None = None  # schedule=steps: the epochs after which the learning rate falls
+    decay_norms_and_biases: bool | None = None  # False: the weights of norms and all biases do not decay
+    schedule: Literal["steps", "one_cycle", "cosine", "cosine_per_step", "exponential"] | None = None  # steps: x 0.1
+    milestones: Epochs | None = None  # schedule=steps: the epochs after which the learning rate falls to a tenth
+    decay_rate: Fraction | None = None  # schedule=exponential: what an epoch multiplies the learning rate by
+    linear_warmup_epochs: PositiveOrZero | None = None  # in which the learning rate first rises; 0.5: half of one
+    frozen_trunk_epochs: CountOrZero | None = None  # first epochs, in which only the heads learn; all: linear probe
     clip_gradient_norm: PositiveOrZero | None = None  # a larger gradient is scaled down to this norm; 0: never
     label_smoothing: Share | None = None  # share of the target that goes to the other classes
     loss_weights: Weights | None = None  # weights of loss terms, such as {"object": 2.0}; 0: term not trained
@@ -139,10 +144,15 @@ PUBLISHED: dict[str, object] = {
     "batch_size": 40,
     "learning_rate": 1e-3,
     "head_learning_rate_factor": 1.0,
+    "optimizer": "sgd",
     "momentum": 0.9,
     "weight_decay": 1e-4,
+    "decay_norms_and_biases": True,
     "schedule": "steps",
     "milestones": (60, 100),
+    "decay_rate": 0.95,
+    "linear_warmup_epochs": 0.0,
+    "frozen_trunk_epochs": 0,
     "clip_gradient_norm": 0.0,
     "label_smoothing": 0.0,
     "warmup_epochs": 1,

@@ -23,7 +23,7 @@ from utils.training.engine import evaluate, train_one_epoch
 from utils.training.execution import Execution
 from utils.training.nonfinite import check_finite
 from utils.training.precision import agreed_precision
-from utils.training.schedule import plan_epoch
+from utils.training.schedule import freeze_trunk, plan_epoch
 from utils.training.seeding import seed_everything
 
 
@@ -63,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         for epoch in run.epochs():
             plan = plan_epoch(system, epoch, loss_weights, warmup_epochs=settings.warmup_epochs)
+            freeze_trunk(system, optimizer, frozen=epoch <= settings.frozen_trunk_epochs)
             shared = {"plan": plan, "execution": execution, "label_smoothing": settings.label_smoothing}
             with run.epoch(epoch, train_loader):
                 trained = train_one_epoch(

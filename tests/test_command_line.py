@@ -160,7 +160,7 @@ def test_the_long_help_explains_every_setting(model, capsys):
 
 def test_the_long_help_lists_choices(capsys):
     text = help_text(capsys, "--help_all", "--model", "flrdf")
-    assert "--schedule {steps,one_cycle,cosine}" in text
+    assert "--schedule {steps,one_cycle,cosine,cosine_per_step,exponential}" in text
     assert "--select_on {validation,test}" in text
     assert "--localization_stride {32,16}" in text
     assert "--suppression VALUE" in text  # a choice or a number

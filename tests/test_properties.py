@@ -72,7 +72,7 @@ POSSIBLE = {
     "head_learning_rate_factor": POSITIVE,
     "momentum": SHARES,
     "weight_decay": POSITIVE | st.just(0.0),
-    "schedule": st.sampled_from(["steps", "one_cycle"]),
+    "schedule": st.sampled_from(["steps", "one_cycle", "cosine", "cosine_per_step", "exponential"]),
     "milestones": st.lists(st.integers(1, 500), max_size=4).map(tuple),
     "clip_gradient_norm": POSITIVE | st.just(0.0),
     "label_smoothing": SHARES,

@@ -409,6 +409,52 @@ def test_a_run_stopped_in_every_epoch_equals_an_uninterrupted_one(short, tiny_ru
     assert rates == pytest.approx([0.05, 0.005])
 
 
+# What learns otherwise than in the runs above
+LEARNING = {
+    "adamw": (
+        *("--optimizer", "adamw", "--learning_rate", "0.001", "--weight_decay", "0.1", "--no-decay_norms_and_biases"),
+        *("--schedule", "exponential", "--decay_rate", "0.5", "--linear_warmup_epochs", "1.5"),
+        *("--frozen_trunk_epochs", "1"),
+    ),
+}
+
+
+@pytest.mark.parametrize("options", LEARNING.values(), ids=LEARNING)
+def test_a_run_stopped_within_an_epoch_equals_an_uninterrupted_one(options, tiny_run, tmp_path, monkeypatch):
+    """Each time after its second step of three."""
+    arguments = ("--epochs", "3", *options)
+    train.main(tiny_run(tmp_path / "whole", *arguments))
+    for epoch in (1, 2, 3):
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            stop_after_step(patch, epoch, 2)
+            train.main(tiny_run(tmp_path / "parts", *arguments))
+    train.main(tiny_run(tmp_path / "parts", *arguments))
+    assert_same_run(tmp_path / "whole" / "folder-resnet", tmp_path / "parts" / "folder-resnet")
+
+
+def stop_after_step(monkeypatch: pytest.MonkeyPatch, epoch: int, step: int) -> None:
+    """Ask the run to stop after a step of an epoch."""
+
+    def save_after(self, number):
+        if (self.current, number) == (epoch, step):
+            self.stop.requested = True
+            return self.stop.agree(self.device)
+        return False
+
+    monkeypatch.setattr(utils.run.Run, "save_after", save_after)
+
+
+def test_a_trunk_that_is_frozen_for_good_is_a_linear_probe(tiny_run, tmp_path):
+    train.main(tiny_run(tmp_path, "--epochs", "2", "--frozen_trunk_epochs", "2", "--keep_checkpoints", "2"))
+    first, second = (load_checkpoint(tmp_path / "folder-resnet" / f"epoch-00{n}.pth")["network"] for n in (1, 2))
+    changed = {name for name, value in second.items() if not torch.equal(value, first[name])}
+    assert {name for name in changed if "running" not in name and "num_batches" not in name} == {
+        "classifier.weight",
+        "classifier.bias",
+    }
+    assert "backbone.trunk.bn1.running_mean" in changed
+
+
 def test_another_seed_makes_another_run(short, tiny_run, tmp_path):
     train.main(tiny_run(tmp_path, *TWO_EPOCHS, "--epochs", "1", "--seed", "1"))
     assert read_log(tmp_path / short.name)[0]["train/loss/total"] != read_log(short)[0]["train/loss/total"]

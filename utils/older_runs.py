@@ -10,7 +10,17 @@ from typing import Any
 from utils.options import SettingsError
 
 # What runs that are older than a shared setting had. The defaults may have been edited since; never None.
-BEFORE: dict[str, object] = {"batch_norm": "shared", "crop_scale": 1.0, "ensembling": "mean_probability"}
+BEFORE: dict[str, object] = {
+    "batch_norm": "shared",
+    "crop_scale": 1.0,
+    "ensembling": "mean_probability",
+    # of training
+    "optimizer": "sgd",
+    "decay_norms_and_biases": True,
+    "decay_rate": 0.95,
+    "linear_warmup_epochs": 0.0,
+    "frozen_trunk_epochs": 0,
+}
 
 # The same where it was another one for a system.
 BEFORE_OF_SYSTEM: dict[str, dict[str, object]] = {"pmg": {"ensembling": "sum_logits"}}

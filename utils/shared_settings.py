@@ -76,6 +76,16 @@ def refuse_contradictions(settings: Any, system: Any) -> None:
         f"less than epochs, {settings.epochs}: {settings.model} predicts with branches that are trained after it",
     )
     needs(
+        "linear_warmup_epochs",
+        settings.linear_warmup_epochs == 0 or settings.schedule != "one_cycle",
+        "0 for schedule 'one_cycle', which begins with a warm-up of its own",
+    )
+    needs(
+        "linear_warmup_epochs",
+        settings.linear_warmup_epochs < settings.epochs,
+        f"less than epochs, {settings.epochs}",
+    )
+    needs(
         "images_per_class",
         settings.images_per_class == 0 or settings.batch_size % settings.images_per_class == 0,
         f"0, or a number that divides batch_size, {settings.batch_size}",

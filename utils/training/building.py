@@ -75,6 +75,8 @@ def build_learning(settings: Any, system: System, *, steps_per_epoch: int) -> tu
         head_learning_rate_factor=settings.head_learning_rate_factor,
         momentum=settings.momentum,
         weight_decay=settings.weight_decay,
+        kind=settings.optimizer,
+        decay_norms_and_biases=settings.decay_norms_and_biases,
     )
     schedule = build_schedule(
         optimizer,
@@ -82,6 +84,8 @@ def build_learning(settings: Any, system: System, *, steps_per_epoch: int) -> tu
         epochs=settings.epochs,
         steps_per_epoch=steps_per_epoch,
         milestones=settings.milestones,
+        decay_rate=settings.decay_rate,
+        linear_warmup_epochs=settings.linear_warmup_epochs,
     )
     return optimizer, schedule
 
