@@ -42,8 +42,8 @@ class NetworkOutput(NamedTuple):
     extras: dict[str, Tensor] | None = None  # what only a loss needs, by name, batch first
 
 
-# Branches that classify several regions of an image, each by itself: no single prediction, only a mean over them.
-SEVERAL_PER_IMAGE = ("window", "part")
+# Branches with several predictions of an image, of its regions or its pairs: no single one, only a mean over them.
+SEVERAL_PER_IMAGE = ("window", "part", "self", "other")
 
 
 def requested_branches(branches: tuple[str, ...] | None, available: tuple[str, ...]) -> set[str]:

@@ -265,7 +265,7 @@ def test_every_data_set_and_model_gets_complete_settings(dataset, model):
     assert all(is_of(settings.options[name], hint) for name, hint in own.items())
     assert None not in settings.options.values()
     assert complete(settings) == settings
-    assert settings.images_per_class == (2 if model == "scrim" else 0)
+    assert settings.images_per_class == {"scrim": 2, "apinet": 4}.get(model, 0)
 
 
 @pytest.mark.parametrize(("dataset", "windows"), [("cub", "birds"), ("cars", "vehicles"), ("aircraft", "vehicles")])
