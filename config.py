@@ -104,7 +104,7 @@ class Settings:
     clip_gradient_norm: PositiveOrZero | None = None  # a larger gradient is scaled down to this norm; 0: never
     label_smoothing: Share | None = None  # share of the target that goes to the other classes
     loss_weights: Weights | None = None  # weights of loss terms, such as {"object": 2.0}; 0: term not trained
-    images_per_class: CountOrZero | None = None  # batches hold so many of each class (scrim: 2); 0: plainly shuffled
+    images_per_class: CountOrZero | None = None  # batches hold so many of each class; 0: plainly shuffled
     warmup_epochs: CountOrZero | None = None  # first epochs, that train only the raw branch, but never all epochs
 
     # ---- Faults ---------------------------------------------------------------------------------------------------
