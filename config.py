@@ -82,6 +82,7 @@ class Settings:
     backbone: str | None = None  # resnet18, resnet34, resnet50, resnet101 or resnet152
     pretrained: str | None = None  # torchvision weights such as IMAGENET1K_V2, a .pth file, or none: random weights
     stride_on_first_conv: bool = False  # for .pth files of the ResNet variant with the stride on the 1x1 convolution
+    last_stride: Literal[1, 2] | None = None  # 1: the last stage without its stride, final maps twice as fine (cal)
     batch_norm: Literal["shared", "per_pass", "frozen"] | None = None  # whose running statistics a pass uses
     prediction: Branches | None = None  # branches that are ensembled; None: the system's own
     ensembling: Literal["mean_probability", "mean_logits", "sum_logits"] | None = None  # what of theirs predicts
@@ -137,6 +138,7 @@ PUBLISHED: dict[str, object] = {
     "crop_scale": 1.0,
     "backbone": "resnet50",
     "pretrained": "IMAGENET1K_V1",
+    "last_stride": 2,
     "batch_norm": "shared",
     "ensembling": "mean_probability",
     "dropout": 0.5,

@@ -86,6 +86,7 @@ def build_network(
     pretrained: str | None = None,
     stride_on_first_conv: bool = False,
     batch_norm: str | None = None,
+    last_stride: int | None = None,
     input_size: int | None = None,
     dropout: float | None = None,
     prediction: tuple[str, ...] | None = None,
@@ -100,6 +101,7 @@ def build_network(
             checkpoint will follow; "none": none, the network learns from its random weights. The batch norms and boxes
             of some systems differ by default where they start from random weights.
         batch_norm: shared, per_pass or frozen (see `networks.backbone.Backbone`); None: the system's own choice.
+        last_stride: 2, or 1 for final maps of twice the resolution; None: the system's own choice, or 2.
         input_size: side in pixels of what the backbone sees; `forward` takes pictures of that size or larger ones;
             None: the system's own choice, or 448.
         dropout: before every classifier; None: the system's own choice, or 0.5.
@@ -112,7 +114,7 @@ def build_network(
     """
     system = find_system(name)
     own = defaults_of(system, Shared(pretrained=pretrained))
-    values = {"backbone": backbone, "input_size": input_size, "dropout": dropout}
+    values = {"backbone": backbone, "last_stride": last_stride, "input_size": input_size, "dropout": dropout}
     values = {key: own.get(key) if value is None else value for key, value in values.items()}
     shared = Shared(pretrained=pretrained, **{key: value for key, value in values.items() if value is not None})
     _check_numbers(num_classes, shared)  # all this before weights are downloaded
@@ -122,6 +124,7 @@ def build_network(
         pretrained=None if pretrained == "none" else pretrained,
         stride_on_first_conv=stride_on_first_conv,
         batch_norm=batch_norm or defaults_of(system, shared).get("batch_norm", "shared"),
+        last_stride=shared.last_stride,
     )
     return build_on_trunk(
         name, trunk, num_classes, shared=shared, prediction=prediction, ensembling=ensembling, **options

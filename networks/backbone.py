@@ -20,7 +20,8 @@ from utils.errors import UserError
 
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 STRIDE = 32  # pixels of the input per cell of the final map
-DENSE_STRIDE = 16  # the same for the dense maps
+DENSE_STRIDE = 16  # the same for the dense maps, and without the last stride
+LAST_STRIDES = (1, 2)
 
 
 class Backbone(nn.Module):
@@ -37,7 +38,11 @@ class Backbone(nn.Module):
     or `frozen`, that is, those of the pretrained weights are used in training as in evaluation and never change.
     Frozen ones are computed inside the convolutions, without calling the trunk's blocks: hooks on these see nothing.
 
-    `channels` holds the channel count of each map, `embedding_channels` that of the last one.
+    `last_stride` 1 leaves the last stage without its stride, as re-identification and CAL (Rao et al., ICCV 2021) have
+    it: its maps are twice as fine, and its later blocks see half as much of the picture (with `dense` they do not).
+
+    `channels` holds the channel count of each map, `embedding_channels` that of the last one, `stride` the pixels of
+    the input per cell of the final map.
     """
 
     def __init__(
@@ -47,6 +52,7 @@ class Backbone(nn.Module):
         pretrained: str | None = None,
         stride_on_first_conv: bool = False,
         batch_norm: str = "shared",
+        last_stride: int = 2,
     ):
         super().__init__()
         if batch_norm not in BATCH_NORMS:
@@ -71,6 +77,11 @@ class Backbone(nn.Module):
         self.trunk = trunk
         if stride_on_first_conv:
             _move_stride_to_first_conv(trunk, name)
+        if last_stride not in LAST_STRIDES:
+            raise UserError(f"last_stride {last_stride!r} came; choose 1 or 2")
+        self.stride = STRIDE if last_stride == 2 else DENSE_STRIDE
+        if last_stride == 1:
+            _leave_out_stride(trunk.layer4[0])
         if pretrained is not None and is_weights_file(pretrained):
             load_trunk_weights(trunk, pretrained)
         self.batch_norm = batch_norm
@@ -93,7 +104,7 @@ class Backbone(nn.Module):
 
         `dense` computes the last stage at every cell of the one before it, so that its maps are [B, C, H/16, W/16]:
         every other cell of every other row is what it is without (Yu & Koltun, "Multi-Scale Context Aggregation by
-        Dilated Convolutions", ICLR 2016).
+        Dilated Convolutions", ICLR 2016). Without the last stride they are that fine already, and it changes nothing.
         """
         trunk = self.trunk
         if self.batch_norm == "per_pass":
@@ -180,6 +191,12 @@ def _move_stride_to_first_conv(trunk: nn.Module, name: str) -> None:
             )
         stage[0].conv1.stride = (2, 2)
         stage[0].conv2.stride = (1, 1)
+
+
+def _leave_out_stride(block: nn.Module) -> None:
+    for module in block.modules():
+        if isinstance(module, nn.Conv2d):
+            module.stride = (1, 1)
 
 
 def load_trunk_weights(trunk: nn.Module, path: str | Path) -> None:

@@ -12,9 +12,10 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from networks.backbone import Backbone
+from networks.backbone import DENSE_STRIDE, STRIDE, Backbone
 from networks.losses import classification_losses
 from networks.outputs import NetworkOutput, combine_branches
+from utils.options import require
 
 
 class Shared(NamedTuple):
@@ -31,6 +32,24 @@ class Shared(NamedTuple):
     batch_size: int = 0
     images_per_class: int = 0
     loss_weights: Mapping[str, float] | None = None
+    last_stride: int = 2
+
+    @property
+    def stride(self) -> int:
+        """Pixels of the input per cell of the trunk's final map."""
+        return STRIDE if self.last_stride == 2 else DENSE_STRIDE
+
+    @property
+    def localization_strides(self) -> tuple[int, ...]:
+        """The strides of the maps that the trunk can compute over whole pictures."""
+        return tuple(sorted({self.stride, DENSE_STRIDE}))
+
+    def check_localization_stride(self, stride: int) -> None:
+        """Raise SettingsError where the trunk cannot compute such a map to find the object on."""
+        *others, last = self.localization_strides
+        choices = f"{', '.join(map(str, others))} or {last}" if others else f"{last}"
+        expected = f"{choices} with {self.backbone} and last_stride {self.last_stride}"
+        require(stride in self.localization_strides, "localization_stride", stride, expected)
 
     @property
     def has_pretrained_weights(self) -> bool:

@@ -83,6 +83,7 @@ class ScriptedBackbone(nn.Module):
 
     channels = {"stage2": 8, "stage3": 16, "final": 32}
     embedding_channels = 32
+    stride = 32
 
     def __init__(self, look: Look | None = None) -> None:
         super().__init__()

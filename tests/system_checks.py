@@ -95,14 +95,15 @@ def _assert_object_boxes(output: NetworkOutput, network: System) -> None:
 
 def _assert_windows(window_boxes: Tensor, network: System) -> None:
     """As many of each size as the window set asks for, in its order, on the grid of the object crop."""
-    grid_size, windows = network.input_size // 32, network.options.windows
+    stride, windows = network.backbone.stride, network.options.windows
+    grid_size = network.input_size // stride
     window_set = {"birds": reference.BIRDS, "vehicles": reference.VEHICLES}.get(windows, windows)
     groups = reference.scale_window_set(window_set, grid_size)
     assert window_boxes.shape[1] == sum(quota for _, quota in groups)
     for one in window_boxes.tolist():
         remaining = list(one)
         for sizes, quota in groups:
-            placements = reference.window_grid(sizes, grid_size, 32).tolist()
+            placements = reference.window_grid(sizes, grid_size, stride).tolist()
             assert all(window in placements for window in remaining[:quota])
             remaining = remaining[quota:]
 

@@ -136,6 +136,58 @@ def test_stride_on_first_conv_moves_the_strides() -> None:
         assert other.conv1.stride == other.conv2.stride == (1, 1)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("resnet18", {}),
+        ("resnet50", {}),
+        ("resnet50", {"stride_on_first_conv": True}),
+        ("resnet18", {"batch_norm": "frozen"}),
+    ],
+)
+def test_last_stride_leaves_out_one_stride_and_nothing_else(name: str, options: dict) -> None:
+    """Against torchvision's own network with that stride set to 1; the later blocks are not dilated."""
+    torch.manual_seed(0)
+    backbone = Backbone(name, last_stride=1, **options).eval()
+    torch.manual_seed(0)
+    expected = Backbone(name, **options).eval()
+    trunk = expected.trunk
+    first = trunk.layer4[0]
+    for convolution in (first.conv1, first.conv2, first.downsample[0]):
+        convolution.stride = (1, 1)
+    images = make_images(96, batch=1)
+    with torch.no_grad():
+        features = backbone(images)
+        x = trunk.layer2(trunk.layer1(trunk.maxpool(trunk.relu(trunk.bn1(trunk.conv1(images))))))
+        final = trunk.layer4(trunk.layer3(x))
+        dense = backbone(images, dense=True)
+    assert (backbone.stride, trunk.layer4[1].conv2.dilation) == (16, (1, 1))
+    assert features.final.shape[-2:] == features.penultimate.shape[-2:] == features.stage3.shape[-2:] == (6, 6)
+    torch.testing.assert_close(features.final, final, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(features.embedding, final.mean(dim=(2, 3)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(dense.final, features.final, rtol=1e-4, atol=1e-4)
+    assert Backbone("resnet18").stride == STRIDE
+    assert backbone.state_dict().keys() == expected.state_dict().keys()
+
+
+def test_last_stride_is_not_dense() -> None:
+    torch.manual_seed(0)
+    usual = Backbone("resnet18").eval()
+    finer = Backbone("resnet18", last_stride=1).eval()
+    finer.load_state_dict(usual.state_dict())
+    images = make_images(96, batch=1)
+    with torch.no_grad():
+        dense, final = usual(images, dense=True).final, finer(images).final
+    assert dense.shape == final.shape
+    assert (dense - final).abs().max() > 0.02 * dense.abs().max()
+
+
+@pytest.mark.parametrize("last_stride", (0, 3, 16))
+def test_other_last_strides_are_refused(last_stride: int) -> None:
+    with pytest.raises(UserError, match=f"last_stride {last_stride} came; choose 1 or 2"), torch.device("meta"):
+        Backbone("resnet18", last_stride=last_stride)
+
+
 @pytest.mark.parametrize("name", ("resnet18", "resnet34"))
 def test_stride_on_first_conv_needs_bottlenecks(name: str) -> None:
     with pytest.raises(ValueError, match=f"stride_on_first_conv.*{name}"), torch.device("meta"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,10 @@ from utils.training.building import build_from_settings
 pytestmark = pytest.mark.usefixtures("thin_trunk")
 
 SYSTEMS = {model: Variant(model) for model in MODELS}
+
+
+def owned(model: str) -> set[str]:
+    return {field.name for field in dataclasses.fields(find_system(model).Options)}
 
 
 @pytest.mark.parametrize("check", system_checks.CHECKS, ids=lambda check: check.__name__)
@@ -46,6 +51,29 @@ def test_no_synchronisation_on_a_gpu(model: str) -> None:
             network(images, mask_background=True)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+# ---- other trunks -------------------------------------------------------------------------------------------------
+
+FINER = (system_checks.output_keeps_the_contract, system_checks.gradient_reaches_every_parameter)
+
+
+@pytest.mark.parametrize("check", FINER, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("model", MODELS)
+def test_without_the_last_stride(model: str, check: system_checks.Check) -> None:
+    own = {"localization_stride": 16} if "localization_stride" in owned(model) else {}
+    check(Variant(model, last_stride=1, **own))
+
+
+@pytest.mark.parametrize("model", [model for model in MODELS if "localization_stride" in owned(model)])
+def test_the_map_of_the_object_cannot_be_coarser_than_the_trunk_s(model: str) -> None:
+    settings = {"num_classes": 3, "backbone": "resnet18", "input_size": 96, "last_stride": 1}
+    with torch.device("meta"):
+        with pytest.raises(
+            SettingsError, match="localization_stride is 32; expected 16 with resnet18 and last_stride 1"
+        ):
+            build_network(model, localization_stride=32, **settings)
+        assert build_network(model, localization_stride=16, **settings).backbone.stride == 16
 
 
 # ---- how systems are found ----------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ BEFORE: dict[str, object] = {
     "batch_norm": "shared",
     "crop_scale": 1.0,
     "ensembling": "mean_probability",
+    "last_stride": 2,
     # of training
     "optimizer": "sgd",
     "decay_norms_and_biases": True,

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 from torch import Tensor
 
-from networks.backbone import DENSE_STRIDE, STRIDE, Backbone
+from networks.backbone import Backbone
 from networks.classifier import Classifier
 from networks.crops import crop_objects, resize_images
 from networks.jigsaw import permute_blocks, random_permutations
@@ -43,8 +43,9 @@ class Options:
             self.classify_suppressed,
             "True, unless suppression is a number such as 0.7: nothing else would teach the learnable one",
         )
-        blocks = shared.input_size // STRIDE
-        cells = f"at most {blocks}: a block is a cell of {STRIDE} pixels or more"
+        shared.check_localization_stride(self.localization_stride)
+        blocks = shared.input_size // shared.stride
+        cells = f"at most {blocks}: a block is a cell of {shared.stride} pixels or more"
         require(self.jigsaw_blocks <= blocks, "jigsaw_blocks", self.jigsaw_blocks, cells)
 
 
@@ -87,7 +88,9 @@ class FLRDF(System):
         computed (None: all). FLRDF has no mask: `mask_background` changes nothing.
         """
         wanted = requested_branches(branches, self.branches if self.training else self.evaluated)
-        raw = self.backbone(resize_images(images, self.input_size), dense=self.localization_stride == DENSE_STRIDE)
+        raw = self.backbone(
+            resize_images(images, self.input_size), dense=self.localization_stride < self.backbone.stride
+        )
         suppressed = self.suppression(raw.final)
         embedding = suppressed.mean(dim=(2, 3)) if self.classify_suppressed else raw.embedding
         logits = {"raw": self.classifier(self.dropout(embedding))}

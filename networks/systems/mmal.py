@@ -11,7 +11,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from networks.backbone import DENSE_STRIDE, STRIDE, Backbone
+from networks.backbone import Backbone
 from networks.classifier import Classifier
 from networks.crops import crop_objects, crop_windows, resize_images
 from networks.localization import activation_map, cell_boxes_to_pixels, localize
@@ -26,6 +26,9 @@ class Options:
     windows: Windows = "birds"  # which windows of the object are looked at: birds, vehicles, or groups of one's own
     localization_stride: Literal[32, 16] = 32  # pixels of the input for each cell of the map of the object
     localization_threshold: Positive = 1.0  # cells belong to the object above so many times the map's mean
+
+    def check(self, shared: Shared) -> None:
+        shared.check_localization_stride(self.localization_stride)
 
 
 class MMALNet(System):
@@ -48,7 +51,8 @@ class MMALNet(System):
         self.localization_threshold = options.localization_threshold
         self.loss_weights = dict.fromkeys(self.branches, 1.0)
         self.classifier = Classifier(backbone.embedding_channels, num_classes)
-        self.window_selector = WindowSelector(options.windows, grid_size=self.input_size // STRIDE, stride=STRIDE)
+        stride = backbone.stride
+        self.window_selector = WindowSelector(options.windows, grid_size=self.input_size // stride, stride=stride)
 
     def forward(
         self,
@@ -64,7 +68,9 @@ class MMALNet(System):
         computed (None: all). MMAL-Net has no mask: `mask_background` changes nothing.
         """
         wanted = requested_branches(branches, self.branches)
-        raw = self.backbone(resize_images(images, self.input_size), dense=self.localization_stride == DENSE_STRIDE)
+        raw = self.backbone(
+            resize_images(images, self.input_size), dense=self.localization_stride < self.backbone.stride
+        )
         logits = {"raw": self.classifier(self.dropout(raw.embedding))}
         if wanted <= {"raw"}:
             return NetworkOutput(logits)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from networks.backbone import STRIDE, Backbone
+from networks.backbone import Backbone
 from networks.classifier import Classifier
 from networks.crops import crop_windows, resize_images
 from networks.losses import contrastive_loss, ranking_loss
@@ -72,8 +72,8 @@ class SCRIM(System):
         self.navigators = nn.ModuleList(Navigator(channels) for _ in range(MODULES))
         self.proposals = PartProposals(
             options.part_proposals,
-            grid_size=self.input_size // STRIDE,
-            stride=STRIDE,
+            grid_size=self.input_size // backbone.stride,
+            stride=backbone.stride,
             sizes=options.anchor_sizes,
             max_iou=options.part_max_iou,
             every_level=options.parts_of_every_level,

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 from torch import Tensor, nn
 
 from networks.attention import SemanticFusion, SemanticWeighting
-from networks.backbone import DENSE_STRIDE, STRIDE, Backbone
+from networks.backbone import Backbone
 from networks.classifier import Classifier
 from networks.crops import crop_objects, crop_windows, resize_images
 from networks.early_exit import look_where_unsure
@@ -52,7 +52,9 @@ class Options:
     def completed(self, shared: Shared) -> Options:
         """As published (32, 1) on random weights; on pretrained ones what finds birds better, see docs/settings.md."""
         pretrained = shared.has_pretrained_weights
-        stride, threshold = 16 if pretrained and shared.input_size < 448 else 32, 1.2 if pretrained else 1.0
+        stride, threshold = shared.stride, 1.2 if pretrained else 1.0
+        if pretrained and shared.input_size < 448:
+            stride = min(shared.localization_strides)
         return replace(
             self,
             without=tuple(sorted(self.without)),
@@ -61,6 +63,7 @@ class Options:
         )
 
     def check(self, shared: Shared) -> None:
+        shared.check_localization_stride(self.localization_stride)
         require(
             "weighting" not in self.without or self.spatial_weights != "absolute",
             "without",
@@ -112,7 +115,8 @@ class SGKRL(System):
         if "weighting" not in options.without:
             relative = options.spatial_weights == "relative"
             self.weighting = SemanticWeighting(channels, identity_start=True, relative=relative)
-        self.window_selector = WindowSelector(options.windows, grid_size=self.input_size // STRIDE, stride=STRIDE)
+        stride = backbone.stride
+        self.window_selector = WindowSelector(options.windows, grid_size=self.input_size // stride, stride=stride)
         self.graph = GraphHead(
             channels,
             num_classes,
@@ -140,7 +144,9 @@ class SGKRL(System):
         """
         wanted = requested_branches(branches, self.branches)
         # 1. Look at the picture.
-        raw = self.backbone(resize_images(images, self.input_size), dense=self.localization_stride == DENSE_STRIDE)
+        raw = self.backbone(
+            resize_images(images, self.input_size), dense=self.localization_stride < self.backbone.stride
+        )
         logits = {"raw": self.classifier(self.dropout(raw.embedding))}
         if wanted <= {"raw"}:
             return NetworkOutput(logits)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from networks.attention import SemanticFusion, SemanticWeighting
-from networks.backbone import DENSE_STRIDE, STRIDE, Backbone
+from networks.backbone import Backbone
 from networks.classifier import Classifier
 from networks.crops import crop_objects, crop_windows, resize_images
 from networks.early_exit import look_where_unsure
@@ -40,6 +40,7 @@ class Options:
     exit_threshold: Probability = 1.0  # test.py: images whose object branch is surer skip the windows; 1: none does
 
     def check(self, shared: Shared) -> None:
+        shared.check_localization_stride(self.localization_stride)
         inside = self.graph_scope == "image"
         require(
             self.graph_edges == "equal" or inside,
@@ -95,7 +96,8 @@ class PublishedSGKRL(System):
         self.classifier = Classifier(channels, num_classes)
         self.fusion = SemanticFusion(backbone.channels, residual=False).requires_grad_(False)
         self.weighting = SemanticWeighting(channels).requires_grad_(False)
-        self.window_selector = WindowSelector(options.windows, grid_size=self.input_size // STRIDE, stride=STRIDE)
+        stride = backbone.stride
+        self.window_selector = WindowSelector(options.windows, grid_size=self.input_size // stride, stride=stride)
         self.graph = GraphHead(
             channels,
             num_classes,
@@ -123,7 +125,9 @@ class PublishedSGKRL(System):
         (None: all). `exit_threshold`: see `networks.early_exit`.
         """
         wanted = requested_branches(branches, self.branches)
-        raw = self.backbone(resize_images(images, self.input_size), dense=self.localization_stride == DENSE_STRIDE)
+        raw = self.backbone(
+            resize_images(images, self.input_size), dense=self.localization_stride < self.backbone.stride
+        )
         logits = {"raw": self.classifier(self.dropout(raw.embedding))}
         if wanted <= {"raw"}:
             return NetworkOutput(logits)

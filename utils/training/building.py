@@ -42,6 +42,7 @@ def build_from_settings(settings: Any, num_classes: int, *, load_weights: bool) 
         pretrained=settings.pretrained if load_weights or settings.pretrained == "none" else None,
         stride_on_first_conv=settings.stride_on_first_conv,
         batch_norm=settings.batch_norm,
+        last_stride=settings.last_stride,
         input_size=settings.input_size,
         dropout=settings.dropout,
         prediction=settings.prediction,
