@@ -102,6 +102,7 @@ class Settings:
     decay_rate: Fraction | None = None  # schedule=exponential: what an epoch multiplies the learning rate by
     linear_warmup_epochs: PositiveOrZero | None = None  # in which the learning rate first rises; 0.5: half of one
     frozen_trunk_epochs: CountOrZero | None = None  # first epochs, in which only the heads learn; all: linear probe
+    ema_decay: Share | None = None  # of a moving average of the weights, which then is the result; 0: none is kept
     clip_gradient_norm: PositiveOrZero | None = None  # a larger gradient is scaled down to this norm; 0: never
     label_smoothing: Share | None = None  # share of the target that goes to the other classes
     loss_weights: Weights | None = None  # weights of loss terms, such as {"object": 2.0}; 0: term not trained
@@ -155,6 +156,7 @@ PUBLISHED: dict[str, object] = {
     "decay_rate": 0.95,
     "linear_warmup_epochs": 0.0,
     "frozen_trunk_epochs": 0,
+    "ema_decay": 0.0,
     "clip_gradient_norm": 0.0,
     "label_smoothing": 0.0,
     "warmup_epochs": 1,

@@ -55,6 +55,9 @@ class Pipeline(nn.Module):
 def parse_arguments(arguments: Sequence[str] | None):
     parser = Parser(description="Turn a checkpoint into one file that runs without this code.", allow_abbrev=False)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="best.pth or last.pth of a run")
+    parser.add_argument(
+        "--weights", choices=("plain", "ema"), help="of a run with ema_decay (default: ema, the average)"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="model.pt2, or model.onnx")
     parser.add_argument("--device", default="cpu", help="what the file will run on: cpu, cuda ... (%(default)s)")
     options = parser.parse_args(arguments)
@@ -72,7 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     # In float32 and plainly laid out: what runs the file chooses its own way to compute.
     plain = {"device": options.device, "precision": "float32", "channels_last": False, "compile": False}
-    trained = load_trained(options.checkpoint, rebuilt, data_root=".", checkpoint_dir=".", **plain)
+    places = {"data_root": ".", "checkpoint_dir": "."}
+    trained = load_trained(options.checkpoint, rebuilt, weights=options.weights, **places, **plain)
     pipeline = (
         Pipeline(trained.network, mask_background=trained.plan.mask_background).eval().to(trained.execution.device)
     )

@@ -36,6 +36,9 @@ def parse_arguments(arguments: Sequence[str] | None):
     parser = Parser(description="Name what is on pictures, and draw where the network looked.", allow_abbrev=False)
     parser.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE_OR_FOLDER", help="folders with all below")
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="best.pth or last.pth of a run")
+    parser.add_argument(
+        "--weights", choices=("plain", "ema"), help="of a run with ema_decay (default: ema, the average)"
+    )
     parser.add_argument("--out", type=Path, default=Path("predictions"), metavar="DIR", help="drawings (%(default)s)")
     parser.add_argument("--no_drawings", action="store_true", help="names only, which is faster")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of text")
@@ -59,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Rebuild. Only the network is wanted: the data set's folder need not be possible on this machine.
     machine = {"device": options.device, "workers": options.workers, "evaluation_batch_size": options.batch_size}
     machine["compile"] = False  # it takes longer than a folder of pictures
-    trained = load_trained(options.checkpoint, rebuilt, data_root=".", checkpoint_dir=".", **machine)
+    places = {"data_root": ".", "checkpoint_dir": "."}
+    trained = load_trained(options.checkpoint, rebuilt, weights=options.weights, **places, **machine)
     network, class_names = trained.network, trained.saved["class_names"]
     loader = DataLoader(
         ReadablePictures(pictures, image_size=trained.settings.image_size),

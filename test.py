@@ -2,8 +2,9 @@
 
 Model and data are rebuilt from the settings saved in the checkpoint, not from config.py. The figures are printed and
 written beside it: report.html to look at, report.json and predictions.csv to compute with (report-last.html and so on
-for last.pth). Test images are read as the data set lists them, mostly class by class; --shuffle mixes them, with the
-run's seed, for files that end in -shuffled: where a graph links the windows of a batch, the order changes predictions.
+for last.pth, report-plain.html with --weights plain). Test images are read as the data set lists them, mostly class by
+class; --shuffle mixes them, with the run's seed, for files that end in -shuffled: where a graph links the windows of a
+batch, the order changes predictions.
 
     python test.py --compare checkpoint/A checkpoint/B ...                      # evaluated runs in one table
     python test.py published.pth --model mmal --dataset cub --data_root DIR     # a checkpoint of the published code
@@ -62,6 +63,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespace
     parser.add_argument("--branches", nargs="+", help="report these beside the prediction (default: all that matter)")
     parser.add_argument("--embeddings", action="store_true", help="write TensorBoard's projector of the test images")
     parser.add_argument("--shuffle", action="store_true", help="read the test images in random order (the run's seed)")
+    parser.add_argument(
+        "--weights", choices=("plain", "ema"), help="of a run with ema_decay (default: ema, the average)"
+    )
     early = parser.add_argument_group("early exit (sgkrl, sgkrl_published)")
     early.add_argument("--exit_threshold", type=float, metavar="P", help="surer images skip the windows (1: none does)")
     early.add_argument("--exit_curve", action="store_true", help="find the threshold that loses nothing on validation")
@@ -94,6 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Rebuild: network, settings, data.
     trained, catalogue = rebuild(options, more)
     network, settings, saved, plan, execution = trained
+    options.weights = saved.get("weights")
     listed = catalogue.test
     if options.shuffle:  # here, so that all below finds results and images in one order
         catalogue = catalogue._replace(test=shuffled(listed, settings.seed))
@@ -119,6 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report = {
         "checkpoint": str(options.checkpoint),
         "epoch": saved["epoch"],
+        "weights": options.weights,
         "selected_on": saved["selected_on"],
         "order": f"shuffled with seed {settings.seed}" if options.shuffle else listing_order(listed),
         "prediction": f"{ENSEMBLINGS[network.ensembling]} of {', '.join(names)}" if len(names) > 1 else names[0],
@@ -159,7 +165,7 @@ def rebuild(options: argparse.Namespace, more: Sequence[str]) -> tuple[Trained, 
             f"unrecognized arguments: {' '.join(more)} (settings of training are read from {options.checkpoint}; only "
             "for a published checkpoint they are given, --model among them)"
         )
-    trained = load_trained(options.checkpoint, rebuilt, **overrides)
+    trained = load_trained(options.checkpoint, rebuilt, weights=options.weights, **overrides)
     catalogue, _ = load_catalogue(trained.settings)
     if list(catalogue.class_names) != trained.saved["class_names"]:
         raise CheckpointError(
@@ -249,7 +255,8 @@ def mistaken_batches(
 def ending_of(options: argparse.Namespace) -> str:
     """Return how the names of an evaluation's files end: nothing for best.pth."""
     stem = options.checkpoint.stem
-    return ("" if stem == "best" else f"-{stem}") + ("-shuffled" if options.shuffle else "")
+    plain = "-plain" if options.weights == "plain" else ""
+    return ("" if stem == "best" else f"-{stem}") + plain + ("-shuffled" if options.shuffle else "")
 
 
 def write_files(

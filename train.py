@@ -17,6 +17,7 @@ from utils.older_runs import folder_of
 from utils.reporting.panels import draw_panel, spread_over
 from utils.run import Run
 from utils.training.allocator import keep_freed_memory
+from utils.training.averaging import build_average, network_of
 from utils.training.building import build_learning, build_to_train, weights_of_losses
 from utils.training.distributed import cleanup, print_once, rank, setup_distributed, unwrap, world_size
 from utils.training.engine import evaluate, train_one_epoch
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "class_names": list(catalogue.class_names),
         "training_images": len(train_entries),
         "steps_per_epoch": len(train_loader),
-        "selected_on": selected_on,
+        "selected_on": selected_on + (", with the averaged weights" if settings.ema_decay else ""),
     }
     folder = folder_of(Path(settings.checkpoint_dir).expanduser() / run_name(settings), settings)
     with Run(folder, settings, facts, device=device, restore=restored) as run:
@@ -54,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         system = unwrap(network)
         loss_weights = weights_of_losses(settings, system)
         optimizer, schedule = build_learning(settings, system, steps_per_epoch=len(train_loader))
-        run.attach(system, optimizer, schedule)
+        average = build_average(system, settings.ema_decay) if settings.ema_decay > 0 else None
+        run.attach(system, optimizer, schedule, average)
         cache = build_cache(settings, train_entries + selection_entries)
         train_loader.dataset.cache = selection_loader.dataset.cache = cache
         run.begin(bad_pictures)
@@ -78,21 +80,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     save=run.save,
                     clip_gradient_norm=settings.clip_gradient_norm,
                     skip_nonfinite=run.skipped if settings.skip_nonfinite else None,
+                    average=average,
                     description=f"epoch {epoch}/{settings.epochs}",
                     **shared,
                 )
-                evaluated = evaluate(
-                    network,
-                    selection_loader,
-                    on_batch=run.after_evaluation_batch,
-                    description=settings.select_on,
-                    **shared,
-                )
+                shared |= {"on_batch": run.after_evaluation_batch, "description": settings.select_on}
+                evaluated = evaluate(network, selection_loader, **shared)
                 check_finite(evaluated)  # the last step may have broken the weights: they must not replace whole ones
+                of_average = evaluate(network_of(average, network), selection_loader, **shared) if average else None
+                check_finite(of_average or {})
             if run.wants_pictures(epoch):
                 batch = load_batch(spread_over(selection_entries), settings.image_size)
-                run.show_pictures(epoch, draw_panel(system, batch, execution, plan, catalogue.class_names))
-            run.finish_epoch(epoch, trained, evaluated)
+                result = average.module if average else system
+                run.show_pictures(epoch, draw_panel(result, batch, execution, plan, catalogue.class_names))
+            run.finish_epoch(epoch, trained, evaluated, of_average)
     best = f"{run.best['accuracy']:.1%} on {settings.select_on} at epoch {run.best['epoch']}"
     print_once(f"done: {best}; next: python test.py {folder / 'best.pth'}")
     cleanup()

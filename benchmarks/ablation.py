@@ -215,6 +215,8 @@ def run(row: str, seed: int, common: Sequence[str], runs: Path, *, test: bool, t
     (folder,) = runs.glob(f"*-{row}-{seed}")
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     last = lines[-1]
+    average = any(name.startswith("validation_ema/") for name in last)  # then that is the result, as in test.py
+    validation = "validation_ema/" if average else "validation/"
     result = {
         "row": row,
         "seed": seed,
@@ -222,9 +224,9 @@ def run(row: str, seed: int, common: Sequence[str], runs: Path, *, test: bool, t
         "command": command_of(flags),
         "epochs": last["epoch"],
         "validation": in_current_words(
-            {name.removeprefix("validation/"): v for name, v in last.items() if name.startswith("validation/")}
+            {name.removeprefix(validation): v for name, v in last.items() if name.startswith(validation)}
         ),
-        "boxes_by_epoch": [line.get("validation/box_iou/share_at_0.5") for line in lines],
+        "boxes_by_epoch": [line.get(f"{validation}box_iou/share_at_0.5") for line in lines],
         "train_images_per_second": statistics.median(line["speed/train_images_per_second"] for line in lines),
         "machine": machine(choose_device("auto")),
     }

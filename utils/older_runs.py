@@ -21,6 +21,7 @@ BEFORE: dict[str, object] = {
     "decay_rate": 0.95,
     "linear_warmup_epochs": 0.0,
     "frozen_trunk_epochs": 0,
+    "ema_decay": 0.0,
 }
 
 # The same where it was another one for a system.

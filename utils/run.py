@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from networks.outputs import NetworkOutput
@@ -23,7 +24,7 @@ from utils.files import locked, write_text
 from utils.options import flat
 from utils.reporting.metrics import EpochMeter
 from utils.reporting.pictures import save_png
-from utils.reporting.report_text import report_line
+from utils.reporting.report_text import figures_line, report_line
 from utils.reporting.runlog import RunLog
 from utils.training.distributed import any_process, is_main, print_once, rank, world_size
 from utils.training.interruption import StopRequest
@@ -90,9 +91,11 @@ class Run:
 
     # ---- Before the first epoch -------------------------------------------------------------------------------------
 
-    def attach(self, system: System, optimizer: Optimizer, schedule: LRScheduler) -> None:
+    def attach(
+        self, system: System, optimizer: Optimizer, schedule: LRScheduler, average: AveragedModel | None = None
+    ) -> None:
         """Take what learns, and bring it to where the run that goes on was. Raises CheckpointError where that fails."""
-        self.system, self.optimizer, self.schedule = system, optimizer, schedule
+        self.system, self.optimizer, self.schedule, self.average = system, optimizer, schedule, average
         saved = self.saved
         if saved is None:
             return
@@ -100,6 +103,8 @@ class Run:
             system.load_state_dict(saved["network"])
             optimizer.load_state_dict(saved["optimizer"])
             schedule.load_state_dict(saved["schedule"])
+            if average is not None:
+                average.load_state_dict(saved["ema"])
         self.epochs_done, self.best, self.progress = saved["epoch"], saved["best"], saved["progress"]
         is_best = self.best["epoch"] == self.epochs_done and self.progress is None
         if is_main() and is_best and not holds_epoch(self.folder / "best.pth", self.epochs_done):
@@ -182,19 +187,34 @@ class Run:
 
     # ---- After an epoch ---------------------------------------------------------------------------------------------
 
-    def finish_epoch(self, epoch: int, trained: dict[str, float], evaluated: dict[str, float]) -> None:
-        """Log the epoch's figures and save. Raises Stopped where the run was asked to stop."""
+    def finish_epoch(
+        self,
+        epoch: int,
+        trained: dict[str, float],
+        evaluated: dict[str, float],
+        evaluated_average: dict[str, float] | None = None,
+    ) -> None:
+        """Log the epoch's figures and save. Raises Stopped where the run was asked to stop.
+
+        The best epoch is that of the average's best figures, where there is an average.
+        """
         prefix = self.settings.select_on
         speed = {"train": trained.pop("images_per_second"), prefix: evaluated.pop("images_per_second")}
         print_once(report_line(epoch, self.settings.epochs, trained, evaluated, speed["train"], prefix))
+        if evaluated_average is not None:
+            del evaluated_average["images_per_second"]
+            print_once(f"  averaged weights  {figures_line(evaluated_average, prefix)}")
         groups = {
             "train": trained,
             prefix: evaluated,
             "schedule": {"learning_rate": self.learning_rate},
             "speed": {f"{split}_images_per_second": value for split, value in speed.items()},
         }
+        if evaluated_average is not None:
+            groups[f"{prefix}_ema"] = evaluated_average
         self.log.log_epoch(epoch, groups)
-        self._save_epoch(epoch, evaluated["accuracy/prediction"])
+        chosen_by = evaluated if evaluated_average is None else evaluated_average
+        self._save_epoch(epoch, chosen_by["accuracy/prediction"])
         if epoch < self.settings.epochs and self.stop.agree(self.device):
             raise Stopped
 
@@ -230,6 +250,7 @@ class Run:
             "epoch": epochs_done,
             "best": self.best,
             "network": self.system.state_dict(),
+            **({} if self.average is None else {"ema": self.average.state_dict()}),
         }
 
     def training_state(self, progress: dict[str, object] | None) -> dict[str, object]:

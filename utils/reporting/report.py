@@ -57,7 +57,7 @@ def write_report(
         for i, (title, content) in zip(identifiers, sections, strict=True)
     )
     title = escape(str(report["checkpoint"]))
-    subtitle = escape(f"epoch {report['epoch']}, chosen by {report['selected_on']}; prediction: {report['prediction']}")
+    subtitle = escape(f"{epoch_of(report)}, chosen by {report['selected_on']}; prediction: {report['prediction']}")
     # The policy keeps the page to itself whatever a class is called.
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
     page = (
@@ -68,6 +68,12 @@ def write_report(
         f"{_tiles(report)}<nav>{links}</nav></header><main>{body}</main><script>{SCRIPT}</script></body></html>\n"
     )
     write_text(path, page)
+
+
+def epoch_of(report: Mapping) -> str:
+    """Say which epoch was evaluated and, of a run that averaged its weights, with which of them."""
+    weights = {"ema": ", averaged weights", "plain": ", weights that are not averaged"}
+    return f"epoch {report['epoch']}{weights.get(report.get('weights'), '')}"
 
 
 def order_where_it_matters(report: Mapping) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 
-from utils.reporting.report import order_where_it_matters
+from utils.reporting.report import epoch_of, order_where_it_matters
 
 
 def as_text(report: dict) -> str:
     """Return a report's figures as test.py prints them."""
     lines = [
-        f"{report['images']} test images{order_where_it_matters(report)}, epoch {report['epoch']}, chosen by "
+        f"{report['images']} test images{order_where_it_matters(report)}, {epoch_of(report)}, chosen by "
         f"{report['selected_on']}",
         f"prediction: {report['prediction']}",
         "",
@@ -33,12 +33,13 @@ def as_text(report: dict) -> str:
 
 def report_line(epoch: int, epochs: int, trained: dict, evaluated: dict, speed: float, prefix: str) -> str:
     """Return an epoch's figures in one line."""
-    parts = [
-        f"epoch {epoch}/{epochs}",
-        f"loss {trained.get('loss/total', math.nan):.3f}",
-        f"{speed:.1f} images/s",
-        f"{prefix}:",
-    ]
+    parts = [f"epoch {epoch}/{epochs}", f"loss {trained.get('loss/total', math.nan):.3f}", f"{speed:.1f} images/s"]
+    return "  ".join([*parts, figures_line(evaluated, prefix)])
+
+
+def figures_line(evaluated: dict, prefix: str) -> str:
+    """Return the figures of an evaluation."""
+    parts = [f"{prefix}:"]
     accuracies = {name.removeprefix("accuracy/"): v for name, v in evaluated.items() if name.startswith("accuracy/")}
     parts += [f"{name} {value:.1%}" for name, value in accuracies.items()]
     if "box_iou/share_at_0.5" in evaluated:

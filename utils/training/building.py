@@ -16,6 +16,7 @@ from networks.system import System
 from utils.checkpoint import CheckpointError, fits, load_run
 from utils.older_runs import UnknownSettingsError
 from utils.options import SettingsError
+from utils.training.averaging import weights_of
 from utils.training.compilation import compile_backbone
 from utils.training.distributed import choose_device, unwrap, wrap_network
 from utils.training.execution import Execution
@@ -28,7 +29,7 @@ class Trained(NamedTuple):
 
     network: System
     settings: Any  # config.Settings
-    saved: dict[str, Any]  # the checkpoint's content
+    saved: dict[str, Any]  # the checkpoint's content, and `weights`: which of its weights these are
     plan: EpochPlan  # that of the epoch it was saved in
     execution: Execution
 
@@ -133,8 +134,12 @@ def evaluated_branches(system: System, loss_weights: Mapping[str, float]) -> tup
     return tuple(name for name in system.evaluated if loss_weights[name] > 0 or name in system.prediction)
 
 
-def load_trained(path: Path, rebuilt: Callable[..., Any], **overrides: object) -> Trained:
+def load_trained(
+    path: Path, rebuilt: Callable[..., Any], *, weights: str | None = None, **overrides: object
+) -> Trained:
     """Rebuild a network from the settings saved in its checkpoint, with some of them changed; see `config.rebuilt`.
+
+    `weights` "ema" or "plain" of a run that averaged them; None: the average where there is one.
 
     Raises CheckpointError where the file is no checkpoint of a run, is of another version or damaged, SettingsError for
     impossible overrides.
@@ -147,6 +152,7 @@ def load_trained(path: Path, rebuilt: Callable[..., Any], **overrides: object) -
 
     def load(network: System) -> None:
         with fits(path, "use a file that train.py of this version can have written"):
-            network.load_state_dict(saved["network"])
+            network.load_state_dict(state)
 
-    return build_to_evaluate(settings, saved, load)
+    state, kind = weights_of(saved, weights, path)
+    return build_to_evaluate(settings, saved | {"weights": kind}, load)

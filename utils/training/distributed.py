@@ -148,6 +148,12 @@ def evaluation_network(network: nn.Module) -> nn.Module:
     """
     inner = without_synchronisation(network)
     if inner is not network:
-        for buffer in inner.buffers():
-            torch.distributed.broadcast(buffer, src=0)
+        share_buffers(inner)
     return inner
+
+
+def share_buffers(network: nn.Module) -> None:
+    """Give all processes the buffers of the first one; nothing to do for a lone process."""
+    if is_distributed():
+        for buffer in network.buffers():
+            torch.distributed.broadcast(buffer, src=0)

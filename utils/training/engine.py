@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -36,6 +37,7 @@ def train_one_epoch(
     save: Callable[[int], None] = lambda step: None,
     clip_gradient_norm: float = 0.0,
     skip_nonfinite: SkipBudget | None = None,
+    average: AveragedModel | None = None,
     description: str = "train",
 ) -> dict[str, float]:
     """Train on all `batches` once and return the epoch's averages (see `reporting.metrics.EpochMeter`) and images/s.
@@ -43,7 +45,8 @@ def train_one_epoch(
     A step of the epoch is a batch, for which the system may take several optimizer steps (see `System.steps`). An epoch
     begun before goes on with `meter`, which holds its sums, and `batches` that leave out what came before `first_step`.
     Steps count from 1 and are told to `before_step`; where `save_after` asks for it, `save` is called once it is sure
-    that the step has not broken the weights (after a skipped step it is not asked).
+    that the step has not broken the weights (after a skipped step it is not asked). `average` is updated after every
+    optimizer step.
 
     Raises NonFiniteLossError, with the terms, the step and its images, where the loss shows NaN or infinity: before
     the weights are touched on a CPU, at one of the readings every few steps on a GPU.
@@ -52,7 +55,7 @@ def train_one_epoch(
     meter = EpochMeter(execution.device) if meter is None else meter
     seen_before, start = meter.images, time.perf_counter()
     learning = Learning(
-        network, optimizer, Objective(plan, execution, label_smoothing), clip_gradient_norm, skip_nonfinite
+        network, optimizer, Objective(plan, execution, label_smoothing), clip_gradient_norm, skip_nonfinite, average
     )
     with tqdm(
         total=len(batches) * batches.batch_size,

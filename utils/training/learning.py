@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from networks.outputs import NetworkOutput
 from networks.system import Step
@@ -63,7 +64,9 @@ class Learning:
         objective: Objective,
         clip_gradient_norm: float,
         skip_nonfinite: SkipBudget | None,
+        average: AveragedModel | None = None,
     ) -> None:
+        self.average = average
         self.network, self.system = network, unwrap(network)
         self.optimizer, self.objective = optimizer, objective
         self.clip_gradient_norm, self.skip_nonfinite = clip_gradient_norm, skip_nonfinite
@@ -104,6 +107,8 @@ class Learning:
         if self.clip_gradient_norm > 0:
             nn.utils.clip_grad_norm_(self.parameters, self.clip_gradient_norm)
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update_parameters(self.system)
         if not self.system.absent_gradients:
             for parameter in self.parameters:
                 if parameter.grad is not None:  # without a momentum it has no state that would tell it was reached
