@@ -78,7 +78,7 @@ def localize(activation: Tensor, penultimate_activation: Tensor, *, threshold: f
     """
     component = largest_component(_above_mean(activation, threshold))
     cells = component & _above_mean(penultimate_activation, threshold)
-    return Localization(cells, _bounding_boxes(cells))
+    return Localization(cells, bounding_boxes(cells))
 
 
 def _above_mean(activation: Tensor, threshold: float) -> Tensor:
@@ -86,7 +86,7 @@ def _above_mean(activation: Tensor, threshold: float) -> Tensor:
     return activation > threshold * activation.mean(dim=(1, 2), keepdim=True, dtype=torch.float64)
 
 
-def _bounding_boxes(cells: Tensor) -> Tensor:
+def bounding_boxes(cells: Tensor) -> Tensor:
     """Boxes [B, 4] int64 round the cells [B, H, W], ends exclusive; the whole grid where no cell is set."""
     _, H, W = cells.shape
     x0, x1 = _extent(cells.any(dim=1), W)

@@ -82,6 +82,7 @@ class System(nn.Module):
     run_defaults: ClassVar[Mapping[str, object | Callable[[Shared], object]]] = {}
     # How names begin in checkpoints of the published code, and in ours (see `utils.checkpoint.load_published`)
     published_names: ClassVar[Mapping[str, str]] = {}
+    absent_when_published: ClassVar[tuple[str, ...]] = ()  # our names of what such files may lack: it stays as it is
 
     # The next three are the class's, by which settings are checked; `__init__` may change them as its options ask for
     branches: tuple[str, ...]  # the names of its logits

@@ -115,8 +115,9 @@ def load_published(network: System, path: str | Path) -> None:
     """Load a checkpoint of a system's published code into a network of that system, such as `sgkrl_published`.
 
     Everything has to fit: raises CheckpointError naming what is missing, left over or of another shape, and for a
-    system whose published files are not known. Exceptions are the trunk's `fc` where it is unused, and the counters of
-    batch norms, which nothing reads and files of PyTorch 0.4.0 and older lack.
+    system whose published files are not known. Exceptions are the trunk's `fc` where it is unused, the system's
+    `absent_when_published`, which may stand beside the weights, and the counters of batch norms, which nothing reads
+    and files of PyTorch 0.4.0 and older lack.
     """
     names, published = network.published_names, {ours: theirs for theirs, ours in network.published_names.items()}
     if not names:
@@ -127,13 +128,15 @@ def load_published(network: System, path: str | Path) -> None:
         raise CheckpointError(
             f"{path} is no published checkpoint: it holds no tensors by name, nor such under {', '.join(WRAPPED_AS)}"
         )
+    beside = {published.get(name) for name in network.absent_when_published} & content.keys()
+    state = {**state, **{name: content[name] for name in beside if isinstance(content[name], Tensor)}}
     # A part that was spread over GPUs by itself has the prefix behind its own name.
     state = {".".join(part for part in name.split(".") if part != "module"): value for name, value in state.items()}
     unused = tuple(f"{theirs}fc." for theirs, ours in names.items() if ours == "backbone.trunk.")
     unused = tuple(name for name in unused if name not in names)  # a system may classify with the trunk's own
     state = {name: value for name, value in state.items() if not name.startswith(unused)}
     expected = network.state_dict()
-    optional = {name for name in expected if name.endswith("num_batches_tracked")}
+    optional = {name for name in expected if name.endswith("num_batches_tracked")} | {*network.absent_when_published}
     published_name = {renamed: name for name in state if (renamed := _renamed(name, names)) in expected}
     known = {*published_name, *optional}
     problems = {

@@ -1,0 +1,161 @@
+"""CAL: attention maps that have to be better than attention that knows nothing.
+
+Rao, Chen, Lu & Zhou, "Counterfactual Attention Learning for Fine-Grained Visual Categorization and Re-identification",
+ICCV 2021, on WS-DAN (Hu et al., "See Better Before Looking Closer", 2019). Logits, crops, drops and losses follow the
+published code. Ours is that every image moves its class's centre: theirs loses all but the last of a class in a batch
+(`lose_repeated_labels`), and keeps other centres in each process. Its final figures average eight views of a picture;
+here two are computed, which is what it evaluates with while training.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from networks.attention_crops import attended_pixels, draw_maps, padded_boxes, uniform
+from networks.attention_pooling import AttentionMaps, attention_pooling, false_attention
+from networks.backbone import Backbone
+from networks.centres import Centres
+from networks.classifier import Classifier
+from networks.crops import crop_objects, resize_images
+from networks.outputs import NetworkOutput, requested_branches
+from networks.system import Shared, System
+from utils.options import Count
+
+SCALE = 100  # of the vectors of length 1 before the classifier
+EFFECT = "_effect"  # what a view's attention adds to what false attention knows
+# Shares of the attention's maximum, and margins in shares of the picture's side: paper's code, training and evaluation
+CROP_ABOVE, CROP_PADDING, DROP_ABOVE = (0.4, 0.6), 0.1, (0.2, 0.5)
+EVALUATED_ABOVE, EVALUATED_PADDING = 0.1, 0.05
+
+
+@dataclass(frozen=True)
+class Options:
+    attention_maps: Count = 32  # how many there are; each is pooled by itself, and the classifier sees all
+    lose_repeated_labels: bool = False  # as published: of a class's images in a batch only the last moves its centre
+
+
+class CAL(System):
+    """Branches `raw` and `crop`, in training also `drop` and `<branch>_effect`; the prediction is the mean of logits.
+
+    The effect is what the logits have more than those of false attention: random maps, weighted by the same classifier.
+    """
+
+    Options = Options
+    run_defaults = {
+        "epochs": 160,
+        "batch_size": 16,
+        "learning_rate": 1e-3,
+        "weight_decay": 1e-5,
+        "schedule": "exponential",
+        "decay_rate": math.sqrt(0.9),
+        "brightness": 0.126,
+        "contrast": 0.0,
+        "ensembling": "mean_logits",
+    }
+    published_names = {
+        "features.0.": "backbone.trunk.conv1.",
+        "features.1.": "backbone.trunk.bn1.",
+        **{f"features.{number + 3}.": f"backbone.trunk.layer{number}." for number in (1, 2, 3, 4)},
+        "attentions.": "attention.",
+        "fc.": "classifier.",
+        "feature_center": "centres.vectors",
+    }
+    absent_when_published = ("centres.vectors",)  # its best checkpoint is without
+    warmup_branches = ()
+
+    branches = ("raw", "crop", "drop", "raw_effect", "crop_effect", "drop_effect")
+    evaluated = ("raw", "crop")
+    prediction = evaluated
+
+    def __init__(self, backbone: Backbone, num_classes: int, options: Options, shared: Shared):
+        super().__init__(backbone, options, shared)
+        self.loss_weights = {**dict.fromkeys(self.branches, 1 / 3), "centre": 1.0}
+        length = options.attention_maps * backbone.embedding_channels
+        self.attention = AttentionMaps(backbone.embedding_channels, options.attention_maps)
+        self.classifier = Classifier(length, num_classes, bias=False)
+        self.centres = Centres(num_classes, length, last_only=options.lose_repeated_labels)
+
+    def forward(
+        self,
+        images: Tensor,
+        *,
+        labels: Tensor | None = None,
+        mask_background: bool = False,
+        branches: tuple[str, ...] | None = None,
+    ) -> NetworkOutput:
+        """Map normalised images [B, 3, S, S], S >= input_size, to a `NetworkOutput`.
+
+        Logits [B, classes] of the picture, of the crop round what one attention map sees (the mean of all in
+        evaluation) and of the picture without what another one sees, the latter two in one pass. Only the passes that
+        `branches` need are computed (None: all). CAL has no mask: `mask_background` changes nothing.
+        """
+        wanted = requested_branches(branches, self.branches if self.training else self.evaluated)
+        pictures = resize_images(images, self.input_size)
+        final = self.backbone(pictures).final
+        attention = self.attention(final)  # [B, M, g, g]
+        features = attention_pooling(final, attention)
+        logits = self._classify(["raw"], wanted, final, attention, features)
+        extras = {"features": features} if self.training else None
+        views = [view for view in ("crop", "drop") if wanted & {view, view + EFFECT}]
+        if not views:
+            return NetworkOutput(logits, extras=extras)
+
+        boxes, dropped = self._look_again(attention)
+        shown = {}
+        if "crop" in views:
+            crops = crop_objects(images, boxes, input_size=self.input_size)
+            shown["crop"] = resize_images(crops, self.input_size)
+        if "drop" in views:
+            shown["drop"] = pictures * ~dropped[:, None]
+        final = self.backbone(torch.cat(list(shown.values())), kind="object").final
+        attention = self.attention(final)
+        logits |= self._classify(views, wanted, final, attention, attention_pooling(final, attention))
+        return NetworkOutput(logits, boxes, extras=extras)
+
+    def _look_again(self, attention: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what is cut out, [B, 4] in input_size pixels, and what is dropped, [B, input_size, input_size] bool.
+
+        `attention` [B, M, g, g]: two maps are drawn for each image; in evaluation it is the mean of all.
+        """
+        B, size, device = len(attention), self.input_size, attention.device
+        if not self.training:
+            pixels = attended_pixels(attention.mean(dim=1), EVALUATED_ABOVE, size)
+            return padded_boxes(pixels, EVALUATED_PADDING), pixels
+        to_crop, to_drop = draw_maps(attention, 2).unbind(dim=1)
+        cropped = attended_pixels(to_crop, uniform(B, *CROP_ABOVE, device), size)
+        dropped = attended_pixels(to_drop, uniform(B, *DROP_ABOVE, device), size)
+        return padded_boxes(cropped, CROP_PADDING), dropped
+
+    def _classify(
+        self, views: list[str], wanted: set[str], final: Tensor, attention: Tensor, features: Tensor
+    ) -> dict[str, Tensor]:
+        """Return the logits [B, classes] of views that lie one after the other in a pass, and their effects."""
+        logits = self.classifier(SCALE * features)
+        found = dict(zip(views, logits.chunk(len(views)), strict=True))
+        if any(view + EFFECT in wanted for view in views):
+            false = attention_pooling(final, false_attention(attention, random=self.training))
+            effects = (logits - self.classifier(SCALE * false)).chunk(len(views))
+            found |= {view + EFFECT: effect for view, effect in zip(views, effects, strict=True)}
+        return {name: value for name, value in found.items() if name in wanted}
+
+    def losses(self, output: NetworkOutput, targets: Tensor, *, label_smoothing: float = 0.0) -> dict[str, Tensor]:
+        """Cross-entropy of every branch; in training `centre`, the mean squared distance from the classes' centres.
+
+        Extras: `features` [B, D] of the pictures, of length 1.
+        """
+        terms = super().losses(output, targets, label_smoothing=label_smoothing)
+        if output.extras is not None:
+            terms["centre"] = self.centres.distances(output.extras["features"], targets).mean()
+        return terms
+
+    def after_step(self, output: NetworkOutput, targets: Tensor) -> None:
+        """Move the centres, once they have served the loss."""
+        if output.extras is not None:
+            self.centres.move(output.extras["features"], targets)
+
+    def heads(self) -> list[nn.Module]:
+        return [self.attention, self.classifier]
