@@ -90,6 +90,7 @@ class Settings:
 
     # ---- Training -------------------------------------------------------------------------------------------------
     epochs: Count | None = None  # how often every training image is seen
+    patience: CountOrZero = 0  # stop after so many epochs without a gain on what chooses the best one; 0: never
     batch_size: Count | None = None  # over all devices together
     learning_rate: Positive | None = None  # the highest value of the schedule
     head_learning_rate_factor: Positive | None = None  # parts that start from random weights: times this

@@ -368,13 +368,14 @@ def test_branches_to_report_may_be_chosen(other_system, tmp_path, evaluation_scr
 # ---- Continuing -----------------------------------------------------------------------------------------------------
 
 
-def assert_same_run(one: Path, other: Path) -> None:
+def assert_same_run(one: Path, other: Path, *, but: frozenset = frozenset()) -> None:
+    """Logs and checkpoints are the same, but for settings that are free and those in `but`."""
     assert without_speeds(read_log(one)) == without_speeds(read_log(other))
     for name in ("last.pth", "best.pth"):
         contents = [load_checkpoint(folder / name) for folder in (one, other)]
         for content in contents:
             settings = content["settings"]
-            content["settings"] = {name: v for name, v in settings.items() if name not in FREE_ON_RESUME}
+            content["settings"] = {name: v for name, v in settings.items() if name not in FREE_ON_RESUME | but}
         assert_equal(*contents, name)
 
 
@@ -409,6 +410,77 @@ def test_a_run_stopped_in_every_epoch_equals_an_uninterrupted_one(short, tiny_ru
     assert_same_run(short, tmp_path / short.name)
     rates = [line["schedule/learning_rate"] for line in read_log(short)]
     assert rates == pytest.approx([0.05, 0.005])
+
+
+@pytest.mark.parametrize(("options", "more"), [(TWO_EPOCHS[2:], "3"), (["--schedule", "exponential"], "4")])
+def test_a_run_goes_on_with_more_epochs_as_if_it_had_had_them_from_the_start(options, more, tiny_run, tmp_path):
+    options = (*options, "--warmup_epochs", "1", "--ema_decay", "0.5")
+    train.main(tiny_run(tmp_path / "whole", *options, "--epochs", more))
+    for epochs in ("2", more):
+        train.main(tiny_run(tmp_path / "parts", *options, "--epochs", epochs))
+        saved = json.loads((tmp_path / "parts" / "folder-resnet" / "config.json").read_text(encoding="utf-8"))
+        assert saved["epochs"] == int(epochs)
+    # best.pth may be from before there were more
+    folders = (tmp_path / name / "folder-resnet" for name in ("whole", "parts"))
+    assert_same_run(*folders, but=frozenset({"epochs"}))
+    with pytest.raises(CheckpointError, match=f"last.pth is in epoch {more}, and epochs is 1 here"):
+        train.main(tiny_run(tmp_path / "parts", *options, "--epochs", "1", "--warmup_epochs", "1"))
+
+
+def test_more_epochs_are_refused_where_the_schedule_spreads_over_them(finished, tiny_run):
+    arguments = tiny_run(finished.parent, *FOUR_EPOCHS, *MASKED, model="sgkrl")
+    with pytest.raises(CheckpointError) as refusal:
+        train.main([*arguments, "--epochs", "5"])
+    sentence = str(refusal.value)
+    assert "is of a run of 4 epochs whose schedule one_cycle spreads over all of them, and 5 came" in sentence
+    assert "--name" in sentence
+    assert len(sentence.splitlines()) == 1
+
+
+def with_accuracies(monkeypatch: pytest.MonkeyPatch, *accuracies: float) -> list[int]:
+    """Let evaluations find these accuracies, by epoch; return the list of epochs that are trained."""
+    evaluate, plan_epoch, planned = train.evaluate, train.plan_epoch, []
+
+    def plan(system, number, *arguments, **options):
+        planned.append(number)
+        return plan_epoch(system, number, *arguments, **options)
+
+    def pretend(*arguments, **options):
+        return evaluate(*arguments, **options) | {"accuracy/prediction": accuracies[planned[-1] - 1]}
+
+    monkeypatch.setattr(train, "plan_epoch", plan)
+    monkeypatch.setattr(train, "evaluate", pretend)
+    return planned
+
+
+def test_a_run_stops_when_its_patience_ends_and_goes_on_with_more(tiny_run, tmp_path, monkeypatch, capsys):
+    figures = (0.2, 0.5, 0.5, 0.4, 0.6, 0.1)
+    options = ("--epochs", "6", "--schedule", "steps", "--milestones", "2")
+    trained = with_accuracies(monkeypatch, *figures)
+    train.main(tiny_run(tmp_path / "whole", *options))
+    folder = tmp_path / "parts" / "folder-resnet"
+
+    def train_parts(*more: str) -> list[int]:
+        trained.clear()
+        capsys.readouterr()
+        train.main(tiny_run(tmp_path / "parts", *options, *more))
+        return list(trained)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_in_epoch(patch, 4)
+        train_parts("--patience", "2")
+    assert train_parts("--patience", "2") == [4]
+    sentence = "stopped after epoch 4: 2 epochs without a gain on validation, and patience is 2"
+    printed = capsys.readouterr().out
+    assert sentence in printed
+    assert "done: 50.0% on validation at epoch 2" in printed
+    before = (folder / "last.pth").read_bytes()
+    assert train_parts("--patience", "2") == []  # the same command again
+    assert sentence in capsys.readouterr().out
+    assert (folder / "last.pth").read_bytes() == before
+    assert train_parts("--patience", "3") == [5, 6]
+    assert "stopped" not in capsys.readouterr().out
+    assert_same_run(tmp_path / "whole" / "folder-resnet", folder)
 
 
 # What learns otherwise than in the runs above

@@ -22,6 +22,7 @@ BEFORE: dict[str, object] = {
     "linear_warmup_epochs": 0.0,
     "frozen_trunk_epochs": 0,
     "ema_decay": 0.0,
+    "patience": 0,
 }
 
 # The same where it was another one for a system.

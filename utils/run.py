@@ -126,9 +126,10 @@ class Run:
         print_once(f"best.pth is chosen by {self.facts['selected_on']}{continuing}")
         resumed = self.epochs_done if self.saved else None
         self.log = self.stack.enter_context(RunLog(self.folder, resume_epoch=resumed, enabled=is_main()))
-        if is_main() and self.saved is None:
+        if is_main() and (self.saved is None or self._goes_further()):
             text = json.dumps(dataclasses.asdict(self.settings), indent=2)
             write_text(self.folder / "config.json", text + "\n")
+        if is_main() and self.saved is None:
             self.log.log_settings(flat(self.settings) | {"selected_on": self.facts["selected_on"]})
         if is_main() and bad_pictures:
             path = self.folder / "bad_pictures.txt"
@@ -136,11 +137,24 @@ class Run:
             write_text(path, "".join(lines))
             print_once(f"{len(lines)} unreadable pictures are left out; they are listed in {path}")
 
+    def _goes_further(self) -> bool:
+        """Whether the run that goes on shall end elsewhere than it was to."""
+        before = self.restore(self.saved["settings"])
+        return (before.epochs, before.patience) != (self.settings.epochs, self.settings.patience)
+
     # ---- One epoch --------------------------------------------------------------------------------------------------
 
-    def epochs(self) -> range:
-        """Return the epochs that are left, counted from 1."""
-        return range(self.epochs_done + 1, self.settings.epochs + 1)
+    def epochs(self) -> Iterator[int]:
+        """Yield the epochs that are left, counted from 1, until there is no gain any more."""
+        for epoch in range(self.epochs_done + 1, self.settings.epochs + 1):
+            without_gain = epoch - 1 - self.best["epoch"]
+            if 0 < self.settings.patience <= without_gain:
+                print_once(
+                    f"stopped after epoch {epoch - 1}: {without_gain} epochs without a gain on "
+                    f"{self.settings.select_on}, and patience is {self.settings.patience}"
+                )
+                return
+            yield epoch
 
     @contextlib.contextmanager
     def epoch(self, epoch: int, loader: DataLoader) -> Iterator[None]:

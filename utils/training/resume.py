@@ -8,6 +8,7 @@ from pathlib import Path
 from utils.checkpoint import CheckpointError, has, load_checkpoint, load_last
 from utils.older_runs import UnknownSettingsError
 from utils.training.distributed import gather, is_main, world_size
+from utils.training.schedule import spreads_over_epochs
 
 # What is in last.pth only, and in every checkpoint
 TRAINING_STATE = {"optimizer": dict, "schedule": dict, "progress": dict | None, "skipped_steps": int}
@@ -19,6 +20,7 @@ CONTENT = {
 FREE_ON_RESUME = {
     *("data_root", "checkpoint_dir", "device", "data_parallel", "workers", "prefetch", "cache", "pictures_every"),
     *("save_every_steps", "keep_checkpoints", "on_bad_image", "skip_nonfinite", "fresh", "exit_threshold"),
+    "patience",  # how far, not how: one that stopped goes on with more
 }
 CHECKPOINTS = ("last.pth", "next.pth", "previous.pth")
 
@@ -35,8 +37,8 @@ def load_resumable(
     """Return the run's last checkpoint, or None for a new run; every process has to ask.
 
     `settings`, and what `restore` makes of those that a checkpoint of any version holds, are by name. Raises
-    CheckpointError for one of other settings (but `FREE_ON_RESUME`), classes or images, and where the processes would
-    not go on from the same.
+    CheckpointError for one of other settings (but `FREE_ON_RESUME`, and another number of epochs where the schedule
+    does not look at it), classes or images, and where the processes would not go on from the same.
     """
     found = load_last(folder, set_aside=is_main())
     if found is None:
@@ -71,7 +73,9 @@ def _refuse_another_run(
     names = dict.fromkeys([*ours, *theirs])
     differing = [name for name in names if name not in FREE_ON_RESUME and ours.get(name) != theirs.get(name)]
     remedy = "give this one a --name of its own, or start anew with --fresh"
-    if differing:
+    if differing == ["epochs"]:
+        _refuse_other_epochs(path, saved, theirs, ours, remedy)
+    elif differing:
         values = ", ".join(f"{name} {theirs.get(name)!r} there and {ours.get(name)!r} here" for name in differing)
         raise CheckpointError(f"{path} is of a run with other settings ({values}): go on with those it has, {remedy}")
     if saved["class_names"] != list(class_names):
@@ -89,6 +93,20 @@ def _refuse_another_run(
             f"{path} is of a run with {saved['steps_per_epoch']} steps in an epoch, and {world_size()} processes make "
             f"it {steps_per_epoch}: use as many processes as before, or {remedy}"
         )
+
+
+def _refuse_other_epochs(
+    path: Path, saved: Mapping, theirs: Mapping[str, object], ours: Mapping[str, object], remedy: str
+) -> None:
+    begun = saved["progress"]["epoch"] if saved["progress"] else saved["epoch"]
+    if spreads_over_epochs(theirs["schedule"]):
+        raise CheckpointError(
+            f"{path} is of a run of {theirs['epochs']} epochs whose schedule {theirs['schedule']} spreads over all of "
+            f"them, and {ours['epochs']} came (with steps or exponential it could go on): leave epochs as it was, "
+            f"{remedy}"
+        )
+    if ours["epochs"] < begun:
+        raise CheckpointError(f"{path} is in epoch {begun}, and epochs is {ours['epochs']} here: take more, {remedy}")
 
 
 def holds_epoch(path: Path, epoch: int) -> bool:

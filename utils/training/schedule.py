@@ -132,6 +132,14 @@ def build_schedule(
     return LambdaLR(optimizer, factor)
 
 
+def spreads_over_epochs(kind: str) -> bool:
+    """Whether a schedule looks at the last epoch, so that a run with more of them would learn differently throughout.
+
+    The others are the same up to any epoch, however many follow.
+    """
+    return kind not in ("steps", "exponential")
+
+
 def _half_cosine(done: float, whole: float) -> float:
     """From 1 where nothing is done down to 0 where the whole is."""
     return (1 + math.cos(math.pi * done / whole)) / 2
