@@ -55,6 +55,7 @@ class CAL(System):
         "brightness": 0.126,
         "contrast": 0.0,
         "ensembling": "mean_logits",
+        "last_stride": 1,
     }
     published_names = {
         "features.0.": "backbone.trunk.conv1.",

@@ -138,18 +138,11 @@ def build(**settings: object) -> cal.CAL:
     return build_network("cal", num_classes=CLASSES, **settings)
 
 
-def with_last_stride_1(network: cal.CAL) -> cal.CAL:
-    for module in network.backbone.trunk.layer4[0].modules():
-        if isinstance(module, nn.Conv2d):
-            module.stride = (1, 1)
-    return network
-
-
 @pytest.fixture
 def pair(published, tmp_path) -> tuple[cal.CAL, PublishedCAL]:
     """Our network with the published one's weights, and that one."""
     torch.save({"logs": {"epoch": 3}, "state_dict": published.state_dict()}, tmp_path / "model_bestacc.pth")
-    network = with_last_stride_1(build())
+    network = build()
     load_published(network, tmp_path / "model_bestacc.pth")
     return network, copy.deepcopy(published)
 
@@ -184,7 +177,7 @@ def test_logits_crops_and_prediction_are_the_published_ones(pair, size):
 def test_the_published_network_at_its_own_size(tmp_path):
     reference = build_published("resnet50", maps=32, classes=36, size=448)
     torch.save(reference.state_dict(), tmp_path / "published.pth")
-    network = with_last_stride_1(build_network("cal", num_classes=36))
+    network = build_network("cal", num_classes=36)
     load_published(network, tmp_path / "published.pth")
     assert_predicts_as_published(network, reference, make_images(3, 448), rtol=3e-4, atol=3e-4)
 
@@ -393,6 +386,7 @@ def test_its_recipe_is_the_published_one_as_far_as_it_goes():
     )
     assert (settings.schedule, settings.decay_rate**2) == ("exponential", pytest.approx(0.9))
     assert (settings.brightness, settings.contrast, settings.warmup_epochs) == (0.126, 0.0, 0)
+    assert (settings.last_stride, settings.ensembling) == (1, "mean_logits")
     assert settings.options == {"attention_maps": 32, "lose_repeated_labels": False}
     network = build()
     weights = dict.fromkeys(network.branches, 1 / 3) | {"centre": 1.0}
