@@ -16,7 +16,6 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,7 @@ from utils.reporting.report_text import as_text
 from utils.reporting.results import ResultCollector
 from utils.reporting.runlog import log_evaluation
 from utils.training.allocator import keep_freed_memory
-from utils.training.building import Trained, build_to_evaluate, load_trained
+from utils.training.building import Trained, build_from_settings, load_trained, make_ready
 from utils.training.engine import evaluate
 
 MACHINE = ("data_root", "device", "precision", "evaluation_batch_size", "workers")
@@ -187,7 +186,9 @@ def rebuild_published(path: Path, content: dict, overrides: dict, more: Sequence
         "epoch": epoch if isinstance(epoch, int) else settings.epochs,  # it decides on the mask
         "selected_on": "what its authors chose",
     }
-    return build_to_evaluate(settings, saved, partial(load_published, path=path)), catalogue
+    network = build_from_settings(settings, len(catalogue.class_names), load_weights=False)
+    load_published(network, path)
+    return make_ready(network, settings, saved), catalogue
 
 
 def shuffled(entries: Sequence[Entry], seed: int) -> list[Entry]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from config import parse_settings, restored, run_name
 from datasets import build_cache, choose_split, evaluation_loader, load_batch, load_catalogue, training_loader
+from utils.data.record import pack, record_pictures
 from utils.errors import exit_with_one_sentence
 from utils.older_runs import folder_of
 from utils.reporting.panels import draw_panel, spread_over
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "class_names": list(catalogue.class_names),
         "training_images": len(train_entries),
         "steps_per_epoch": len(train_loader),
+        "pictures": pack(record_pictures(train_entries, selection_entries, catalogue.test)),
         "selected_on": selected_on + (", with the averaged weights" if settings.ema_decay else ""),
     }
     folder = folder_of(Path(settings.checkpoint_dir).expanduser() / run_name(settings), settings)

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ from launching import PROJECT, Script, run_script, run_two_processes
 from test_train import FOUR_EPOCHS, MASKED, assert_same_run, read_log
 
 import datasets
+import export
+import predict
 import train
 from networks.system import System
 from utils import checkpoint, files, run
@@ -454,7 +457,9 @@ def test_another_number_of_steps_in_an_epoch_is_refused(tiny_run, tmp_path):
     arguments = tiny_run(tmp_path, "--epochs", "2")
     train.main(arguments)
     path = tmp_path / "folder-resnet" / "last.pth"
-    torch.save(load_checkpoint(path) | {"steps_per_epoch": 4}, path)
+    content = load_checkpoint(path)
+    content["schedule"]["last_epoch"] = 2 * 4
+    torch.save(content | {"steps_per_epoch": 4}, path)
     with pytest.raises(CheckpointError, match="4 steps in an epoch, and 1 processes make it 3"):
         train.main(arguments)
 
@@ -462,7 +467,7 @@ def test_another_number_of_steps_in_an_epoch_is_refused(tiny_run, tmp_path):
 def test_processes_that_find_different_checkpoints_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(resume, "gather", lambda position: [position, (3, 0)])
     with pytest.raises(CheckpointError, match="disk that all machines share"):
-        resume.load_resumable(tmp_path, {}, restore=dict, class_names=(), training_images=1, steps_per_epoch=1)
+        resume.load_resumable(tmp_path, {}, resume.Data((), training_images=1, steps_per_epoch=1), restore=dict)
 
 
 def test_a_bounded_number_of_such_steps_may_be_skipped(tiny_run, tmp_path, monkeypatch, capsys):
@@ -770,3 +775,175 @@ def test_unreadable_pictures_stop_a_run_before_it_begins_or_are_left_out(tiny_ru
     listed = (folder / "bad_pictures.txt").read_text(encoding="utf-8").splitlines()
     assert sorted(line.split("\t")[0] for line in listed) == [str(tree / "blue" / "1.png"), str(tree / "red" / "0.png")]
     assert "2 unreadable pictures are left out" in capsys.readouterr().out
+
+
+def test_what_is_left_of_a_run_without_its_last_checkpoint_is_not_replaced(tiny_run, tmp_path):
+    """With other settings, which would be seen only in last.pth."""
+    train.main(tiny_run(tmp_path))
+    folder = tmp_path / "folder-resnet"
+    for name in ("last.pth", "previous.pth"):
+        (folder / name).unlink(missing_ok=True)
+    before = contents(folder)
+    with pytest.raises(CheckpointError, match=r"best\.pth.*--name.*--fresh"):
+        train.main(tiny_run(tmp_path, "--learning_rate", "0.5"))
+    assert contents(folder) == before
+    train.main(tiny_run(tmp_path, "--learning_rate", "0.5", "--fresh"))
+    assert contents(tmp_path / "folder-resnet.old1").keys() == {k.replace("resnet/", "resnet.old1/") for k in before}
+
+
+def test_a_file_that_only_looks_like_an_epochs_is_left_alone(tmp_path):
+    for name in ("001", "002", "best", "-1", "²"):
+        (tmp_path / f"epoch-{name}.pth").touch()
+    resume.drop_old_epochs(tmp_path, 1)
+    assert {path.stem for path in tmp_path.iterdir()} == {"epoch-002", "epoch-best", "epoch--1", "epoch-²"}
+
+
+def test_half_files_of_a_killed_run_go_and_those_of_an_evaluation_stay(tmp_path):
+    for name in ("last.pth.1f.part", "next.pth.part", "log.jsonl.2e.part", "report.json.3d.part"):
+        (tmp_path / name).touch()
+    resume.drop_half_files(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json.3d.part"]
+
+
+# ---- Checkpoints with the right entries and wrong content -----------------------------------------------------------
+
+
+def flip_a_byte_in_a_weight(path: Path, value: bytes = b"") -> None:
+    """Of the largest file in the archive; `value` is put there instead, if given."""
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda file: file.file_size)
+        content = bytearray(path.read_bytes())
+        middle = content.index(archive.read(largest)) + largest.file_size // 2
+    content[middle : middle + max(len(value), 1)] = value or bytes([content[middle] ^ 0x40])
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("value", [b"", bytes(4096)], ids=["a flipped byte", "zeros"])
+def test_a_changed_weight_is_found_and_the_run_goes_on_from_before_it(
+    value, finished_run, tiny_run, tmp_path, capsys, evaluation_script
+):
+    folder = Path(shutil.copytree(finished_run, tmp_path / finished_run.name))
+    shutil.copy(folder / "last.pth", folder / "previous.pth")
+    whole = (folder / "last.pth").read_bytes()
+    for name in ("best.pth", "last.pth"):
+        flip_a_byte_in_a_weight(folder / name, value)
+    with pytest.raises(CheckpointError, match="checksums"):
+        evaluation_script.main([str(folder / "best.pth")])
+    train.main(tiny_run(tmp_path))
+    assert "going on from" in capsys.readouterr().err
+    assert (folder / "last.pth.damaged").exists()
+    assert (folder / "previous.pth").read_bytes() == whole
+
+
+def test_a_program_is_told_from_a_checkpoint_without_a_warning(tmp_path, recwarn):
+    torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "model.pt"))
+    program = torch.export.export(torch.nn.Linear(2, 2), (torch.zeros(1, 2),))
+    torch.export.save(program, tmp_path / "model.pt2")
+    recwarn.clear()
+    for name, words in (("model.pt", "TorchScript"), ("model.pt2", r"torch\.export")):
+        with pytest.raises(CheckpointError, match=words):
+            load_checkpoint(tmp_path / name)
+    assert not recwarn.list
+
+
+# what a checkpoint holds, changed in place -> a word of the one sentence
+FORGED = {
+    "a missing weight": (lambda c: c["network"].popitem(), "classifier"),
+    "a weight of another shape": (
+        lambda c: c["network"].update({"classifier.bias": torch.zeros(2)}),
+        "classifier.bias",
+    ),
+    "a weight that is NaN": (lambda c: c["network"]["classifier.bias"].fill_(math.nan), "not finite"),
+    "a weight that is a list": (lambda c: c["network"].update({"classifier.bias": [0.0, 0.0, 0.0]}), "network"),
+    "a sparse weight": (
+        lambda c: c["network"].update({"classifier.bias": c["network"]["classifier.bias"].to_sparse()}),
+        "plain",
+    ),
+    "a huge weight of one number": (
+        lambda c: c["network"].update({"classifier.bias": torch.zeros(1).expand(1 << 40)}),
+        "shape",
+    ),
+    "more names than outputs": (lambda c: c["class_names"].append("yellow"), "classifier"),
+    "names that are numbers": (lambda c: c.update(class_names=[1, 2, 3]), "class_names"),
+    "settings of another system": (lambda c: c["settings"].update(model="scrim"), "scrim"),
+    "settings as text": (lambda c: c.update(settings="resnet18"), "settings"),
+    "a number as text": (lambda c: c["settings"].update(input_size="96"), "input_size"),
+    "an impossible number": (lambda c: c["settings"].update(dropout=7.0), "dropout"),
+    "an unknown backbone": (lambda c: c["settings"].update(backbone="vgg"), "vgg"),
+    "no epoch": (lambda c: c.update(epoch=-1), "epoch"),
+}
+
+
+@pytest.mark.parametrize(
+    ("script", "case"),
+    [
+        *(("test", case) for case in FORGED),
+        *((script, case) for script in ("predict", "export") for case in ("a missing weight", "an unknown backbone")),
+        *(("train", case) for case in list(FORGED)[::3]),  # it has a table of its own, below
+    ],
+)
+def test_forged_checkpoints_are_refused_by_every_program(
+    script, case, finished_run, tiny_run, picture_tree, tmp_path, capsys, evaluation_script
+):
+    change, word = FORGED[case]
+    path = tmp_path / finished_run.name / "last.pth"
+    path.parent.mkdir()
+    content = load_checkpoint(finished_run / "last.pth")
+    change(content)
+    torch.save(content, path)
+    commands = {
+        "test": (evaluation_script.main, [str(path)]),
+        "predict": (predict.main, ["--checkpoint", str(path), str(picture_tree / "red"), "--out", str(tmp_path / "o")]),
+        "export": (export.main, ["--checkpoint", str(path), "--out", str(tmp_path / "model.pt2")]),
+        "train": (train.main, tiny_run(tmp_path)),
+    }
+    main, arguments = commands[script]
+    with pytest.raises(SystemExit) as ending, exit_with_one_sentence():
+        main(arguments)
+    assert ending.value.code == 2
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert sentence.startswith("error: ")
+    assert str(path) in sentence
+    assert word in sentence or script == "train"  # which compares settings and classes with its own first
+    assert [file.name for file in tmp_path.rglob("*") if file.is_file()] == ["last.pth"]
+
+
+FORGED_TRAINING = {
+    "momentum of another shape": lambda c: c["optimizer"]["state"][0].update(momentum_buffer=torch.zeros(3)),
+    "momentum that is infinite": lambda c: c["optimizer"]["state"][0]["momentum_buffer"].fill_(math.inf),
+    "a rate as text": lambda c: c["optimizer"]["param_groups"][0].update(lr="fast"),
+    "an optimizer without state": lambda c: c["optimizer"].pop("state"),
+    "state of another optimizer": lambda c: c["optimizer"].update(param_groups=[{"params": [0], "lr": 0.1}]),
+    "an empty schedule": lambda c: c.update(schedule={}),
+    "a schedule elsewhere": lambda c: c["schedule"].update(last_epoch=1),
+    "a best epoch to come": lambda c: c["best"].update(epoch=5),
+    "a best epoch as text": lambda c: c["best"].update(epoch="five"),
+    "a step that is not there": lambda c: c.update(
+        progress={"epoch": 2, "step": 99, "learning_rate": 0.1, "meter": {}}
+    ),
+    "sums that are texts": lambda c: c.update(
+        progress={
+            "epoch": 2,
+            "step": 1,
+            "learning_rate": 0.1,
+            "meter": {"sums": {"a": "b"}, "counts": {"a": 1}, "images": 1},
+        }
+    ),
+    "a record that is none": lambda c: c.update(pictures=torch.zeros(9, dtype=torch.uint8)),
+    "a record that is text": lambda c: c.update(pictures="ant"),
+}
+
+
+@pytest.mark.parametrize("case", FORGED_TRAINING)
+def test_forged_states_of_training_are_refused(case, finished_run, tiny_run, tmp_path, capsys):
+    path = tmp_path / finished_run.name / "last.pth"
+    path.parent.mkdir()
+    content = load_checkpoint(finished_run / "last.pth")
+    FORGED_TRAINING[case](content)
+    torch.save(content, path)
+    with pytest.raises(SystemExit) as ending, exit_with_one_sentence():
+        train.main(tiny_run(tmp_path))
+    assert ending.value.code == 2
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert sentence.startswith("error: ")
+    assert str(path) in sentence

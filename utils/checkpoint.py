@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Mapping
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import UnionType
 
 import torch
 from torch import Tensor
 
 from networks.system import System
+from utils.checkpoint_content import NETWORK, TRAINING, problem_of
 from utils.errors import UserError
 from utils.files import SavingError, sync_folder, written_whole
 
@@ -50,11 +52,14 @@ def save_last(folder: Path, content: Mapping[str, object]) -> None:
     sync_folder(folder)
 
 
-def load_last(folder: Path, *, set_aside: bool = False) -> tuple[Path, dict] | None:
+def load_last(
+    folder: Path, *, set_aside: bool = False, load: Callable[[Path], dict] | None = None
+) -> tuple[Path, dict] | None:
     """Read the newest whole checkpoint of a run's folder: its path and content, or None where there is none yet.
 
     A damaged one is passed over with a warning on standard error, and with `set_aside` renamed to `*.damaged`, so that
-    the next `save_last` does not keep it in place of a whole one. Raises CheckpointError where none can be read.
+    the next `save_last` does not keep it in place of a whole one. `load` reads a file, `load_checkpoint` where it is
+    None. Raises CheckpointError where none can be read.
     """
     # next.pth is there, and whole, only where a run was killed between the renamings of `save_last`.
     paths = [folder / name for name in ("last.pth", "next.pth", "previous.pth")]
@@ -62,7 +67,7 @@ def load_last(folder: Path, *, set_aside: bool = False) -> tuple[Path, dict] | N
     while paths:
         path, *paths = paths
         try:
-            return path, load_checkpoint(path)
+            return path, (load or load_checkpoint)(path)
         except CheckpointError as error:
             if not paths:
                 raise
@@ -75,14 +80,19 @@ def load_last(folder: Path, *, set_aside: bool = False) -> tuple[Path, dict] | N
 def load_run(path: str | Path) -> dict:
     """Read a checkpoint that train.py wrote, best.pth or last.pth. Raises CheckpointError for any other file."""
     content = load_checkpoint(path)
-    if not has(content, {"settings": dict, "class_names": list, "network": dict, "epoch": int, "selected_on": str}):
-        raise CheckpointError(f"{path} was not written by train.py: it lacks settings or weights")
+    if (problem := problem_of(content, NETWORK)) is not None:
+        raise CheckpointError(f"{path} was not written by train.py: {problem}; give best.pth or last.pth of a run")
     return content
 
 
-def has(content: Mapping[str, object], kinds: Mapping[str, type | UnionType]) -> bool:
-    """Whether a checkpoint has entries of these names and kinds."""
-    return all(name in content and isinstance(content[name], kind) for name, kind in kinds.items())
+def load_to_continue(path: str | Path) -> dict:
+    """Read a checkpoint that training can go on from. Raises CheckpointError for any other file."""
+    content = load_checkpoint(path)
+    if (problem := problem_of(content, NETWORK | TRAINING)) is not None:
+        raise CheckpointError(
+            f"{path} is no checkpoint to go on from ({problem}): move it away, or start anew with --fresh"
+        )
+    return content
 
 
 @contextlib.contextmanager
@@ -96,12 +106,27 @@ def fits(path: Path, remedy: str) -> Iterator[None]:
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """Read a checkpoint into CPU memory; only tensors and plain values are accepted. Raises CheckpointError."""
+    """Read a checkpoint into CPU memory; only tensors and plain values are accepted. Raises CheckpointError.
+
+    One of a run is read whole a second time for the checksums that `torch.save` has put beside every tensor, and which
+    `torch.load` does not look at.
+    """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}: give the path of a file such as best.pth")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        kind = _kind_of_program(path)
+        if kind is not None:
+            raise CheckpointError(f"checkpoint {path} is refused: it is {kind}; give best.pth or last.pth of a run")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong is said below
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(content, dict) and "settings" in content and not _has_its_checksums(path):
+            raise CheckpointError(f"checkpoint {path} is refused: it is damaged, its checksums do not agree")
+    except CheckpointError:
+        raise
+    except MemoryError:
+        raise
     except OSError as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from None
     except Exception:  # in a damaged file torch stumbles over whatever it meets
@@ -109,6 +134,30 @@ def load_checkpoint(path: str | Path) -> dict:
     if not isinstance(content, dict):
         raise CheckpointError(f"checkpoint {path} holds a {type(content).__name__}; expected what train.py writes")
     return content
+
+
+# Archives of torch that hold a program beside its weights, by the end of a file's name that only they have
+PROGRAMS = {
+    "/constants.pkl": "a program of TorchScript",
+    "models/model.json": "a program of torch.export",
+    "serialized_exported_program.json": "a program of torch.export",
+}
+
+
+def _kind_of_program(path: Path) -> str | None:
+    if not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    return next((kind for end, kind in PROGRAMS.items() if any(name.endswith(end) for name in names)), None)
+
+
+def _has_its_checksums(path: Path) -> bool:
+    """Whether each file in torch's archive is as its CRC-32 says; a file in torch's older form has none."""
+    if not zipfile.is_zipfile(path):
+        return True
+    with zipfile.ZipFile(path) as archive:
+        return archive.testzip() is None
 
 
 def load_published(network: System, path: str | Path) -> None:

@@ -29,8 +29,10 @@ from utils.reporting.runlog import RunLog
 from utils.training.distributed import any_process, is_main, print_once, rank, world_size
 from utils.training.interruption import StopRequest
 from utils.training.nonfinite import STEPS_BETWEEN_READINGS, NonFiniteLossError, SkipBudget
+from utils.training.restoring import restore
 from utils.training.resume import (
     TRAINING_STATE,
+    Data,
     drop_half_files,
     drop_old_epochs,
     holds_epoch,
@@ -53,7 +55,7 @@ class Run:
 
     Args:
         settings: `config.Settings`, complete.
-        facts: what the checkpoint says of the data: class_names, training_images, steps_per_epoch, selected_on.
+        facts: what the checkpoint says of the data: `resume.Data` by name, and selected_on.
         restore: turns the settings that a checkpoint holds into `config.Settings`.
     """
 
@@ -78,9 +80,9 @@ class Run:
                 stack.enter_context(locked(self.folder))
             self.saved = None
             if not self.settings.fresh:
-                data = {name: value for name, value in self.facts.items() if name != "selected_on"}
+                data = Data(**{name: self.facts[name] for name in Data._fields if name in self.facts})
                 ours, restore = flat(self.settings), lambda saved: flat(self.restore(saved))
-                self.saved = load_resumable(self.folder, ours, restore=restore, **data)
+                self.saved = load_resumable(self.folder, ours, data, restore=restore)
             used = self.saved["skipped_steps"] if self.saved else 0
             self.skipped = SkipBudget(self.settings.skip_nonfinite, used)
             self.stack = stack.pop_all()
@@ -100,9 +102,7 @@ class Run:
         if saved is None:
             return
         with fits(self.folder / "last.pth", "move it away, or start anew with --fresh"):
-            system.load_state_dict(saved["network"])
-            optimizer.load_state_dict(saved["optimizer"])
-            schedule.load_state_dict(saved["schedule"])
+            restore(system, optimizer, schedule, saved)
             if average is not None:
                 average.load_state_dict(saved["ema"])
         self.epochs_done, self.best, self.progress = saved["epoch"], saved["best"], saved["progress"]

@@ -49,6 +49,4 @@ def weights_of(saved: dict, wanted: str | None, path: object) -> tuple[dict[str,
         return saved["network"], None
     if wanted == "plain":
         return saved["network"], "plain"
-    if not isinstance(average, dict):
-        raise CheckpointError(f"{path} has something else in place of its averaged weights: use another checkpoint")
     return {n.removeprefix("module."): v for n, v in average.items() if n != "n_averaged"}, "ema"

@@ -14,6 +14,7 @@ from networks import build_network
 from networks.folding import cast_for_autocast, fold_batch_norm
 from networks.system import System
 from utils.checkpoint import CheckpointError, fits, load_run
+from utils.errors import UserError
 from utils.older_runs import UnknownSettingsError
 from utils.options import SettingsError
 from utils.training.averaging import weights_of
@@ -92,15 +93,10 @@ def build_learning(settings: Any, system: System, *, steps_per_epoch: int) -> tu
     return optimizer, schedule
 
 
-def build_to_evaluate(settings: Any, saved: dict[str, Any], load: Callable[[System], object]) -> Trained:
-    """Build the network of `settings`, fill it with `load`, and make it ready to evaluate.
-
-    `saved` holds at least class_names and epoch.
-    """
+def make_ready(network: System, settings: Any, saved: dict[str, Any]) -> Trained:
+    """Make a network of `settings` that has its weights ready to evaluate; `saved` holds at least its epoch."""
     device = choose_device(settings.device)
     execution = Execution(device, resolve_precision(settings.precision, device), settings.channels_last)
-    network = build_from_settings(settings, len(saved["class_names"]), load_weights=False)
-    load(network)
     if settings.channels_last:
         network = network.to(memory_format=torch.channels_last)
     network = fold_batch_norm(network.to(device))
@@ -134,6 +130,9 @@ def evaluated_branches(system: System, loss_weights: Mapping[str, float]) -> tup
     return tuple(name for name in system.evaluated if loss_weights[name] > 0 or name in system.prediction)
 
 
+REMEDY = "use a file that train.py of this version can have written"
+
+
 def load_trained(
     path: Path, rebuilt: Callable[..., Any], *, weights: str | None = None, **overrides: object
 ) -> Trained:
@@ -149,10 +148,16 @@ def load_trained(
         settings = rebuilt(saved["settings"], **overrides)
     except UnknownSettingsError as error:
         raise CheckpointError(f"{path} has {error}") from None
-
-    def load(network: System) -> None:
-        with fits(path, "use a file that train.py of this version can have written"):
-            network.load_state_dict(state)
+    except SettingsError as error:
+        if str(error).partition(" ")[0] in overrides:
+            raise
+        raise CheckpointError(f"{path} has impossible settings ({error}): {REMEDY}") from None
 
     state, kind = weights_of(saved, weights, path)
-    return build_to_evaluate(settings, saved | {"weights": kind}, load)
+    try:
+        network = build_from_settings(settings, len(saved["class_names"]), load_weights=False)
+    except UserError as error:
+        raise CheckpointError(f"{path} has impossible settings ({error}): {REMEDY}") from None
+    with fits(path, REMEDY):
+        network.load_state_dict(state)
+    return make_ready(network, settings, saved | {"weights": kind})

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from utils.checkpoint import CheckpointError, has, load_checkpoint, load_last
+import torch
+from torch import Tensor
+
+from utils.checkpoint import CheckpointError, load_checkpoint, load_last, load_to_continue
+from utils.data.record import difference, differing_names, unpack
 from utils.older_runs import UnknownSettingsError
+from utils.options import shown
 from utils.training.distributed import gather, is_main, world_size
 from utils.training.schedule import spreads_over_epochs
 
-# What is in last.pth only, and in every checkpoint
-TRAINING_STATE = {"optimizer": dict, "schedule": dict, "progress": dict | None, "skipped_steps": int}
-CONTENT = {
-    **{"settings": dict, "class_names": list, "training_images": int, "steps_per_epoch": int},
-    **{"epoch": int, "best": dict, "network": dict},
-}
+# What is in last.pth only
+TRAINING_STATE = ("optimizer", "schedule", "progress", "skipped_steps")
 # These may differ when a run is continued: they change where and how it is computed, not what.
 FREE_ON_RESUME = {
     *("data_root", "checkpoint_dir", "device", "data_parallel", "workers", "prefetch", "cache", "pictures_every"),
@@ -25,27 +27,33 @@ FREE_ON_RESUME = {
 CHECKPOINTS = ("last.pth", "next.pth", "previous.pth")
 
 
+class Data(NamedTuple):
+    """What a run is told of its data: it goes on only with the same."""
+
+    class_names: Sequence[str]
+    training_images: int
+    steps_per_epoch: int
+    pictures: Tensor | None = None  # `utils.data.record.pack` of them
+
+
 def load_resumable(
-    folder: Path,
-    settings: Mapping[str, object],
-    *,
-    restore: Callable[[Mapping], Mapping[str, object]],
-    class_names: Sequence[str],
-    training_images: int,
-    steps_per_epoch: int,
+    folder: Path, settings: Mapping[str, object], data: Data, *, restore: Callable[[Mapping], Mapping[str, object]]
 ) -> dict | None:
     """Return the run's last checkpoint, or None for a new run; every process has to ask.
 
     `settings`, and what `restore` makes of those that a checkpoint of any version holds, are by name. Raises
     CheckpointError for one of other settings (but `FREE_ON_RESUME`, and another number of epochs where the schedule
-    does not look at it), classes or images, and where the processes would not go on from the same.
+    does not look at it), classes or images, where the folder holds a run that cannot be gone on with, and where the
+    processes would not go on from the same.
     """
-    found = load_last(folder, set_aside=is_main())
+    found = load_last(folder, set_aside=is_main(), load=load_to_continue)
     if found is None:
         saved = None
+        _refuse_remains(folder)
     else:
         path, saved = found
-        _refuse_another_run(path, saved, settings, restore, class_names, training_images, steps_per_epoch)
+        _refuse_other_settings(path, saved, settings, restore)
+        _refuse_other_data(path, saved, data)
     positions = gather(None if saved is None else (saved["epoch"], (saved["progress"] or {"step": 0})["step"]))
     if any(position != positions[0] for position in positions):
         raise CheckpointError(
@@ -55,58 +63,72 @@ def load_resumable(
     return saved
 
 
-def _refuse_another_run(
-    path: Path,
-    saved: Mapping,
-    ours: Mapping[str, object],
-    restore: Callable[[Mapping], Mapping[str, object]],
-    class_names: Sequence[str],
-    training_images: int,
-    steps_per_epoch: int,
+REMEDY = "give this one a --name of its own, or start anew with --fresh"
+
+
+def _refuse_remains(folder: Path) -> None:
+    """A run without last.pth would begin anew and replace what is left of the former one."""
+    left = [path for path in (folder / "best.pth", *epoch_files(folder).values()) if path.exists()]
+    if left:
+        raise CheckpointError(
+            f"{folder} holds {left[0].name} of a run, but neither its last.pth nor its previous.pth to go on from: put "
+            f"one back, {REMEDY}, which moves what is there aside"
+        )
+
+
+def _refuse_other_settings(
+    path: Path, saved: Mapping, ours: Mapping[str, object], restore: Callable[[Mapping], Mapping[str, object]]
 ) -> None:
-    if not has(saved, CONTENT | TRAINING_STATE):
-        raise CheckpointError(f"{path} is no checkpoint to go on from: move it away, or start anew with --fresh")
     try:
         theirs = restore(saved["settings"])
     except UnknownSettingsError as error:
         raise CheckpointError(f"{path} has {error}: move it away, or start anew with --fresh") from None
     names = dict.fromkeys([*ours, *theirs])
     differing = [name for name in names if name not in FREE_ON_RESUME and ours.get(name) != theirs.get(name)]
-    remedy = "give this one a --name of its own, or start anew with --fresh"
     if differing == ["epochs"]:
-        _refuse_other_epochs(path, saved, theirs, ours, remedy)
+        _refuse_other_epochs(path, saved, theirs, ours)
     elif differing:
-        values = ", ".join(f"{name} {theirs.get(name)!r} there and {ours.get(name)!r} here" for name in differing)
-        raise CheckpointError(f"{path} is of a run with other settings ({values}): go on with those it has, {remedy}")
-    if saved["class_names"] != list(class_names):
+        values = ", ".join(f"{n} {shown(theirs.get(n))} there and {shown(ours.get(n))} here" for n in differing)
+        raise CheckpointError(f"{path} is of a run with other settings ({values}): go on with those it has, {REMEDY}")
+
+
+def _refuse_other_data(path: Path, saved: Mapping, data: Data) -> None:
+    if saved["class_names"] != list(data.class_names):
         raise CheckpointError(
-            f"{path} was trained on {len(saved['class_names'])} classes and the data has {len(class_names)}, or "
-            f"others: {remedy}"
+            f"{path} was trained on {len(saved['class_names'])} classes and the data has {len(data.class_names)}"
+            f" ({differing_names(saved['class_names'], data.class_names)}): restore the data, {REMEDY}"
         )
-    if saved["training_images"] != training_images:
+    if data.pictures is not None and "pictures" in saved and not torch.equal(saved["pictures"], data.pictures):
+        try:
+            differing = difference(unpack(saved["pictures"]), unpack(data.pictures))
+        except ValueError as error:
+            raise CheckpointError(f"{path} is no checkpoint to go on from ({error} in it): {REMEDY}") from None
+        if differing is not None:
+            raise CheckpointError(
+                f"{path} was trained on other pictures than the data has now ({differing}): restore the data, {REMEDY}"
+            )
+    if saved["training_images"] != data.training_images:
         raise CheckpointError(
-            f"{path} was trained on {saved['training_images']} images and the data now has {training_images} for "
-            f"training: {remedy}"
+            f"{path} was trained on {saved['training_images']} images and the data now has {data.training_images} for "
+            f"training: restore the data, {REMEDY}"
         )
-    if saved["steps_per_epoch"] != steps_per_epoch:
+    if saved["steps_per_epoch"] != data.steps_per_epoch:
         raise CheckpointError(
             f"{path} is of a run with {saved['steps_per_epoch']} steps in an epoch, and {world_size()} processes make "
-            f"it {steps_per_epoch}: use as many processes as before, or {remedy}"
+            f"it {data.steps_per_epoch}: use as many processes as before, or {REMEDY}"
         )
 
 
-def _refuse_other_epochs(
-    path: Path, saved: Mapping, theirs: Mapping[str, object], ours: Mapping[str, object], remedy: str
-) -> None:
+def _refuse_other_epochs(path: Path, saved: Mapping, theirs: Mapping[str, object], ours: Mapping[str, object]) -> None:
     begun = saved["progress"]["epoch"] if saved["progress"] else saved["epoch"]
     if spreads_over_epochs(theirs["schedule"]):
         raise CheckpointError(
             f"{path} is of a run of {theirs['epochs']} epochs whose schedule {theirs['schedule']} spreads over all of "
             f"them, and {ours['epochs']} came (with steps or exponential it could go on): leave epochs as it was, "
-            f"{remedy}"
+            f"{REMEDY}"
         )
     if ours["epochs"] < begun:
-        raise CheckpointError(f"{path} is in epoch {begun}, and epochs is {ours['epochs']} here: take more, {remedy}")
+        raise CheckpointError(f"{path} is in epoch {begun}, and epochs is {ours['epochs']} here: take more, {REMEDY}")
 
 
 def holds_epoch(path: Path, epoch: int) -> bool:
@@ -132,14 +154,24 @@ def move_aside(folder: Path) -> Path | None:
     return kept
 
 
+WRITTEN_BY_TRAINING = ("*.pth", "log.jsonl", "config.json", "bad_pictures.txt", "nonfinite.json")
+
+
 def drop_half_files(folder: Path) -> None:
-    """Remove what a killed process had not finished writing."""
-    for path in folder.glob("*.part"):
-        path.unlink(missing_ok=True)
+    """Remove what a killed process had not finished writing; what test.py may be writing just now stays."""
+    for pattern in WRITTEN_BY_TRAINING:
+        for path in folder.glob(f"{pattern}*.part"):
+            path.unlink(missing_ok=True)
+
+
+def epoch_files(folder: Path) -> dict[int, Path]:
+    """Return the `epoch-<number>.pth` of a run's folder by their numbers."""
+    numbers = {path: path.stem.removeprefix("epoch-") for path in folder.glob("epoch-*.pth")}
+    return {int(number): path for path, number in sorted(numbers.items()) if number.isascii() and number.isdigit()}
 
 
 def drop_old_epochs(folder: Path, kept: int) -> None:
-    """Keep the `epoch-*.pth` of the last so many epochs."""
-    epochs = {int(path.stem.removeprefix("epoch-")): path for path in folder.glob("epoch-*.pth")}
-    for epoch in sorted(epochs)[:-kept]:
-        epochs[epoch].unlink()
+    """Keep the `epoch-<number>.pth` of the last so many epochs."""
+    files = epoch_files(folder)
+    for epoch in sorted(files)[:-kept]:
+        files[epoch].unlink()

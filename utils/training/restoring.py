@@ -1,0 +1,57 @@
+"""Bringing what learns back to where a checkpoint says it was, and refusing a state of another form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from numbers import Number
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from networks.system import System
+
+
+def restore(system: System, optimizer: Optimizer, schedule: LRScheduler, saved: Mapping[str, Any]) -> None:
+    """Load the states in a checkpoint. Raises ValueError, or what PyTorch does, for one of another form.
+
+    PyTorch itself takes a schedule of any content, and a momentum of another shape until it is used.
+    """
+    for name, ours in (("param_groups", optimizer.state_dict()["param_groups"]), ("schedule", schedule.state_dict())):
+        theirs = saved["optimizer"][name] if name == "param_groups" else saved[name]
+        if (place := _other_form(ours, theirs, name)) is not None:
+            raise ValueError(f"{place} is of another form")
+    system.load_state_dict(saved["network"])
+    optimizer.load_state_dict(saved["optimizer"])
+    schedule.load_state_dict(saved["schedule"])
+    for parameter, state in optimizer.state.items():
+        if not isinstance(parameter, Tensor) or not isinstance(state, dict):
+            raise ValueError("the optimizer's state is not by parameters")
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.ndim > 0 and value.shape != parameter.shape:
+                raise ValueError(f"{name} {tuple(value.shape)} of a parameter {tuple(parameter.shape)}")
+
+
+def _other_form(ours: object, theirs: object, place: str) -> str | None:
+    """Return the first place where what was saved is of another type or length than ours, None where all is alike.
+
+    Names that only one has are passed over, as PyTorch's versions differ in them; so is what is None in one.
+    """
+    if ours is None or theirs is None:
+        return None
+    if isinstance(ours, Number) and isinstance(theirs, Number):
+        return None
+    if type(ours) is not type(theirs):
+        return place
+    if isinstance(ours, dict):
+        if not ours.keys() & theirs.keys():
+            return place
+        pairs = [(f"{place}/{name}", ours[name], theirs[name]) for name in ours if name in theirs]
+    elif isinstance(ours, list | tuple):
+        if len(ours) != len(theirs):
+            return place
+        pairs = [(f"{place}/{index}", a, b) for index, (a, b) in enumerate(zip(ours, theirs, strict=True))]
+    else:
+        pairs = []
+    return next((found for inner, a, b in pairs if (found := _other_form(a, b, inner)) is not None), None)
