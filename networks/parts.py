@@ -20,10 +20,11 @@ from utils.errors import UserError
 
 REFERENCE_SIZE = 448  # pixels; the input size that anchor sizes are given for, as published
 ANCHOR_SIZES = (48, 96, 192)  # pixels, one for each level of the navigator
-ANCHOR_SCALES = ((1.0, 2 ** (1 / 3)), (1.0, 2 ** (1 / 3)), (1.0, 2 ** (1 / 3), 2 ** (2 / 3)))  # by level
+ANCHOR_SCALES = ((2 ** (1 / 3), 2 ** (2 / 3)), (2 ** (1 / 3), 2 ** (2 / 3)), (1.0, 2 ** (1 / 3), 2 ** (2 / 3)))
 ASPECT_RATIOS = (2 / 3, 1.0, 3 / 2)  # width to height
-ANCHORS_PER_CELL = tuple(len(scales) * len(ASPECT_RATIOS) for scales in ANCHOR_SCALES)
 LEVELS = len(ANCHOR_SCALES)
+
+Scales = Sequence[Sequence[float]]  # by level; an anchor has its level's size times one of these
 
 
 class CoarsePart(nn.Module):
@@ -41,18 +42,25 @@ class CoarsePart(nn.Module):
 
 
 class Navigator(nn.Module):
-    """Scores how informative every anchor is; it learns from the ranking loss alone, so the map comes in detached."""
+    """Scores how informative every anchor is; it learns from the ranking loss alone, so the map comes in detached.
 
-    def __init__(self, channels: int, *, hidden_channels: int = 128):
+    PyTorch's own start, as published, shrinks the scores from level to level, so that the first level leads at first.
+    With `levels_alike` none does.
+    """
+
+    def __init__(
+        self, channels: int, *, hidden_channels: int = 128, scales: Scales = ANCHOR_SCALES, levels_alike: bool = True
+    ):
         super().__init__()
         inputs = (channels, hidden_channels, hidden_channels)
         self.levels = nn.ModuleList(
             nn.Conv2d(count, hidden_channels, kernel_size=3, stride=1 if level == 0 else 2, padding=1)
             for level, count in enumerate(inputs)
         )
-        self.scores = nn.ModuleList(nn.Conv2d(hidden_channels, count, kernel_size=1) for count in ANCHORS_PER_CELL)
-        # PyTorch's own start shrinks the scores from level to level, so that the first level would always lead.
-        for convolution in (*self.levels, *self.scores):
+        self.scores = nn.ModuleList(
+            nn.Conv2d(hidden_channels, count, kernel_size=1) for count in _anchors_per_cell(scales)
+        )
+        for convolution in (*self.levels, *self.scores) if levels_alike else ():
             nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
 
     def forward(self, part_map: Tensor) -> Tensor:
@@ -65,7 +73,13 @@ class Navigator(nn.Module):
         return torch.cat(scores, dim=1)
 
 
-def anchor_boxes(grid_size: int, stride: int, sizes: Sequence[int] = ANCHOR_SIZES) -> Tensor:
+def _anchors_per_cell(scales: Scales) -> list[int]:
+    return [len(of_level) * len(ASPECT_RATIOS) for of_level in scales]
+
+
+def anchor_boxes(
+    grid_size: int, stride: int, sizes: Sequence[int] = ANCHOR_SIZES, scales: Scales = ANCHOR_SCALES
+) -> Tensor:
     """Return the navigator's anchors [A, 4] int64 for a grid of grid_size x grid_size cells of `stride` pixels.
 
     Level by level (the grid halves, rounded up, from one to the next), scale by scale, ratio by ratio, each row by row.
@@ -74,10 +88,10 @@ def anchor_boxes(grid_size: int, stride: int, sizes: Sequence[int] = ANCHOR_SIZE
     """
     input_size = grid_size * stride
     boxes = []
-    for level, (size, scales) in enumerate(zip(sizes, ANCHOR_SCALES, strict=True)):
+    for level, (size, of_level) in enumerate(zip(sizes, scales, strict=True)):
         step = stride * 2**level
         centres = [min((cell + 0.5) * step, input_size) for cell in range(math.ceil(grid_size / 2**level))]
-        for scale in scales:
+        for scale in of_level:
             for ratio in ASPECT_RATIOS:
                 side = size * input_size / REFERENCE_SIZE * scale
                 width, height = side * math.sqrt(ratio), side / math.sqrt(ratio)
@@ -88,14 +102,17 @@ def anchor_boxes(grid_size: int, stride: int, sizes: Sequence[int] = ANCHOR_SIZE
     return torch.cat([edges[:, :2], edges[:, 2:] - 1], dim=1)
 
 
-def anchor_levels(grid_size: int) -> Tensor:
+def anchor_levels(grid_size: int, scales: Scales = ANCHOR_SCALES) -> Tensor:
     """Return the level [A] int64 of every anchor of `anchor_boxes`."""
-    counts = [math.ceil(grid_size / 2**level) ** 2 * per_cell for level, per_cell in enumerate(ANCHORS_PER_CELL)]
+    per_cell = _anchors_per_cell(scales)
+    counts = [math.ceil(grid_size / 2**level) ** 2 * count for level, count in enumerate(per_cell)]
     return torch.cat([torch.full((count,), level) for level, count in enumerate(counts)])
 
 
 class PartProposals(nn.Module):
-    """Keeps the `count` anchors with the highest scores, none of which overlaps a better one by more than `max_iou`.
+    """Keeps the `count` anchors with the highest scores, none of which overlaps a better one by `max_iou` or more.
+
+    Without `inclusive` one that overlaps it by just `max_iou` is kept, too.
 
     `every_level` takes one of each level of the navigator first, the best that those taken leave, so that parts of
     every scale are found and every level learns: a level that is never proposed would never get a gradient. NTS-Net
@@ -110,18 +127,20 @@ class PartProposals(nn.Module):
         grid_size: int,
         stride: int,
         sizes: Sequence[int] = ANCHOR_SIZES,
+        scales: Scales = ANCHOR_SCALES,
         max_iou: float = 0.25,
+        inclusive: bool = True,
         every_level: bool = True,
     ):
         super().__init__()
         if len(sizes) != LEVELS or not all(size >= 1 for size in sizes):
             raise UserError(f"anchor_sizes {tuple(sizes)!r} came; expected {LEVELS} sizes of at least 1 pixel")
-        boxes, levels = anchor_boxes(grid_size, stride, sizes), anchor_levels(grid_size)
+        boxes, levels = anchor_boxes(grid_size, stride, sizes, scales), anchor_levels(grid_size, scales)
         if not 1 <= count <= len(boxes):
             raise UserError(f"part_proposals is {count}; expected 1 to {len(boxes)}, the number of anchors")
         self.count = count
         self.register_buffer("boxes", boxes, persistent=False)
-        self.register_buffer("conflicts", overlap_conflicts(boxes, max_iou), persistent=False)
+        self.register_buffer("conflicts", overlap_conflicts(boxes, max_iou, inclusive=inclusive), persistent=False)
         first = torch.arange(LEVELS if every_level and count >= LEVELS else 0)
         self.register_buffer("first", levels == first[:, None], persistent=False)  # [LEVELS or 0, A]
 

@@ -104,9 +104,13 @@ def pairwise_iou(boxes: Tensor) -> Tensor:
     return overlap / (areas[..., :, None] + areas[..., None, :] - overlap)
 
 
-def overlap_conflicts(boxes: Tensor, max_iou: float = 0.25) -> Tensor:
-    """[n, n] bool: pairs of inclusive boxes [n, 4] with an IoU of more than `max_iou`, and each box with itself."""
-    too_much = pairwise_iou(boxes.double()) > max_iou
+def overlap_conflicts(boxes: Tensor, max_iou: float = 0.25, *, inclusive: bool = False) -> Tensor:
+    """[n, n] bool: pairs of inclusive boxes [n, 4] with an IoU of more than `max_iou`, and each box with itself.
+
+    `inclusive`: also with just `max_iou`, but for those that do not overlap at all.
+    """
+    iou = pairwise_iou(boxes.double())
+    too_much = (iou >= max_iou) & (iou > 0) if inclusive else iou > max_iou
     return too_much | torch.eye(len(boxes), dtype=torch.bool, device=boxes.device)  # none is taken twice
 
 

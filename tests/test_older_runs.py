@@ -70,6 +70,8 @@ AS_PUBLISHED = {
     "localization_stride": 32,
     "localization_threshold": 1.0,
 }
+# Flags by which today's default of a system is what that version had
+AS_BEFORE = {"scrim": ["--anchors", "former"]}
 # Settings that became ones while that version was in use, and what runs before them had
 YOUNG = {
     "batch_norm": "shared",
@@ -105,13 +107,14 @@ def as_json(settings: dict[str, object]) -> dict[str, object]:
 @pytest.mark.parametrize("form", [dict, as_json], ids=["checkpoint", "json"])
 @pytest.mark.parametrize("model", FORMER)
 def test_settings_in_one_list_become_those_of_the_same_run(model, form):
-    expected = parse_settings([*CUB, "--model", model])
+    flags = [*CUB, "--model", model, *AS_BEFORE.get(model, [])]
+    expected = parse_settings(flags)
     assert complete(restored(form(former(model)))) == expected
     assert rebuilt(form(former(model))) == expected
     assert flat(restored(former(model))) == flat(expected)  # what a run that goes on compares
     changed = rebuilt(form(former(model, answer=("raw",), epochs=7, name="one")))
     assert changed == parse_settings(
-        [*CUB, "--model", model, "--prediction", "raw", "--epochs", "7", "--name", "one", "--warmup_epochs", "1"]
+        [*flags, "--prediction", "raw", "--epochs", "7", "--name", "one", "--warmup_epochs", "1"]
     )
 
 

@@ -11,24 +11,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from networks.parts import CoarsePart, Navigator, PartProposals, anchor_boxes, anchor_levels
+from networks.parts import ANCHOR_SCALES, CoarsePart, Navigator, PartProposals, anchor_boxes, anchor_levels
 
 # As published for 448 pixels: stride, size, scales.
 ANCHOR_RULE = (
-    (32, 48, (1, 2 ** (1 / 3))),
-    (64, 96, (1, 2 ** (1 / 3))),
+    (32, 48, (2 ** (1 / 3), 2 ** (2 / 3))),
+    (64, 96, (2 ** (1 / 3), 2 ** (2 / 3))),
     (128, 192, (1, 2 ** (1 / 3), 2 ** (2 / 3))),
 )
+FORMER_SCALES = ((1, 2 ** (1 / 3)), (1, 2 ** (1 / 3)), (1, 2 ** (1 / 3), 2 ** (2 / 3)))  # of older runs of SCRIM
 RATIOS = (2 / 3, 1, 3 / 2)
 COUNTS = {96: 87, 128: 129, 160: 240, 224: 426, 256: 516, 448: 1614}  # 6 g^2 + 6 ceil(g / 2)^2 + 9 ceil(g / 4)^2
 
 
-def list_anchors(input_size: int, sizes: tuple[int, ...] = (48, 96, 192)) -> list[dict[str, float]]:
+def list_anchors(
+    input_size: int, sizes: tuple[int, ...] = (48, 96, 192), scales: tuple | None = None
+) -> list[dict[str, float]]:
     """Every anchor with its place, centre and sides, and its pixels `x0, y0, x1, y1`, both ends inclusive."""
     anchors = []
-    for level, (stride, _, scales) in enumerate(ANCHOR_RULE):
+    for level, (stride, _, published) in enumerate(ANCHOR_RULE):
         cells = -(-input_size // stride)
-        for scale_number, scale in enumerate(scales):
+        for scale_number, scale in enumerate(published if scales is None else scales[level]):
             for ratio_number, ratio in enumerate(RATIOS):
                 side = sizes[level] * scale * input_size / 448
                 width, height = side * ratio**0.5, side / ratio**0.5
@@ -56,20 +59,31 @@ def list_anchors(input_size: int, sizes: tuple[int, ...] = (48, 96, 192)) -> lis
     return anchors
 
 
-def list_boxes(input_size: int, sizes: tuple[int, ...] = (48, 96, 192)) -> np.ndarray:
+def list_boxes(input_size: int, sizes: tuple[int, ...] = (48, 96, 192), scales: tuple | None = None) -> np.ndarray:
     """int64 `[A, 4]`."""
-    anchors = list_anchors(input_size, sizes)
+    anchors = list_anchors(input_size, sizes, scales)
     return np.array([[anchor[name] for name in ("x0", "y0", "x1", "y1")] for anchor in anchors], dtype=np.int64)
 
 
 def propose(
-    scores: np.ndarray, boxes: np.ndarray, count: int, *, levels: np.ndarray | None = None, max_iou: float = 0.25
+    scores: np.ndarray,
+    boxes: np.ndarray,
+    count: int,
+    *,
+    levels: np.ndarray | None = None,
+    max_iou: float = 0.25,
+    inclusive: bool = True,
 ) -> list[int]:
     """Indices of the proposals of one map, the best first.
 
     With `levels`, the first pick is one of level 0, and so on, as long as the level has one; the last pick is repeated
-    where there is none at all to take.
+    where there is none at all to take. `inclusive`: those that overlap it by just `max_iou` are dropped, too.
     """
+
+    def may_stay(best: int, index: int) -> bool:
+        overlap = reference.intersection_over_union(boxes[best], boxes[index])
+        return overlap < max_iou or overlap == 0 or (overlap == max_iou and not inclusive)
+
     remaining = sorted(range(len(scores)), key=lambda index: (-float(scores[index]), index))
     kept: list[int] = []
     for step in range(count):
@@ -80,11 +94,7 @@ def propose(
             continue
         best = candidates[0]
         kept.append(best)
-        remaining = [
-            index
-            for index in remaining
-            if index != best and reference.intersection_over_union(boxes[best], boxes[index]) <= max_iou
-        ]
+        remaining = [index for index in remaining if index != best and may_stay(best, index)]
     return sorted(kept, key=lambda index: -float(scores[index]))
 
 
@@ -163,16 +173,42 @@ def test_anchors_of_other_sizes(input_size: int, sizes: tuple[int, int, int]) ->
 
 def test_anchors_by_hand() -> None:
     boxes = anchor_boxes(14, 32).tolist()
-    # 48 pixels, width to height 2 to 3: 39.19 by 58.79, centred on (16, 16).
-    assert boxes[0] == [-4, -14, 34, 44]
-    assert boxes[1] == [28, -14, 66, 44]  # the next column
-    assert boxes[14] == [-4, 18, 34, 76]  # the next row
-    assert boxes[196] == [-8, -8, 39, 39]  # the next ratio: a square of 48 pixels
-    assert boxes[2 * 196] == [-14, -4, 44, 34]  # wider than high
-    assert boxes[4 * 196] == [-15, -15, 45, 45]  # the square of the next scale: 60.48 pixels
-    assert boxes[6 * 196 + 49] == [-16, -16, 79, 79]  # the second level: 96 pixels on (32, 32)
+    # 60.48 pixels, width to height 2 to 3: 49.38 by 74.07, centred on (16, 16).
+    assert boxes[0] == [-9, -22, 39, 52]
+    assert boxes[1] == [23, -22, 71, 52]  # the next column
+    assert boxes[14] == [-9, 10, 39, 84]  # the next row
+    assert boxes[196] == [-15, -15, 45, 45]  # the next ratio: a square
+    assert boxes[2 * 196] == [-22, -9, 52, 39]  # wider than high
+    assert boxes[4 * 196] == [-23, -23, 53, 53]  # the square of the next scale: 76.20 pixels
+    assert boxes[6 * 196 + 49] == [-29, -29, 91, 91]  # the second level: 120.95 pixels on (32, 32)
     assert boxes[6 * 196 + 6 * 49 + 16] == [-32, -32, 159, 159]  # the third: 192 pixels on (64, 64)
     assert boxes[-1] == [448 - 187, 448 - 125, 448 + 186 - 1, 448 + 124 - 1]  # 373.3 by 248.9 on (448, 448)
+
+
+def test_published_anchors() -> None:
+    """Facts of the published ones: sides of squares, outermost edges, and how many are as they were before."""
+    boxes = anchor_boxes(14, 32)
+    sides = boxes[:, 2:] - boxes[:, :2] + 1
+    squares = sorted(set(sides[(sides[:, 0] - sides[:, 1]).abs() <= 1].flatten().tolist()))
+    assert squares == [61, 77, 121, 153, 192, 241, 305]
+    assert (boxes.min(), boxes.max() + 1) == (-123, 634)
+    former = anchor_boxes(14, 32, scales=FORMER_SCALES)
+    np.testing.assert_array_equal(former.numpy(), list_boxes(448, scales=FORMER_SCALES))
+    assert (former == boxes).all(dim=1).sum() == 144
+    assert anchor_levels(14, FORMER_SCALES).tolist() == anchor_levels(14).tolist()
+    assert tuple(ANCHOR_SCALES) == tuple(scales for _, _, scales in ANCHOR_RULE)
+
+
+def test_pairs_of_anchors_that_overlap_by_just_a_quarter_are_dropped() -> None:
+    dropping, keeping = (PartProposals(6, grid_size=14, stride=32, inclusive=inclusive) for inclusive in (True, False))
+    differ = dropping.conflicts != keeping.conflicts
+    assert differ.sum() == 2 * 728
+    first, second = differ.nonzero()[0].tolist()
+    assert reference.intersection_over_union(dropping.boxes[first].numpy(), dropping.boxes[second].numpy()) == 0.25
+    scores = torch.zeros(1, len(dropping.boxes))
+    scores[0, first], scores[0, second] = 2, 1
+    kept = [proposals(scores)[1].tolist()[0][:2] for proposals in (dropping, keeping)]
+    assert kept == [[2, 0], [2, 1]]
 
 
 @pytest.mark.parametrize("input_size", COUNTS)
@@ -314,6 +350,16 @@ def test_levels_start_alike() -> None:
     assert means.max() < 2.5 * means.min()
 
 
+def test_a_navigator_may_start_as_published() -> None:
+    """As PyTorch starts convolutions."""
+    navigator = make(Navigator, 16, hidden_channels=8, levels_alike=False)
+    torch.manual_seed(1)
+    levels = [nn.Conv2d(inputs, 8, 3) for inputs in (16, 8, 8)]
+    scores = [nn.Conv2d(8, count, 1) for count in (6, 6, 9)]
+    for got, expected in zip((*navigator.levels, *navigator.scores), (*levels, *scores), strict=True):
+        assert torch.equal(got.weight, expected.weight) and torch.equal(got.bias, expected.bias)
+
+
 # ---- proposals ----------------------------------------------------------------------------------------------------
 
 
@@ -351,12 +397,14 @@ def test_proposals_equal_reference(every_level: bool, input_size: int, count: in
     assert_proposals(proposals, scores, input_size, levels=levels)
 
 
+@pytest.mark.parametrize("inclusive", (False, True))
 @pytest.mark.parametrize("max_iou", (0.0, 0.1, 0.6))
 @pytest.mark.parametrize("every_level", (False, True))
-def test_proposals_of_another_overlap(every_level: bool, max_iou: float) -> None:
-    proposals = PartProposals(6, grid_size=5, stride=32, max_iou=max_iou, every_level=every_level)
+def test_proposals_of_another_overlap(every_level: bool, max_iou: float, inclusive: bool) -> None:
+    rule = {"max_iou": max_iou, "inclusive": inclusive}
+    proposals = PartProposals(6, grid_size=5, stride=32, every_level=every_level, **rule)
     levels = np.array([anchor["level"] for anchor in list_anchors(160)]) if every_level else None
-    assert_proposals(proposals, make_scores("continuous", 8, 240, seed=3), 160, max_iou=max_iou, levels=levels)
+    assert_proposals(proposals, make_scores("continuous", 8, 240, seed=3), 160, levels=levels, **rule)
 
 
 @pytest.mark.parametrize("every_level", (False, True))
@@ -385,7 +433,7 @@ def test_proposals_do_not_overlap() -> None:
     for image in boxes.numpy():
         for first in range(6):
             for second in range(first):
-                assert reference.intersection_over_union(image[first], image[second]) <= 0.25
+                assert reference.intersection_over_union(image[first], image[second]) < 0.25
 
 
 def test_the_last_is_repeated_when_none_remains() -> None:

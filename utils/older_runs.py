@@ -30,6 +30,7 @@ BEFORE_OF_SYSTEM: dict[str, dict[str, object]] = {"pmg": {"ensembling": "sum_log
 
 # The same for settings that a system has of its own.
 OPTIONS_BEFORE: dict[str, object] = {
+    "anchors": "former",
     "crop_gradient": False,
     "graph_edges": "equal",
     "graph_neighbours": 3,

@@ -9,6 +9,7 @@ building blocks (see `networks.parts` and `networks.losses`), and how they are j
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +19,12 @@ from networks.classifier import Classifier
 from networks.crops import crop_windows, resize_images
 from networks.losses import contrastive_loss, ranking_loss
 from networks.outputs import NetworkOutput, requested_branches
-from networks.parts import ANCHOR_SIZES, CoarsePart, Navigator, PartProposals
+from networks.parts import ANCHOR_SCALES, ANCHOR_SIZES, CoarsePart, Navigator, PartProposals
 from networks.system import Shared, System
 from utils.options import Count, Share, require
 
 MODULES = 2  # "dual"
+FORMER_SCALES = ((1.0, 2 ** (1 / 3)), (1.0, 2 ** (1 / 3)), (1.0, 2 ** (1 / 3), 2 ** (2 / 3)))
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,10 @@ class Options:
     coarse_channels: Count = 1024  # length of the features that the contrastive loss compares
     part_proposals: Count = 6  # regions that each of the two navigators proposes and learns to rank
     parts_in_answer: Count = 4  # the best of them that join the final classification
-    part_max_iou: Share = 0.25  # a region that overlaps a better one by more is dropped
+    part_max_iou: Share = 0.25  # a region that overlaps a better one by so much or more is dropped
     parts_of_every_level: bool = True  # a navigator's best small, middle and large region are always among them
     anchor_sizes: tuple[Count, Count, Count] = ANCHOR_SIZES  # sides of regions in pixels at 448, by level
+    anchors: Literal["published", "former"] = "published"  # regions as NTS-Net has them, or as older runs had
 
     def check(self, shared: Shared) -> None:
         at_most = f"at most part_proposals, {self.part_proposals}"
@@ -52,7 +55,8 @@ class SCRIM(System):
 
     Each of two modules weights the final map's channels for a part of its own and proposes `part_proposals` regions on
     it; the best `parts_in_answer` of each go on. `anchor_sizes` are in pixels of a 448-pixel input, `part_max_iou` is
-    the overlap above which a region is dropped; `parts_of_every_level`: see `networks.parts.PartProposals`.
+    the overlap from which on a region is dropped; `parts_of_every_level`: see `networks.parts.PartProposals`.
+    `anchors` "former": smaller regions on the first two levels, dropped only above `part_max_iou`.
     """
 
     Options = Options
@@ -70,12 +74,15 @@ class SCRIM(System):
         self.classifier = Classifier(channels, num_classes)
         self.coarse_parts = nn.ModuleList(CoarsePart(channels, options.coarse_channels) for _ in range(MODULES))
         self.navigators = nn.ModuleList(Navigator(channels) for _ in range(MODULES))
+        published = options.anchors == "published"
         self.proposals = PartProposals(
             options.part_proposals,
             grid_size=self.input_size // backbone.stride,
             stride=backbone.stride,
             sizes=options.anchor_sizes,
+            scales=ANCHOR_SCALES if published else FORMER_SCALES,
             max_iou=options.part_max_iou,
+            inclusive=published,
             every_level=options.parts_of_every_level,
         )
         self.part_classifier = Classifier(channels, num_classes)

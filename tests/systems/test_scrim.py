@@ -10,7 +10,7 @@ import system_checks
 import torch
 import torch.nn.functional as F
 from small_systems import Variant, flat, learners, run
-from test_parts import COUNTS, gate_by_hand, list_anchors, list_boxes, propose
+from test_parts import COUNTS, FORMER_SCALES, gate_by_hand, list_anchors, list_boxes, propose
 from torch import Tensor, nn
 
 from networks import Shared, build_network, build_on_trunk
@@ -85,6 +85,7 @@ def classify_step_by_step(
     in_prediction: int = 4,
     every_level: bool = True,
     sizes: tuple[int, int, int] = (48, 96, 192),
+    former: bool = False,
 ) -> dict[str, Tensor]:
     """All that the network says of one image `[3, S, S]`, and the parts' crops."""
     input_size = network.input_size
@@ -92,7 +93,7 @@ def classify_step_by_step(
     if image.shape[-1] != input_size:
         small = F.interpolate(small, size=(input_size, input_size), mode="bilinear", antialias=True)
     features = network.backbone(small)
-    boxes = list_boxes(input_size, sizes)
+    boxes = list_boxes(input_size, sizes, FORMER_SCALES if former else None)
     levels = np.array([anchor["level"] for anchor in list_anchors(input_size)]) if every_level else None
     result: dict[str, list[Tensor]] = {name: [] for name in ("part", "boxes", "scores", "coarse", "crops")}
     for_prediction = [features.embedding[0]]
@@ -101,7 +102,7 @@ def classify_step_by_step(
         projection = network.coarse_parts[module].projection
         result["coarse"].append(projection.weight @ part_map.mean(dim=(1, 2)) + projection.bias)
         scores = score_anchors(network, module, part_map)
-        picks = propose(scores, boxes, proposals, levels=levels)
+        picks = propose(scores, boxes, proposals, levels=levels, inclusive=not former)
         result["scores"].append(torch.from_numpy(scores[picks]))
         for rank, pick in enumerate(picks):
             crop = cut_part(image, boxes[pick], input_size)
@@ -146,6 +147,13 @@ def test_step_by_step_with_other_settings(proposals: int, in_prediction: int, ev
     assert network.concat_classifier.in_features == CHANNELS * (1 + 2 * in_prediction)
     images = make_images(SIZE, batch=3)
     assert_step_by_step(network, images, proposals=proposals, in_prediction=in_prediction, every_level=every_level)
+
+
+@pytest.mark.parametrize("every_level", (False, True))
+def test_step_by_step_with_the_anchors_of_older_runs(every_level: bool) -> None:
+    network = build(anchors="former", parts_of_every_level=every_level)
+    assert not torch.equal(network.proposals.boxes, build().proposals.boxes)
+    assert_step_by_step(network, make_images(SIZE, batch=3), every_level=every_level, former=True)
 
 
 LARGE = (96, 192, 384)
