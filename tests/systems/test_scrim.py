@@ -29,6 +29,7 @@ class PatchBackbone(nn.Module):
 
     channels = {"stage2": 3, "stage3": 3, "final": CHANNELS}
     embedding_channels = CHANNELS
+    stride = 32
 
     def __init__(self) -> None:
         super().__init__()
