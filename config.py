@@ -35,6 +35,7 @@ from utils.options import (
     with_lists_as_defaults,
 )
 from utils.shared_settings import (
+    Alpha,
     Batches,
     Branches,
     Device,
@@ -106,6 +107,9 @@ class Settings:
     ema_decay: Share | None = None  # of a moving average of the weights, which then is the result; 0: none is kept
     clip_gradient_norm: PositiveOrZero | None = None  # a larger gradient is scaled down to this norm; 0: never
     label_smoothing: Share | None = None  # share of the target that goes to the other classes
+    class_weights: Literal["none", "balanced"] | tuple[Positive, ...] = "none"  # of cross-entropies, or one per class
+    mixup: Alpha | None = None  # alpha; two pictures are blended, and their labels; only single-branch systems; 0: off
+    cutmix: Alpha | None = None  # alpha; a part of a picture comes from another one, and its label's share; likewise
     loss_weights: Weights | None = None  # weights of loss terms, such as {"object": 2.0}; 0: term not trained
     images_per_class: CountOrZero | None = None  # batches hold so many of each class; 0: plainly shuffled
     warmup_epochs: CountOrZero | None = None  # first epochs, that train only the raw branch, but never all epochs
@@ -160,6 +164,8 @@ PUBLISHED: dict[str, object] = {
     "ema_decay": 0.0,
     "clip_gradient_norm": 0.0,
     "label_smoothing": 0.0,
+    "mixup": 0.0,
+    "cutmix": 0.0,
     "warmup_epochs": 1,
     "images_per_class": 0,
     "cache": "none",

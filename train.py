@@ -27,6 +27,7 @@ from utils.training.nonfinite import check_finite
 from utils.training.precision import agreed_precision
 from utils.training.schedule import freeze_trunk, plan_epoch
 from utils.training.seeding import seed_everything
+from utils.training.targets import build_mixing, class_weights_of
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -53,10 +54,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with Run(folder, settings, facts, device=device, restore=restored) as run:
         # Network and optimizer, new or as they were. Nothing is written before all of it stands.
         seed_everything(settings.seed)
-        network = build_to_train(settings, len(catalogue.class_names), device, load_weights=run.saved is None)
+        classes = len(catalogue.class_names)
+        network = build_to_train(settings, classes, device, load_weights=run.saved is None)
         system = unwrap(network)
         loss_weights = weights_of_losses(settings, system)
         optimizer, schedule = build_learning(settings, system, steps_per_epoch=len(train_loader))
+        labels = [entry.label for entry in train_entries]
+        system.class_weights = class_weights_of(settings.class_weights, labels, classes, device)
+        mix = build_mixing(classes, mixup=settings.mixup, cutmix=settings.cutmix)
         average = build_average(system, settings.ema_decay) if settings.ema_decay > 0 else None
         run.attach(system, optimizer, schedule, average)
         cache = build_cache(settings, train_entries + selection_entries)
@@ -83,6 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     clip_gradient_norm=settings.clip_gradient_norm,
                     skip_nonfinite=run.skipped if settings.skip_nonfinite else None,
                     average=average,
+                    mix=mix,
                     description=f"epoch {epoch}/{settings.epochs}",
                     **shared,
                 )

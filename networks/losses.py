@@ -9,16 +9,25 @@ from torch import Tensor
 from networks.outputs import NetworkOutput
 
 
-def classification_losses(output: NetworkOutput, labels: Tensor, *, label_smoothing: float = 0.0) -> dict[str, Tensor]:
-    """Cross-entropy of every branch, by name; `labels` [B] int64.
+def classification_losses(
+    output: NetworkOutput,
+    labels: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    class_weights: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Cross-entropy of every branch, by name; `labels` [B] int64, or shares of the classes [B, classes].
 
-    For logits [B, N, classes] the label holds for each of the N and the term is the mean over B * N.
+    For logits [B, N, classes] the label holds for each of the N and the term is the mean over B * N. `class_weights`
+    [classes] as in torch's cross_entropy: the mean over labels is then a weighted one, that over shares is not.
     """
     terms = {}
     for name, logits in output.logits.items():
-        targets = labels if logits.ndim == 2 else labels[:, None].expand(logits.shape[:2]).flatten()
+        targets = labels
+        if logits.ndim == 3:
+            targets = labels[:, None].expand(*logits.shape[:2], *labels.shape[1:]).flatten(0, 1)
         logits = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
-        terms[name] = F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+        terms[name] = F.cross_entropy(logits, targets, weight=class_weights, label_smoothing=label_smoothing)
     return terms
 
 

@@ -97,6 +97,7 @@ class System(nn.Module):
     absent_gradients: bool = True
     # Of groups in `parameter_groups` beside `trunk` and `heads`, whose factor is a shared setting
     learning_rate_factors: ClassVar[Mapping[str, float]] = {}
+    class_weights: Tensor | None = None  # [classes], of cross-entropies; set before training
     can_exit_early: ClassVar[bool] = False  # whether it has an `exit_threshold`
 
     def __init__(self, backbone: Backbone, options: object, shared: Shared):
@@ -131,9 +132,16 @@ class System(nn.Module):
     def losses(self, output: NetworkOutput, targets: Tensor, *, label_smoothing: float = 0.0) -> dict[str, Tensor]:
         """Return every loss term that an output allows, by name, as float32 scalars: the cross-entropy of each branch.
 
-        `targets` [B] int64.
+        `targets` [B] int64, or shares of the classes [B, classes] where `takes_mixed_pictures`. Cross-entropies weight
+        the classes by `class_weights`; other terms do not.
         """
-        return classification_losses(output, targets, label_smoothing=label_smoothing)
+        return classification_losses(output, targets, label_smoothing=label_smoothing, class_weights=self.class_weights)
+
+    @classmethod
+    def takes_mixed_pictures(cls) -> bool:
+        """Whether it can be trained by mixup and CutMix: one branch, one step, and the losses above."""
+        as_here = (getattr(cls, name) is getattr(System, name) for name in ("steps", "losses", "after_step"))
+        return len(cls.branches) == 1 and not cls.needs_labels and all(as_here)
 
     def predict_logits(self, output: NetworkOutput) -> Tensor:
         """Return the prediction, logits [B, classes], of the branches of `prediction` ensembled by `ensembling`."""

@@ -46,6 +46,33 @@ def test_terms_by_hand(label_smoothing: float) -> None:
     assert terms["window"].item() == pytest.approx(sum(single) / 28, rel=1e-5)
 
 
+@pytest.mark.parametrize("label_smoothing", (0.0, 0.1))
+def test_classes_are_weighted_as_torch_does(label_smoothing: float) -> None:
+    output, weights = make_output(), torch.tensor([0.5, 2.0, 9.0, 1.0, 0.25])
+    terms = classification_losses(output, LABELS, label_smoothing=label_smoothing, class_weights=weights)
+    expected = torch.nn.CrossEntropyLoss(weight=weights, label_smoothing=label_smoothing)
+    for name, logits in output.logits.items():
+        labels = LABELS.repeat_interleave(7) if name == "window" else LABELS
+        torch.testing.assert_close(terms[name], expected(logits.flatten(0, -2), labels))
+    single = [
+        by_hand(row, int(label), 0.0) * weights[label] for row, label in zip(output.logits["raw"], LABELS, strict=True)
+    ]
+    if not label_smoothing:
+        assert terms["raw"].item() == pytest.approx(float(sum(single) / weights[LABELS].sum()), rel=1e-5)
+
+
+def test_labels_may_be_shares_of_classes() -> None:
+    output, shares = make_output(), torch.rand(4, 5, generator=torch.Generator().manual_seed(1)).softmax(dim=1)
+    terms = classification_losses(output, shares)
+    for name, logits in output.logits.items():
+        log_probabilities = logits.log_softmax(dim=-1)
+        each = -(log_probabilities * (shares[:, None] if name == "window" else shares)).sum(dim=-1)
+        torch.testing.assert_close(terms[name], each.mean())
+    whole = classification_losses(output, F.one_hot(LABELS, 5).float(), label_smoothing=0.1)
+    for name, value in classification_losses(output, LABELS, label_smoothing=0.1).items():
+        torch.testing.assert_close(whole[name], value)
+
+
 def test_smoothing_is_off_by_default() -> None:
     output = make_output()
     assert classification_losses(output, LABELS) == classification_losses(output, LABELS, label_smoothing=0.0)

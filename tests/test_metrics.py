@@ -19,6 +19,7 @@ from utils.reporting.metrics import (
     inclusive_to_edges,
     mean_per_class_accuracy,
     paired_box_iou,
+    share_of_predicted,
     topk_correct,
     wilson_interval,
     worst_confusions,
@@ -81,6 +82,15 @@ def test_topk():
     assert topk_correct(logits, labels, 1).tolist() == [True, False, False]
     assert topk_correct(logits, labels, 2).tolist() == [True, True, False]
     assert topk_correct(logits, labels, 5).tolist() == [True, True, True]
+
+
+def test_a_mixed_picture_is_right_by_the_share_of_what_is_predicted():
+    logits = torch.tensor([[0.0, 3.0, 1.0], [2.0, 0.0, 1.0], [0.0, 1.0, 2.0]])
+    shares = torch.tensor([[0.25, 0.75, 0.0], [0.25, 0.75, 0.0], [0.5, 0.5, 0.0]])
+    assert share_of_predicted(logits, shares).tolist() == [0.75, 0.25, 0.0]
+    meter = EpochMeter(torch.device("cpu"))
+    meter.update(shares, logits={"raw": logits})
+    assert meter.compute() == {"accuracy/raw": pytest.approx(1 / 3), "images": 3}
 
 
 def _random_batches(sizes, classes=4):

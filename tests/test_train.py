@@ -491,6 +491,7 @@ LEARNING = {
         *("--frozen_trunk_epochs", "1"),
     ),
     "ema": ("--ema_decay", "0.9", "--learning_rate", "0.05"),
+    "mixed": ("--mixup", "0.4", "--cutmix", "1", "--label_smoothing", "0.1", "--class_weights", "1", "2", "0.5"),
 }
 
 
@@ -811,6 +812,8 @@ def test_no_validation_has_to_be_asked_for(tiny_run, tmp_path):
         ("data_root", ["nowhere"], "nowhere"),
         ("classes", ["pur*"], "pur*"),
         ("loss_weights", ["crown=1"], "crown"),
+        ("class_weights", ["1", "2"], "class_weights has 2 numbers and the data 3 classes"),
+        ("mixup", ["0.2"], "mixup"),
         ("loss_weights", ["raw=0", "fused=0", "object=0", "window=0", "graph=0"], "loss_weights"),
     ],
 )

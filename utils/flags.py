@@ -40,9 +40,12 @@ def add_flags(parser: argparse._ActionsContainer, record: type, names: typing.It
 
 
 def from_words(record: type, name: str, value: typing.Any) -> object:
-    """Return what the words behind a flag stand for: names with numbers are a dict."""
-    is_dict = any(typing.get_origin(member) is dict for member in _members(hints(record)[name]))
-    return dict(value) if is_dict else value
+    """Return what the words behind a flag stand for: names with numbers are a dict, and one may stand for a list."""
+    members = _members(hints(record)[name])
+    if any(typing.get_origin(member) is dict for member in members):
+        return dict(value)
+    alone = isinstance(value, list) and len(value) == 1 and isinstance(value[0], str) and str in members
+    return value[0] if alone else value
 
 
 def _members(hint: typing.Any) -> list[typing.Any]:
@@ -76,6 +79,8 @@ def _converter(hint: object) -> Callable[[str], object]:
     if _is_nested(hint):
         return _name_or_tuple
     if float in members and str in members:
+        return _name_or_number
+    if str in members and any(typing.get_origin(member) is tuple for member in members):
         return _name_or_number
     member = members[0]
     if typing.get_origin(member) is dict:

@@ -23,6 +23,9 @@ BEFORE: dict[str, object] = {
     "frozen_trunk_epochs": 0,
     "ema_decay": 0.0,
     "patience": 0,
+    "class_weights": "none",
+    "mixup": 0.0,
+    "cutmix": 0.0,
 }
 
 # The same where it was another one for a system.

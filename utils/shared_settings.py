@@ -41,6 +41,7 @@ Branches = Annotated[
 ]
 RunName = Annotated[str, Limit(lambda n: re.fullmatch(r"[\w.+-]+", n) is not None, "letters, digits, any of . _ + -")]
 Fraction = Annotated[float, Limit(lambda x: 0 < x < 1, "a share between 0 and 1")]
+Alpha = Annotated[float, Limit(lambda a: a == 0 or 0.01 <= a <= 100, "0, or a number from 0.01 to 100")]
 PartOfArea = Annotated[float, Limit(lambda x: 0.01 <= x <= 1, "a number from 0.01 to 1")]
 Epochs = Annotated[tuple[int, ...], Limit(lambda epochs: all(e >= 1 for e in epochs), "epochs, counted from 1")]
 Weights = Annotated[
@@ -75,6 +76,12 @@ def refuse_contradictions(settings: Any, system: Any) -> None:
         or set(settings.prediction or system.prediction) <= set(system.warmup_branches),
         f"less than epochs, {settings.epochs}: {settings.model} predicts with branches that are trained after it",
     )
+    for name in ("mixup", "cutmix"):
+        needs(
+            name,
+            getattr(settings, name) == 0 or system.takes_mixed_pictures(),
+            f"0 for {settings.model}: pictures are mixed for systems of one branch and one step only, such as resnet",
+        )
     needs(
         "linear_warmup_epochs",
         settings.linear_warmup_epochs == 0 or settings.schedule != "one_cycle",

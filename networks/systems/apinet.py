@@ -133,15 +133,18 @@ class APINet(System):
         Priority: the hinge on how much likelier the true class is by the other picture's gate than by one's own.
         """
         raw = {name: logits for name, logits in output.logits.items() if name == "raw"}
-        terms = classification_losses(NetworkOutput(raw), targets, label_smoothing=label_smoothing)
+        shared = {"label_smoothing": label_smoothing, "class_weights": self.class_weights}
+        terms = classification_losses(NetworkOutput(raw), targets, **shared)
         if not output.extras:
             return terms
         labels, weights = output.extras["pair_labels"], output.extras["pair_weights"]
         weights = weights / weights.sum().clamp(min=1)
         pairs = {name: output.logits[name].transpose(1, 2) for name in ("self", "other") if name in output.logits}
         for name, logits in pairs.items():  # [B, classes, 4]
-            losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
-            terms[name] = (losses * weights).sum()
+            of_classes = {"weight": self.class_weights, "label_smoothing": label_smoothing}
+            terms[name] = (F.cross_entropy(logits, labels, reduction="none", **of_classes) * weights).sum()
+            if self.class_weights is not None:  # a weighted mean, as torch's own
+                terms[name] = terms[name] / (self.class_weights[labels] * weights).sum()
         if len(pairs) == 2:
             own, other = (logits.softmax(dim=1).gather(1, labels[:, None]).squeeze(1) for logits in pairs.values())
             terms["priority"] = (F.relu(other - own + MARGIN) * weights).sum()

@@ -65,6 +65,11 @@ def topk_correct(logits: Tensor, labels: Tensor, k: int) -> Tensor:
     return (highest == labels[:, None]).any(dim=1)
 
 
+def share_of_predicted(logits: Tensor, shares: Tensor) -> Tensor:
+    """The share [B] that the class of the highest logit [B, C] has among the `shares` [B, C] of a mixed picture."""
+    return shares.gather(1, logits.argmax(dim=1, keepdim=True)).squeeze(1)
+
+
 class EpochMeter:
     """Averages over an epoch, summed on the device: no batch waits for the GPU.
 
@@ -98,7 +103,7 @@ class EpochMeter:
         """Add a batch.
 
         Args:
-            labels: [B] int64.
+            labels: [B] int64, or shares of the classes [B, C]: right is then what share the predicted class has.
             losses: term -> scalar, the mean over this batch; weighted by B, so a small last batch counts for less.
             logits: branch -> [B, C], or [B, N, C] for several windows, which predict together by their mean.
             boxes, true_boxes: [B, 4] in continuous edges and in the same pixels (see `inclusive_to_edges`), or None;
@@ -111,7 +116,8 @@ class EpochMeter:
             self._add(f"loss/{term}", loss.to(self.precision) * batch_size, batch_size)
         for branch, scores in (logits or {}).items():
             scores = scores.mean(dim=1) if scores.dim() == 3 else scores
-            self._add(f"accuracy/{branch}", topk_correct(scores, labels, 1).sum(), batch_size)
+            right = topk_correct(scores, labels, 1) if labels.dim() == 1 else share_of_predicted(scores, labels)
+            self._add(f"accuracy/{branch}", right.sum(), batch_size)
         if boxes is not None and true_boxes is not None:
             overlap = paired_box_iou(boxes, true_boxes)
             self._add("box_iou/mean", overlap.to(self.precision).sum(), batch_size)

@@ -25,7 +25,8 @@ DESCRIPTIONS = {
     "loss/total": "Weighted sum of the losses being trained. It rises where warm-up ends, since more is added up.",
     "loss/ranking": "Whether the regions that classify better are also ranked higher.",
     "loss/contrastive": "Whether parts of one class are closer to each other than to those of others.",
-    "loss/": "Cross-entropy of this branch. Validation rising while training falls: overfitting.",
+    "loss/": "Cross-entropy of this branch, with label_smoothing and class_weights as trained. Validation rising while "
+    "training falls: overfitting.",
     "accuracy/prediction": "Share of images that the system classifies rightly (top-1).",
     "accuracy/": "Share of images that this branch alone classifies rightly (top-1).",
     "box_iou/mean": "Mean overlap of predicted and true object boxes (intersection over union).",

@@ -19,6 +19,7 @@ from utils.training.execution import Execution
 from utils.training.learning import Learning, Objective
 from utils.training.nonfinite import SkipBudget
 from utils.training.schedule import EpochPlan
+from utils.training.targets import Mixing
 
 
 def train_one_epoch(
@@ -38,6 +39,7 @@ def train_one_epoch(
     clip_gradient_norm: float = 0.0,
     skip_nonfinite: SkipBudget | None = None,
     average: AveragedModel | None = None,
+    mix: Mixing | None = None,
     description: str = "train",
 ) -> dict[str, float]:
     """Train on all `batches` once and return the epoch's averages (see `reporting.metrics.EpochMeter`) and images/s.
@@ -46,7 +48,7 @@ def train_one_epoch(
     begun before goes on with `meter`, which holds its sums, and `batches` that leave out what came before `first_step`.
     Steps count from 1 and are told to `before_step`; where `save_after` asks for it, `save` is called once it is sure
     that the step has not broken the weights (after a skipped step it is not asked). `average` is updated after every
-    optimizer step.
+    optimizer step. `mix` makes mixed pictures with shares of labels of a batch.
 
     Raises NonFiniteLossError, with the terms, the step and its images, where the loss shows NaN or infinity: before
     the weights are touched on a CPU, at one of the readings every few steps on a GPU.
@@ -69,6 +71,8 @@ def train_one_epoch(
             before_step(step)
             labels = batch.labels.to(execution.device, non_blocking=True)
             images = execution.images(batch.images, batch.augmentation)
+            if mix is not None:
+                images, labels = mix(images, labels)
             skipped = learning.learn_from(images, labels, step, batch.paths, meter)
             schedule.step()
             bar.update(len(labels))
