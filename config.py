@@ -73,11 +73,14 @@ class Settings:
 
     # ---- Pictures -------------------------------------------------------------------------------------------------
     input_size: SideOfInput | None = None  # side in pixels of what the backbone sees: a multiple of 32, at least 96
-    image_size: Count | None = None  # side of what is loaded; larger than input_size, crops gain detail; None: that
+    image_size: Count | None = None  # side of what a batch holds; larger than input_size, crops gain detail; None: that
+    resize_size: Count | None = None  # side at which pictures are loaded; image_size is cropped out of it; None: that
+    padding: CountOrZero | None = None  # zeros round the picture before training's random crop
     flip: Probability | None = None  # probability of a horizontal flip in training
     brightness: Share | None = None  # training brightness is multiplied by 1 - x to 1 + x
     contrast: Share | None = None  # likewise contrast
     crop_scale: PartOfArea | None = None  # training sees a random part of this share of the area or more; 1: all of it
+    normalization: Literal["imagenet", "half"] | None = None  # half: mean and deviation 0.5 for every colour
 
     # ---- Network --------------------------------------------------------------------------------------------------
     backbone: str | None = None  # resnet18, resnet34, resnet50, resnet101 or resnet152
@@ -138,10 +141,12 @@ class Settings:
 # published SG-KRL for CUB, Cars and Aircraft; those of FLRDF and SCRIM are not known to us.
 PUBLISHED: dict[str, object] = {
     "input_size": 448,
+    "padding": 0,
     "flip": 0.5,
     "brightness": 0.2,
     "contrast": 0.2,
     "crop_scale": 1.0,
+    "normalization": "imagenet",
     "backbone": "resnet50",
     "pretrained": "IMAGENET1K_V1",
     "last_stride": 2,
@@ -228,6 +233,8 @@ def complete(settings: Settings) -> Settings:
         settings = dataclasses.replace(settings, warmup_epochs=min(settings.warmup_epochs, longest))
     if settings.image_size is None:
         settings = dataclasses.replace(settings, image_size=settings.input_size)
+    if settings.resize_size is None:
+        settings = dataclasses.replace(settings, resize_size=settings.image_size)
     refuse_contradictions(settings, system)
     known = {field.name for field in dataclasses.fields(system.Options)}
     options = {name: value for name, value in of_data.items() if name in known} | settings.options

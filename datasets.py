@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from utils.data.augmentation import Augmentation
 from utils.data.catalogue import Catalogue, Entry, leave_out, split_validation
 from utils.data.checking import find_bad_pictures
+from utils.data.cropping import central_offset, cut_square, draw_offset
 from utils.data.errors import DataError, describe
 from utils.data.picture_cache import PictureCache, cache_in_memory, cache_on_disk
 from utils.data.pixels import load_pixels, source_code
@@ -71,7 +72,8 @@ class Batch(NamedTuple):
 
 
 class Pictures(Dataset[Sample]):
-    """Pictures resized to image_size x image_size (aspect ignored, as published), with what is drawn to augment them.
+    """Pictures resized to resize_size x resize_size (aspect ignored, as published), of which the central square of
+    image_size is taken; with `augment` a random one, and with it what else is drawn to augment them.
 
     A key is an index, or a pair (index, seed) of `ShuffledSampler`. The seed decides all that is random about the
     sample (a plain index is its own seed), so nothing depends on the worker or on the global generators.
@@ -84,11 +86,13 @@ class Pictures(Dataset[Sample]):
         entries: Sequence[Entry],
         *,
         image_size: int,
+        resize_size: int | None = None,
         augment: Augmentation | None = None,
         cache: Mapping[Path | int, tuple[Tensor, Tensor | None]] | None = None,
     ) -> None:
         self.entries = list(entries)
         self.image_size = image_size
+        self.resize_size = resize_size or image_size
         self.augment = augment
         self.cache = cache
 
@@ -98,13 +102,17 @@ class Pictures(Dataset[Sample]):
     def __getitem__(self, key: int | tuple[int, int]) -> Sample:
         index, seed = key if isinstance(key, tuple) else (key, key)
         entry = self.entries[index]
-        image, box = load_pixels(entry, self.image_size) if self.cache is None else self.cache[entry.source]
+        image, box = load_pixels(entry, self.resize_size) if self.cache is None else self.cache[entry.source]
+        size, sides = self.image_size, image.shape[-2:]
         path = f"demo/{entry.source:04d}" if isinstance(entry.source, int) else str(entry.source)
         if self.augment is None:
+            image, box = cut_square(image, box, central_offset(*sides, size), size)
             return Sample(image, entry.label, box, path)
-        augmentation = self.augment.draw(np.random.default_rng(seed))
+        generator = np.random.default_rng(seed)
+        augmentation = self.augment.draw(generator)
+        image, box = cut_square(image, box, draw_offset(*sides, size, self.augment.padding, generator), size)
         if box is not None:
-            box = self.augment.carry(box, augmentation, self.image_size)
+            box = self.augment.carry(box, augmentation, size)
         return Sample(image, entry.label, box, path, augmentation)
 
 
@@ -164,6 +172,8 @@ class DataSettings(Protocol):
     select_on: str
     validation: float
     image_size: int
+    resize_size: int
+    padding: int
     flip: float
     brightness: float
     contrast: float
@@ -229,9 +239,9 @@ def training_loader(
         sampler = BalancedSampler(labels, **groups, **processes)
     else:
         sampler = ShuffledSampler(len(entries), **processes)
-    augment = Augmentation(settings.flip, settings.brightness, settings.contrast, settings.crop_scale)
+    drawn = {name: getattr(settings, name) for name in Augmentation._fields}
     return DataLoader(
-        Pictures(entries, image_size=settings.image_size, augment=augment),
+        Pictures(entries, **loading_of(settings), augment=Augmentation(**drawn)),
         batch_size=batch_size,
         sampler=sampler,
         drop_last=len(sampler) > batch_size,  # a last batch of a few images has poor batch-norm statistics
@@ -245,7 +255,7 @@ def training_loader(
 def evaluation_loader(settings: DataSettings, entries: list[Entry]) -> DataLoader[Batch]:
     """Batches of the pictures as they are listed, not augmented."""
     return DataLoader(
-        Pictures(entries, image_size=settings.image_size),
+        Pictures(entries, **loading_of(settings)),
         batch_size=settings.evaluation_batch_size,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
@@ -254,10 +264,15 @@ def evaluation_loader(settings: DataSettings, entries: list[Entry]) -> DataLoade
     )
 
 
-def load_batch(entries: Sequence[Entry], image_size: int) -> Batch:
-    """Load pictures as one batch, whole and not augmented."""
-    pictures = Pictures(entries, image_size=image_size)
+def load_batch(entries: Sequence[Entry], settings: DataSettings) -> Batch:
+    """Load pictures as one batch, not augmented."""
+    pictures = Pictures(entries, **loading_of(settings))
     return collate([pictures[index] for index in range(len(entries))])
+
+
+def loading_of(settings: DataSettings) -> dict[str, int]:
+    """Return how `Pictures` are loaded, whatever they are loaded for."""
+    return {"image_size": settings.image_size, "resize_size": settings.resize_size}
 
 
 def _worker_options(settings: DataSettings) -> dict[str, object]:
@@ -276,15 +291,14 @@ def build_cache(settings: DataSettings, entries: list[Entry]) -> PictureCache | 
     """Return the pictures decoded, if they are to be: in memory, or in a file below checkpoint_dir."""
 
     def decode(row: int) -> tuple[Tensor, Tensor | None]:
-        return load_pixels(entries[row], settings.image_size)
+        return load_pixels(entries[row], settings.resize_size)
 
     sources = [entry.source for entry in entries]
     if settings.cache == "ram":
-        return cache_in_memory(sources, settings.image_size, decode)
+        return cache_in_memory(sources, settings.resize_size, decode)
     if settings.cache == "disk":
-        name, digest = fingerprint(entries, settings.image_size)
+        name, digest = fingerprint(entries, settings.resize_size)
         folder = Path(settings.checkpoint_dir).expanduser() / "cache"
-        return cache_on_disk(
-            folder / f"{settings.dataset}-{name}.pictures", digest, sources, settings.image_size, decode
-        )
+        path = folder / f"{settings.dataset}-{name}.pictures"
+        return cache_on_disk(path, digest, sources, settings.resize_size, decode)
     return None

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from config import rebuilt
+from datasets import loading_of
 from utils.command_line import Parser
-from utils.data.augmentation import MEAN, STD
+from utils.data.augmentation import NORMALIZATIONS
 from utils.errors import UserError, exit_with_one_sentence
 from utils.reporting.metrics import inclusive_to_edges
 from utils.training.building import load_trained
@@ -33,16 +34,16 @@ BATCH = torch.export.Dim("batch", min=1, max=65536)
 class Pipeline(nn.Module):
     """A system from pixels to its prediction, with tensors only."""
 
-    def __init__(self, network: nn.Module, *, mask_background: bool) -> None:
+    def __init__(self, network: nn.Module, *, mask_background: bool, normalization: str = "imagenet") -> None:
         super().__init__()
         self.network = network
         self.mask_background = mask_background
-        self.register_buffer("mean", torch.tensor(MEAN).reshape(3, 1, 1) * 255, persistent=False)
-        self.register_buffer("std", torch.tensor(STD).reshape(3, 1, 1) * 255, persistent=False)
+        for name, values in zip(("mean", "std"), NORMALIZATIONS[normalization], strict=True):
+            self.register_buffer(name, torch.tensor(values).reshape(3, 1, 1) * 255, persistent=False)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Map RGB images [B, 3, S, S] uint8 to `probabilities` [B, classes] and, where the system finds objects,
-        `object_boxes` [B, 4]: their edges (x0, y0, x1, y1) as shares of the picture's width and height, 0 to 1.
+        `object_boxes` [B, 4]: their edges (x0, y0, x1, y1) as shares of the image's width and height, 0 to 1.
         """
         normalised = (images.float() - self.mean) / self.std
         output = self.network(normalised, mask_background=self.mask_background, branches=self.network.prediction)
@@ -77,10 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plain = {"device": options.device, "precision": "float32", "channels_last": False, "compile": False}
     places = {"data_root": ".", "checkpoint_dir": "."}
     trained = load_trained(options.checkpoint, rebuilt, weights=options.weights, **places, **plain)
-    pipeline = (
-        Pipeline(trained.network, mask_background=trained.plan.mask_background).eval().to(trained.execution.device)
-    )
-    facts = {"class_names": trained.saved["class_names"], "image_size": trained.settings.image_size}
+    normalization = trained.settings.normalization
+    pipeline = Pipeline(trained.network, mask_background=trained.plan.mask_background, normalization=normalization)
+    pipeline = pipeline.eval().to(trained.execution.device)
+    facts = {"class_names": trained.saved["class_names"], **loading_of(trained.settings)}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     waiting = options.out.with_name(f"{options.out.stem}.part{options.out.suffix}")
     try:

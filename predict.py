@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -18,10 +19,11 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from config import rebuilt
-from datasets import DataError, Entry, Pictures, Sample, collate
+from datasets import DataError, Entry, Pictures, Sample, collate, loading_of
 from networks.evidence import forward_with_evidence
 from utils.command_line import Parser
-from utils.data.decoding import load_picture
+from utils.data.cropping import cut_out, seen_part
+from utils.data.decoding import Box, load_picture
 from utils.data.workers import leave_run_to_the_main_process
 from utils.errors import UserError, exit_with_one_sentence
 from utils.reporting.metrics import inclusive_to_edges
@@ -65,8 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     places = {"data_root": ".", "checkpoint_dir": "."}
     trained = load_trained(options.checkpoint, rebuilt, weights=options.weights, **places, **machine)
     network, class_names = trained.network, trained.saved["class_names"]
+    loading = loading_of(trained.settings)
     loader = DataLoader(
-        ReadablePictures(pictures, image_size=trained.settings.image_size),
+        ReadablePictures(pictures, **loading),
         batch_size=options.batch_size,
         num_workers=min(options.workers, len(pictures) // 2),
         collate_fn=list,
@@ -100,10 +103,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             box = None
             if drawing is not None or options.json:
                 picture, _ = load_picture(sample.path)  # again, for its own size and all its detail
-                box = box_in(picture.size, output, index, network)
+                seen = seen_part(*picture.size, **loading)
+                box = box_in(seen, output, index, network)
             if drawing is not None:
                 panel = image_panel(
-                    picture,
+                    cut_out(picture, seen),
                     output,
                     index,
                     names,
@@ -158,8 +162,8 @@ def drawing_paths(pictures: Sequence[Path], out: Path) -> dict[Path, Path]:
 class ReadablePictures(Dataset):
     """Samples of picture files; of one that cannot be read, the sentence that says why."""
 
-    def __init__(self, paths: Sequence[Path], *, image_size: int) -> None:
-        self.pictures = Pictures([Entry(path, label=0) for path in paths], image_size=image_size)
+    def __init__(self, paths: Sequence[Path], **loading: Any) -> None:
+        self.pictures = Pictures([Entry(path, label=0) for path in paths], **loading)
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -171,12 +175,19 @@ class ReadablePictures(Dataset):
             return str(error)
 
 
-def box_in(size: tuple[int, int], output, index: int, network) -> list[float] | None:
-    """Return the object's edges in pixels of the upright picture of `size`, None for systems without boxes."""
+def box_in(seen: Box, output, index: int, network) -> list[float] | None:
+    """Return the object's edges in pixels of the upright picture, None for systems without boxes.
+
+    `seen`: the edges of what the network saw, in pixels of that picture.
+    """
     if output.object_boxes is None:
         return None
     edges = inclusive_to_edges(output.object_boxes[index]).tolist()
-    return [round(edge * size[axis % 2] / network.input_size, 1) for axis, edge in enumerate(edges)]
+    starts, sides = seen[:2] * 2, (seen[2] - seen[0], seen[3] - seen[1]) * 2
+    return [
+        round(start + edge / network.input_size * side, 1)
+        for edge, start, side in zip(edges, starts, sides, strict=True)
+    ]
 
 
 def as_json(path: str, names: Sequence[str], values: Sequence[float], box: object, drawing: Path | None) -> str:

@@ -22,11 +22,12 @@ from typing import Any
 import numpy
 
 from config import parse_settings, rebuilt, restored
-from datasets import Catalogue, Entry, choose_split, collate, evaluation_loader, load_batch, load_catalogue
+from datasets import Catalogue, Entry, choose_split, collate, evaluation_loader, load_batch, load_catalogue, loading_of
 from networks.outputs import ENSEMBLINGS
 from networks.system import System
 from utils.checkpoint import CheckpointError, load_checkpoint, load_published
 from utils.command_line import Parser
+from utils.data.cropping import cut_out, seen_part
 from utils.data.decoding import load_picture
 from utils.data.demo_birds import draw_demo_picture
 from utils.errors import exit_with_one_sentence
@@ -133,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "settings": dataclasses.asdict(settings),
     }
     show(as_text(report))
-    batch = load_batch(spread_over(listed), settings.image_size)
+    batch = load_batch(spread_over(listed), settings)
     panel = draw_panel(network, batch, execution, plan, catalogue.class_names)
     save_png(options.checkpoint.parent / "pictures" / f"test{ending_of(options)}.png", panel)
     mistakes = mistaken_batches(settings, catalogue.test, results.surest_mistakes(), one_by_one=exits)
@@ -243,13 +244,14 @@ def calibrated_exit(network: System, settings: Any, catalogue: Catalogue, shared
 def mistaken_batches(
     settings: Any, entries: Sequence[Entry], positions: Sequence[int], *, one_by_one: bool
 ) -> Iterator[tuple[Any, list, list[int]]]:
-    """Yield the images at these positions once more, as batches, in their own size, and their labels."""
+    """Yield the images at these positions once more, as batches, what is seen of them in its own size, and labels."""
     step = 1 if one_by_one else settings.evaluation_batch_size  # with an early exit, passes differ between images
     for start in range(0, len(positions), step):
         chosen = [entries[position] for position in positions[start : start + step]]
         batch = collate(list(evaluation_loader(settings, chosen).dataset))
         sources = [entry.source for entry in chosen]
         pictures = [draw_demo_picture(s) if isinstance(s, int) else load_picture(s)[0] for s in sources]
+        pictures = [cut_out(picture, seen_part(*picture.size, **loading_of(settings))) for picture in pictures]
         yield batch, pictures, [entry.label for entry in chosen]
 
 

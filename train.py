@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     train_entries, selection_entries, selected_on = choose_split(settings, catalogue)
     device = setup_distributed(settings.device)
     settings = dataclasses.replace(settings, precision=agreed_precision(settings.precision, device))
-    execution = Execution(device, settings.precision, settings.channels_last)
+    execution = Execution(device, settings.precision, settings.channels_last, settings.normalization)
     train_loader = training_loader(settings, train_entries, rank=rank(), world_size=world_size())
     selection_loader = evaluation_loader(settings, selection_entries[rank() :: world_size()])
 
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 of_average = evaluate(network_of(average, network), selection_loader, **shared) if average else None
                 check_finite(of_average or {})
             if run.wants_pictures(epoch):
-                batch = load_batch(spread_over(selection_entries), settings.image_size)
+                batch = load_batch(spread_over(selection_entries), settings)
                 result = average.module if average else system
                 run.show_pictures(epoch, draw_panel(result, batch, execution, plan, catalogue.class_names))
             run.finish_epoch(epoch, trained, evaluated, of_average)

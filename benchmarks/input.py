@@ -30,7 +30,7 @@ from torchvision import transforms
 
 from config import Settings, complete
 from datasets import Entry, build_cache, read_catalogue, training_loader
-from utils.data.augmentation import MEAN, STD
+from utils.data.augmentation import NORMALIZATIONS
 from utils.errors import UserError
 from utils.training.distributed import choose_device
 from utils.training.execution import Execution
@@ -47,7 +47,7 @@ class PlainPictures(Dataset):
                 transforms.RandomHorizontalFlip(settings.flip),
                 transforms.ColorJitter(settings.brightness, settings.contrast),
                 transforms.ToTensor(),
-                transforms.Normalize(MEAN, STD),
+                transforms.Normalize(*NORMALIZATIONS["imagenet"]),
             ]
         )
 

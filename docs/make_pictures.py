@@ -31,7 +31,7 @@ sys.path.insert(0, str(DOCS.parent))
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
 
 from config import rebuilt, restored  # noqa: E402
-from datasets import Pictures, collate, read_catalogue  # noqa: E402
+from datasets import Pictures, collate, loading_of, read_catalogue  # noqa: E402
 from networks.evidence import forward_with_evidence  # noqa: E402
 from networks.graph import nearest_neighbours, published_neighbours  # noqa: E402
 from networks.windows import REFERENCE_GRID, WINDOW_SETS  # noqa: E402
@@ -81,7 +81,7 @@ def draw_pipeline(checkpoint: Path) -> Image.Image:
     trained = load_trained(checkpoint, rebuilt, device="cpu", precision="float32", workers=0)
     network, names = trained.network, trained.saved["class_names"]
     entries = read_catalogue("demo", None).test[::5]
-    batch = collate(list(Pictures(entries, image_size=trained.settings.image_size)))
+    batch = collate(list(Pictures(entries, **loading_of(trained.settings))))
     output, evidence = forward_with_evidence(network, trained.execution.images(batch.images), size=112)
     probabilities = network.predict_logits(output).softmax(dim=1)
     true = probabilities.gather(1, batch.labels[:, None])[:, 0]
@@ -196,7 +196,7 @@ def draw_leak(batch_run: Path, image_run: Path) -> Image.Image:
     trained = load_trained(batch_run / "best.pth", rebuilt, device="cpu", precision="float32", workers=0)
     network, names = trained.network, trained.saved["class_names"]
     entries = read_catalogue("demo", None).test[40:44]
-    batch = collate(list(Pictures(entries, image_size=trained.settings.image_size)))
+    batch = collate(list(Pictures(entries, **loading_of(trained.settings))))
     with torch.no_grad():
         output = network(trained.execution.images(batch.images))
     side, gap, size = 150 * scale, 14 * scale, network.input_size

@@ -25,6 +25,7 @@ class Shared(NamedTuple):
     """
 
     input_size: int = 448
+    image_size: int | None = None  # None: input_size
     backbone: str = "resnet50"
     pretrained: str | None = None
     sync_batch_norm: bool = False
@@ -50,6 +51,10 @@ class Shared(NamedTuple):
         choices = f"{', '.join(map(str, others))} or {last}" if others else f"{last}"
         expected = f"{choices} with {self.backbone} and last_stride {self.last_stride}"
         require(stride in self.localization_strides, "localization_stride", stride, expected)
+
+    @property
+    def side_of_images(self) -> int:
+        return self.image_size or self.input_size
 
     @property
     def has_pretrained_weights(self) -> bool:

@@ -13,7 +13,7 @@ from PIL import Image
 from torchvision.transforms.v2 import ColorJitter, RandomResizedCrop, functional
 
 from datasets import Entry, Pictures, Sample
-from utils.data.augmentation import MEAN, STD, Augmentation, augmented, carry_into_part, normalised
+from utils.data.augmentation import NORMALIZATIONS, Augmentation, augmented, carry_into_part, normalised
 from utils.training.engine import Execution
 
 ROWS = torch.tensor(
@@ -126,9 +126,13 @@ def test_augmentation_does_not_depend_on_the_rest_of_the_batch(images: torch.Ten
     assert torch.allclose(whole, alone, atol=1e-4 if rows is ROWS else 0.01)
 
 
-def test_normalisation_equals_torchvisions(images: torch.Tensor) -> None:
-    expected = functional.normalize(functional.to_dtype(images, torch.float32, scale=True), MEAN, STD)
-    assert torch.allclose(normalised(images), expected, atol=1e-6)
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_normalisation_equals_torchvisions(images: torch.Tensor, normalization: str) -> None:
+    scaled = functional.to_dtype(images, torch.float32, scale=True)
+    expected = functional.normalize(scaled, *NORMALIZATIONS[normalization])
+    assert torch.allclose(normalised(images, normalization=normalization), expected, atol=1e-6)
+    execution = Execution(torch.device("cpu"), normalization=normalization)
+    assert torch.equal(execution.images(images), normalised(images, normalization=normalization))
 
 
 @pytest.mark.parametrize("channels_last", [True, False])

@@ -18,7 +18,7 @@ from PIL import Image
 
 import config
 import export
-from datasets import Entry, Pictures, collate
+from datasets import Entry, Pictures, collate, loading_of
 from networks import MODELS, build_network, find_system
 from utils.checkpoint import save_checkpoint
 from utils.errors import exit_with_one_sentence
@@ -82,7 +82,8 @@ def test_graphs_predict_as_the_eager_systems_do(model, options):
 def checkpoint(tiny_run, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("exported")
     torch.manual_seed(0)
-    settings = config.parse_settings(tiny_run(folder, "--precision", "float32", model="mmal"))
+    loading = ("--resize_size", "118", "--normalization", "half")
+    settings = config.parse_settings(tiny_run(folder, "--precision", "float32", *loading, model="mmal"))
     network = build_from_settings(settings, 3, load_weights=False)
     values = dataclasses.asdict(settings)
     content = {"settings": values, "class_names": NAMES, "selected_on": "nothing", "epoch": 1}
@@ -104,7 +105,7 @@ def pictures(tmp_path_factory) -> list[Path]:
 def predictions_of(checkpoint: Path, pictures: list[Path]) -> list[tuple[str, float]]:
     """The likeliest name and its probability by the code base itself, from the files."""
     trained = load_trained(checkpoint, config.rebuilt)
-    batch = collate(list(Pictures([Entry(path, 0) for path in pictures], image_size=96)))
+    batch = collate(list(Pictures([Entry(path, 0) for path in pictures], **loading_of(trained.settings))))
     with torch.no_grad():
         output = trained.network(trained.execution.images(batch.images))
         values, labels = trained.network.predict_logits(output).softmax(dim=1).max(dim=1)

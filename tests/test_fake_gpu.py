@@ -94,10 +94,10 @@ def on_a_gpu(*, autocast: bool = False) -> Iterator[None]:
 @pytest.fixture
 def fake() -> Iterator[None]:
     """No tensor that is made in the test has values."""
-    augmentation._constants.cache_clear()
+    augmentation._colours.cache_clear(), augmentation._scale_and_shift.cache_clear()
     with FakeTensorMode(allow_non_fake_inputs=False):
         yield
-    augmentation._constants.cache_clear()  # no other test can use fake ones
+    augmentation._colours.cache_clear(), augmentation._scale_and_shift.cache_clear()  # no other test can use fake ones
 
 
 def build(system: System, **settings: object) -> nn.Module:

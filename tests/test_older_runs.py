@@ -29,7 +29,7 @@ from networks.attention import CrossAttention
 from networks.graph import GraphHead
 from utils.checkpoint import CheckpointError, load_checkpoint
 from utils.data.demo_birds import draw_demo_picture
-from utils.older_runs import OF_SYSTEMS, OPTIONS_BEFORE, UnknownSettingsError, folder_of
+from utils.older_runs import BEFORE, OF_SYSTEMS, OPTIONS_BEFORE, UnknownSettingsError, folder_of
 from utils.options import flat, hints
 from utils.reporting.results import read_predictions
 from utils.training.building import load_trained
@@ -76,6 +76,8 @@ AS_BEFORE = {"scrim": ["--anchors", "former"]}
 YOUNG = {
     "batch_norm": "shared",
     "crop_scale": 1.0,
+    "normalization": "imagenet",
+    "padding": 0,
     "crop_gradient": False,
     "graph_edges": "equal",
     "graph_neighbours": 3,
@@ -150,7 +152,7 @@ def test_what_is_younger_than_a_run_has_the_value_that_it_had_before(model):
     saved = {name: value for name, value in former(model).items() if name not in YOUNG}
     settings = rebuilt(saved)
     known = hints(find_system(model).Options)
-    assert (settings.batch_norm, settings.crop_scale) == ("shared", 1.0)
+    assert {name: getattr(settings, name) for name in BEFORE} == BEFORE
     for name, value in YOUNG.items():
         if name in known:
             assert settings.options[name] == restored(saved).options[name] == value

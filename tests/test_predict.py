@@ -16,7 +16,7 @@ from PIL import Image
 
 import config
 import predict
-from datasets import DataError, Entry, Pictures, collate
+from datasets import DataError, Entry, Pictures, collate, loading_of
 from networks import MODELS
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from utils.errors import exit_with_one_sentence
@@ -96,7 +96,7 @@ def test_predictions_equal_the_network_on_the_data_sets_own_pictures(model, chec
     predict.main(run(checkpoints / f"{model}.pth", pictures / "one" / "same name.png", "--json", "--out", tmp_path))
     (line,) = map(json.loads, capsys.readouterr().out.splitlines())
     trained = load_trained(checkpoints / f"{model}.pth", config.rebuilt, data_root=".")
-    sample = Pictures([Entry(pictures / "one" / "same name.png", 0)], image_size=96)[0]
+    sample = Pictures([Entry(pictures / "one" / "same name.png", 0)], **loading_of(trained.settings))[0]
     images = trained.execution.images(collate([sample]).images)
     with torch.no_grad():
         output = trained.network(images)

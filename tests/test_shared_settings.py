@@ -60,6 +60,10 @@ CONTRADICTIONS = [
     ("validation", {"validation": 0.0}, {"select_on": "test"}),
     ("image_size", {"image_size": 416}, {"input_size": 416}),
     ("image_size", {"image_size": 447}, {"image_size": 448}),
+    ("resize_size", {"resize_size": 447}, {"resize_size": 550}),
+    ("resize_size", {"resize_size": 550, "image_size": 600}, {"image_size": 512}),
+    ("padding", {"padding": 224}, {"padding": 223}),
+    ("padding", {"model": "pmg", "padding": 112, "input_size": 224}, {"input_size": 256}),
     ("jigsaw_blocks", {"model": "flrdf", "jigsaw_blocks": 15}, {"input_size": 480}),  # 448 pixels are 14 cells
     ("parts_in_answer", {"model": "scrim", "parts_in_answer": 7}, {"part_proposals": 7}),
     ("data_root", {"data_root": None}, {"dataset": "demo"}),

@@ -15,6 +15,9 @@ BEFORE: dict[str, object] = {
     "crop_scale": 1.0,
     "ensembling": "mean_probability",
     "last_stride": 2,
+    # of loading
+    "normalization": "imagenet",
+    "padding": 0,
     # of training
     "optimizer": "sgd",
     "decay_norms_and_biases": True,
@@ -73,6 +76,8 @@ def in_current_form(saved: Mapping[str, object], own: Mapping[str, Collection[st
         options = {name: value for name, value in apart.items() if name in own.get(values.get("model"), ())}
         values |= {"prediction": values.pop("answer", None), "options": options}
     younger = {name: value for name, value in OPTIONS_BEFORE.items() if name in own.get(values.get("model"), ())}
+    if "image_size" in values:  # nothing was cropped
+        values.setdefault("resize_size", values["image_size"])
     return BEFORE_OF_SYSTEM.get(values.get("model"), {}) | values | {"options": younger | values["options"]}
 
 

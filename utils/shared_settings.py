@@ -64,6 +64,8 @@ def refuse_contradictions(settings: Any, system: Any) -> None:
         f"the folder that holds {settings.dataset}",
     )
     needs("image_size", settings.image_size >= settings.input_size, f"at least input_size, {settings.input_size}")
+    needs("resize_size", settings.resize_size >= settings.image_size, f"at least image_size, {settings.image_size}")
+    needs("padding", 2 * settings.padding < settings.image_size, f"less than half of image_size, {settings.image_size}")
     needs(
         "validation",
         settings.validation > 0 or settings.select_on == "test",

@@ -3,8 +3,8 @@
 Du, Chang, Bhunia, Xie, Ma, Song & Guo, "Fine-Grained Visual Classification via Progressive Multi-Granularity Training
 of Jigsaw Patches", ECCV 2020. Logits, losses, steps and gradients follow the published code. Ours are the maximum over
 the whole map (theirs covers a corner of it at other sizes than 448) and, unless told otherwise, an order of blocks for
-each image. The published recipe also loads pictures at 550 pixels, crops them to 448 and normalises with mean and
-deviation 0.5; here they are loaded, and normalised, as for all systems.
+each image. As published, pictures are loaded at 550 pixels, padded by 8, cropped to 448 and normalised with mean and
+deviation 0.5, though the trunk's weights come from ImageNet; at other sizes than 448 in proportion.
 """
 
 from __future__ import annotations
@@ -82,6 +82,9 @@ class PMG(System):
         "brightness": 0.0,
         "contrast": 0.0,
         "ensembling": "sum_logits",
+        "resize_size": lambda shared: round(shared.side_of_images * 550 / 448),
+        "padding": lambda shared: round(shared.side_of_images * 8 / 448),
+        "normalization": "half",
     }
     published_names = {
         "features.": "backbone.trunk.",

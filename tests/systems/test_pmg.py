@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 import networks.systems.pmg as pmg
 import train
-from config import parse_settings
+from config import parse_settings, rebuilt
 from networks import build_network
 from networks.jigsaw import permute_blocks
 from utils.checkpoint import CheckpointError, load_checkpoint, load_published
@@ -307,3 +308,20 @@ def test_a_run_goes_on_exactly_and_is_evaluated(tiny_run, tmp_path, evaluation_s
     assert report["prediction"] == "sum of logits of stage2, stage3, final, concat"
     assert report["branches"].keys() == {"prediction", *BRANCHES}
     assert report["boxes"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [([], (550, 8)), (["--input_size", "224"], (275, 4)), (["--image_size", "896"], (1100, 16))],
+    ids=["448", "224", "detail"],
+)
+def test_pictures_are_loaded_as_published_at_any_size(words, expected):
+    settings = parse_settings(["--dataset", "cub", "--data_root", "somewhere", "--model", "pmg", *words])
+    assert (settings.resize_size, settings.padding, settings.normalization) == (*expected, "half")
+
+
+def test_a_run_from_before_crops_keeps_to_whole_pictures():
+    saved = dataclasses.asdict(parse_settings(["--dataset", "cub", "--data_root", "somewhere", "--model", "pmg"]))
+    del saved["resize_size"], saved["padding"], saved["normalization"]
+    settings = rebuilt(saved)
+    assert (settings.resize_size, settings.padding, settings.normalization) == (448, 0, "imagenet")

@@ -16,8 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MEAN = (0.485, 0.456, 0.406)  # of ImageNet, which published backbones were trained with
-STD = (0.229, 0.224, 0.225)
+# Mean and deviation of red, green and blue, of 0..1
+NORMALIZATIONS = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # which published backbones were trained with
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
 GRAY = (0.2989, 0.587, 0.114)  # what red, green and blue add to torchvision's gray
 
 
@@ -26,12 +29,14 @@ class Augmentation(NamedTuple):
 
     brightness, contrast: the factor is drawn evenly from 1 - value to 1 + value.
     crop_scale: the smallest share of the area of the part that is seen, as RandomResizedCrop draws it; 1: the whole.
+    padding: zeros round the loaded picture, in pixels, before the square is cut out of it that all this happens to.
     """
 
     flip: float = 0.5
     brightness: float = 0.2
     contrast: float = 0.2
     crop_scale: float = 1.0
+    padding: int = 0
 
     def draw(self, generator: np.random.Generator) -> Tensor:
         """Draw for one picture [8]: mirrored (0 or 1), factors of brightness and contrast, contrast first (0 or 1),
@@ -74,10 +79,10 @@ def carry_into_part(box: Tensor, part: Tensor, size: int) -> Tensor:
     return ((box - (starts * size).repeat(2)) / (ends - starts).repeat(2)).clamp(0, size)
 
 
-def normalised(images: Tensor, augmentation: Tensor | None = None) -> Tensor:
-    """Return images [B, 3, H, W] with values in 0..255, augmented if asked, as float32 on the scale of ImageNet."""
+def normalised(images: Tensor, augmentation: Tensor | None = None, normalization: str = "imagenet") -> Tensor:
+    """Return images [B, 3, H, W] with values in 0..255, augmented if asked, as normalised float32."""
     images = images.to(torch.float32, copy=True) if augmentation is None else augmented(images, augmentation)
-    scale, shift, _ = _constants(images.device)
+    scale, shift = _scale_and_shift(normalization, images.device)
     return images.mul_(scale).add_(shift)
 
 
@@ -129,11 +134,17 @@ def _centres(starts: Tensor, ends: Tensor, count: int) -> Tensor:
 
 def _mean_gray(images: Tensor) -> Tensor:
     """Return [B, 1, 1, 1]."""
-    return (images.mean(dim=(2, 3), keepdim=True) * _constants(images.device)[2]).sum(dim=1, keepdim=True)
+    return (images.mean(dim=(2, 3), keepdim=True) * _colours(GRAY, images.device)).sum(dim=1, keepdim=True)
 
 
 @cache
-def _constants(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Scale and shift of the normalisation and the weights of gray, [3, 1, 1] each; kept, as a copy to a GPU waits."""
-    mean, std, gray = (torch.tensor(values).reshape(3, 1, 1).to(device) for values in (MEAN, STD, GRAY))
-    return 1 / (255 * std), -mean / std, gray
+def _scale_and_shift(normalization: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What values in 0..255 are multiplied by, and what is added, [3, 1, 1] each."""
+    mean, std = (_colours(values, device) for values in NORMALIZATIONS[normalization])
+    return 1 / (255 * std), -mean / std
+
+
+@cache
+def _colours(values: tuple[float, float, float], device: torch.device) -> Tensor:
+    """A number for each colour as a tensor [3, 1, 1]; kept, as a copy to a GPU waits."""
+    return torch.tensor(values).reshape(3, 1, 1).to(device)

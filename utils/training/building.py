@@ -96,7 +96,8 @@ def build_learning(settings: Any, system: System, *, steps_per_epoch: int) -> tu
 def make_ready(network: System, settings: Any, saved: dict[str, Any]) -> Trained:
     """Make a network of `settings` that has its weights ready to evaluate; `saved` holds at least its epoch."""
     device = choose_device(settings.device)
-    execution = Execution(device, resolve_precision(settings.precision, device), settings.channels_last)
+    precision = resolve_precision(settings.precision, device)
+    execution = Execution(device, precision, settings.channels_last, settings.normalization)
     if settings.channels_last:
         network = network.to(memory_format=torch.channels_last)
     network = fold_batch_norm(network.to(device))

@@ -11,11 +11,12 @@ from utils.data.augmentation import normalised
 
 
 class Execution(NamedTuple):
-    """How to compute: the device, mixed precision and the memory layout."""
+    """How to compute: the device, mixed precision, the memory layout, and the scale of the images."""
 
     device: torch.device
     precision: str = "float32"
     channels_last: bool = True
+    normalization: str = "imagenet"
 
     def autocast(self) -> torch.autocast:
         """Return the context in which the network runs."""
@@ -30,5 +31,5 @@ class Execution(NamedTuple):
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         images = images.to(self.device, non_blocking=True)
         if images.dtype == torch.uint8:
-            images = normalised(images, augmentation)
+            images = normalised(images, augmentation, self.normalization)
         return images.contiguous(memory_format=layout)

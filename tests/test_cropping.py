@@ -1,0 +1,118 @@
+"""Pictures that are loaded larger than they are seen: random crops in training, the central one otherwise."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from made_pictures import bright_box
+from PIL import Image
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import RandomCrop, functional
+
+import predict
+from datasets import Entry, Pictures
+from utils.data.augmentation import Augmentation
+from utils.data.cropping import central_offset, cut_out, cut_square, draw_offset, seen_part
+
+UNCHANGED = Augmentation(flip=0, brightness=0, contrast=0)
+
+
+def noise(height: int, width: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(1, 256, (height, width, 3), generator=generator, dtype=torch.uint8).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize("padding", [0, 5])
+def test_squares_are_cut_as_torchvision_cuts_them(padding: int) -> None:
+    image, size = noise(21, 34), 20
+    box = torch.tensor([3.0, 2, 30.5, 19])
+    padded = functional.pad(image, padding)
+    boxes = tv_tensors.BoundingBoxes(box[None] + padding, format="XYXY", canvas_size=padded.shape[-2:])
+    generator = np.random.default_rng(0)
+    offsets = [draw_offset(21, 34, size, padding, generator) for _ in range(60)]
+    for offset in {*offsets, (-padding, -padding), (1 + padding, 14 + padding)}:
+        ours, our_box = cut_square(image, box, offset, size)
+        place = (offset[0] + padding, offset[1] + padding, size, size)
+        assert torch.equal(ours, functional.crop(padded, *place))
+        assert torch.equal(our_box, functional.crop(boxes, *place)[0])
+    assert torch.equal(cut_square(noise(20, 20), None, (0, 0), 20)[0], noise(20, 20))
+
+
+@pytest.mark.parametrize("sides", [(30, 30), (31, 30), (33, 47), (24, 60)], ids=str)
+def test_the_central_square_is_torchvisions(sides: tuple[int, int]) -> None:
+    image = noise(*sides)
+    ours, _ = cut_square(image, None, central_offset(*sides, 24), 24)
+    assert torch.equal(ours, functional.center_crop(image, 24))
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+def test_squares_are_drawn_as_torchvision_draws_them(padding: int) -> None:
+    generator = np.random.default_rng(0)
+    ours = np.array([draw_offset(25, 30, 24, padding, generator) for _ in range(4000)]) + padding
+    torch.manual_seed(0)
+    crop, image = RandomCrop(24, padding=padding), tv_tensors.Image(torch.zeros(1, 25, 30))
+    draw = crop.make_params if hasattr(crop, "make_params") else crop._get_params  # torchvision < 0.20
+    drawn = [draw([image]) for _ in range(4000)]
+    theirs = np.array([(params["top"], params["left"]) for params in drawn])
+    for axis, count in ((0, 2 + 2 * padding), (1, 7 + 2 * padding)):
+        shares, expected = (np.bincount(values[:, axis], minlength=count) / 4000 for values in (ours, theirs))
+        assert len(shares) == len(expected) == count
+        assert np.abs(shares - expected).max() < 0.05
+        assert (shares > 0).all()
+
+
+@pytest.mark.parametrize("padding", [0, 8])
+def test_box_found_again_in_random_crops(rectangle: Entry, padding: int) -> None:
+    pictures = Pictures(
+        [rectangle], image_size=96, resize_size=120, augment=UNCHANGED._replace(flip=0.5, padding=padding)
+    )
+    boxes = set()
+    for seed in range(40):
+        sample = pictures[0, seed]
+        image = sample.image.flip(-1) if sample.augmentation[0] else sample.image
+        assert image.shape == (3, 96, 96) and image.dtype == torch.uint8
+        assert bright_box(image) == pytest.approx(sample.box.tolist(), abs=1)
+        boxes.add(tuple(sample.box.tolist()))
+    assert len(boxes) > 20
+    assert (sum(float(pictures[0, seed].image.min()) == 0 for seed in range(40)) > 20) == (padding > 0)
+
+
+def test_evaluation_sees_the_central_square(rectangle: Entry) -> None:
+    sample, whole = Pictures([rectangle], image_size=96, resize_size=120)[0], Pictures([rectangle], image_size=120)[0]
+    assert torch.equal(sample.image, whole.image[:, 12:108, 12:108])
+    assert sample.box.tolist() == pytest.approx([0, 18, 48, 78])  # (12, 30, 60, 90) in the picture of 120 x 120
+    assert sample.augmentation is None
+
+
+def test_nothing_more_is_drawn_without_crops(rectangle: Entry) -> None:
+    plain = Pictures([rectangle], image_size=96, augment=Augmentation())
+    cropped = Pictures([rectangle], image_size=96, resize_size=120, augment=Augmentation(padding=4))
+    for seed in range(5):
+        assert torch.equal(plain[0, seed].augmentation, Augmentation().draw(np.random.default_rng(seed)))
+        assert torch.equal(plain[0, seed].augmentation, cropped[0, seed].augmentation)
+        assert torch.equal(plain[0, seed].image, Pictures([rectangle], image_size=96)[0].image)
+
+
+@pytest.mark.parametrize("size", [(200, 120), (500, 331), (96, 96)], ids=str)
+@pytest.mark.parametrize("resize_size", [96, 120, 117])
+def test_boxes_are_carried_back_to_the_picture(tmp_path, size: tuple[int, int], resize_size: int) -> None:
+    """What predict.py reports of an object in the central square is where it is in the file's pixels."""
+    box = tuple(float(round(share * size[axis % 2])) for axis, share in enumerate((0.3, 0.25, 0.7, 0.6)))
+    pixels = np.full((*size[::-1], 3), 40, dtype=np.uint8)
+    pixels[int(box[1]) : int(box[3]), int(box[0]) : int(box[2])] = 200
+    Image.fromarray(pixels).save(tmp_path / "rectangle.png")
+    loading = {"image_size": 96, "resize_size": resize_size}
+    sample = Pictures([Entry(tmp_path / "rectangle.png", 0, box)], **loading)[0]
+    found = sample.box / 96 * 64 - torch.tensor([0, 0, 1, 1])  # inclusive, in pixels of an input of 64
+    seen = seen_part(*size, **loading)
+    network = SimpleNamespace(input_size=64)
+    assert predict.box_in(seen, SimpleNamespace(object_boxes=found[None]), 0, network) == pytest.approx(box, abs=0.11)
+    picture = Image.fromarray(pixels)
+    drawn = cut_out(picture, seen)
+    assert (drawn is picture) == (resize_size == 96)
+    scale = [side / 64 for side in drawn.size] * 2
+    edges = [edge * factor for edge, factor in zip((found + torch.tensor([0, 0, 1, 1])).tolist(), scale, strict=True)]
+    assert bright_box(torch.from_numpy(np.array(drawn)).permute(2, 0, 1)) == pytest.approx(edges, abs=1)

@@ -1,0 +1,66 @@
+"""Which square of a picture that was loaded larger is seen: a random one in training, the central one otherwise.
+
+Offsets are (top, left) in whole pixels; boxes are (x0, y0, x1, y1), continuous edges in pixels.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from utils.data.decoding import Box
+
+Offset = tuple[int, int]
+
+
+def central_offset(height: int, width: int, size: int) -> Offset:
+    """Where the central square of `size` begins, to the pixel that torchvision's CenterCrop takes."""
+    return round((height - size) / 2), round((width - size) / 2)
+
+
+def draw_offset(height: int, width: int, size: int, padding: int, generator: np.random.Generator) -> Offset:
+    """Draw where a square of `size` begins, as torchvision's RandomCrop does with `padding` pixels round the picture.
+
+    Below 0 it begins in the padding.
+    """
+    rooms = (side + 2 * padding - size for side in (height, width))
+    top, left = (int(generator.integers(room + 1)) - padding for room in rooms)
+    return top, left
+
+
+def cut_square(image: Tensor, box: Tensor | None, offset: Offset, size: int) -> tuple[Tensor, Tensor | None]:
+    """Cut [3, size, size] out of an image [3, H, W], zeros where it reaches beyond; the box [4] is cut there, too.
+
+    A box beyond the square has no area. What is all inside is no copy.
+    """
+    (top, left), (H, W) = offset, image.shape[-2:]
+    if (size, size) == (H, W) and offset == (0, 0):
+        return image, box
+    y0, y1, x0, x1 = max(top, 0), min(top + size, H), max(left, 0), min(left + size, W)
+    inside = image[:, y0:y1, x0:x1]
+    if inside.shape[-2:] != (size, size):
+        square = image.new_zeros(size, size, 3).permute(2, 0, 1)
+        square[:, y0 - top : y1 - top, x0 - left : x1 - left] = inside
+        inside = square
+    if box is not None:  # plain numbers: on so few, operations of tensors take longer than the crop
+        starts = (left, top) * 2
+        box = torch.tensor([min(max(e - start, 0.0), size) for e, start in zip(box.tolist(), starts, strict=True)])
+    return inside, box
+
+
+def seen_part(width: int, height: int, *, image_size: int, resize_size: int) -> Box:
+    """The edges of what evaluation sees of a picture of width x height, in its own pixels."""
+    top, left = central_offset(resize_size, resize_size, image_size)
+    edges = ((left, width), (top, height), (left + image_size, width), (top + image_size, height))
+    x0, y0, x1, y1 = (edge * side / resize_size for edge, side in edges)  # the whole picture is so without rounding
+    return x0, y0, x1, y1
+
+
+def cut_out(picture: Image.Image, part: Box) -> Image.Image:
+    """Return a part of a picture, as many pixels as it has there; the whole is the picture itself."""
+    if part == (0, 0, *picture.size):
+        return picture
+    size = (max(round(part[2] - part[0]), 1), max(round(part[3] - part[1]), 1))
+    return picture.resize(size, Image.Resampling.BICUBIC, box=part)
