@@ -83,7 +83,7 @@ class Settings:
     normalization: Literal["imagenet", "half"] | None = None  # half: mean and deviation 0.5 for every colour
 
     # ---- Network --------------------------------------------------------------------------------------------------
-    backbone: str | None = None  # resnet18, resnet34, resnet50, resnet101 or resnet152
+    backbone: str | None = None  # resnet18, resnet50, regnet_y_1_6gf, convnext_tiny, swin_t ...: docs/settings.md
     pretrained: str | None = None  # torchvision weights such as IMAGENET1K_V2, a .pth file, or none: random weights
     stride_on_first_conv: bool = False  # for .pth files of the ResNet variant with the stride on the 1x1 convolution
     last_stride: Literal[1, 2] | None = None  # 1: the last stage without its stride, final maps twice as fine (cal)
@@ -213,7 +213,7 @@ def complete(settings: Settings) -> Settings:
 
     `options` then holds all of the system's own. Lists become tuples, and whole numbers floats where those are meant.
     """
-    from networks import Shared, build_options, defaults_of, find_system, owners_of
+    from networks import Shared, build_options, check_trunk, defaults_of, find_system, owners_of
 
     settings = checked(settings)
     if settings.dataset not in DATASETS:
@@ -236,6 +236,12 @@ def complete(settings: Settings) -> Settings:
     if settings.resize_size is None:
         settings = dataclasses.replace(settings, resize_size=settings.image_size)
     refuse_contradictions(settings, system)
+    check_trunk(
+        settings.backbone,
+        stride_on_first_conv=settings.stride_on_first_conv,
+        batch_norm=settings.batch_norm,
+        last_stride=settings.last_stride,
+    )
     known = {field.name for field in dataclasses.fields(system.Options)}
     options = {name: value for name, value in of_data.items() if name in known} | settings.options
     options = build_options(system, options, shared)

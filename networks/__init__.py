@@ -15,6 +15,8 @@ import networks.systems
 from networks.backbone import STRIDE, Backbone
 from networks.outputs import ENSEMBLINGS, SEVERAL_PER_IMAGE
 from networks.system import Shared, System
+from networks.trunks import BACKBONES as BACKBONES
+from networks.trunks import check_trunk as check_trunk
 from utils.errors import UserError
 from utils.options import Probability, SettingsError, as_annotated, checked, shortened, shown
 
@@ -96,7 +98,7 @@ def build_network(
     """Build a system by the name of its file, as `python train.py --model <name>` builds it on the same settings.
 
     Args:
-        backbone: resnet18, resnet34, resnet50, resnet101 or resnet152; None: the system's own choice, or resnet50.
+        backbone: one of `networks.trunks.BACKBONES`; None: the system's own choice, or resnet50.
         pretrained: torchvision weights such as "IMAGENET1K_V2", or a .pth file; None: none are loaded, those of a
             checkpoint will follow; "none": none, the network learns from its random weights. The batch norms and boxes
             of some systems differ by default where they start from random weights.
@@ -113,10 +115,10 @@ def build_network(
     Raises UserError for what cannot be built, SettingsError for options that the system does not have.
     """
     system = find_system(name)
-    own = defaults_of(system, Shared(pretrained=pretrained))
     values = {"backbone": backbone, "last_stride": last_stride, "input_size": input_size, "dropout": dropout}
-    values = {key: own.get(key) if value is None else value for key, value in values.items()}
-    shared = Shared(pretrained=pretrained, **{key: value for key, value in values.items() if value is not None})
+    given = {key: value for key, value in values.items() if value is not None}
+    own = defaults_of(system, Shared(pretrained=pretrained, **given))
+    shared = Shared(pretrained=pretrained, **{key: own[key] for key in values if key in own} | given)
     _check_numbers(num_classes, shared)  # all this before weights are downloaded
     build_options(system, options, shared)
     trunk = Backbone(

@@ -20,8 +20,8 @@ class Features(NamedTuple):
 
     stage2: Tensor  # [B, C2, H/8, W/8]
     stage3: Tensor  # [B, C3, H/16, W/16]
-    penultimate: Tensor  # [B, C, H/32, W/32], output of the last stage's second-to-last block
-    final: Tensor  # [B, C, H/32, W/32]
+    penultimate: Tensor | None  # [B, C, H/32, W/32], output of the last stage's second-to-last block; None: of the only
+    final: Tensor  # [B, C, H/32, W/32], not negative
     embedding: Tensor  # [B, C], global average of `final`, before dropout
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from networks.backbone import DENSE_STRIDE, STRIDE, Backbone
 from networks.losses import classification_losses
 from networks.outputs import NetworkOutput, combine_branches
+from networks.trunks import traits_of
 from utils.options import require
 
 
@@ -43,14 +44,29 @@ class Shared(NamedTuple):
     @property
     def localization_strides(self) -> tuple[int, ...]:
         """The strides of the maps that the trunk can compute over whole pictures."""
-        return tuple(sorted({self.stride, DENSE_STRIDE}))
+        return tuple(sorted({self.stride, DENSE_STRIDE} if traits_of(self.backbone).dense else {self.stride}))
 
-    def check_localization_stride(self, stride: int) -> None:
-        """Raise SettingsError where the trunk cannot compute such a map to find the object on."""
-        *others, last = self.localization_strides
-        choices = f"{', '.join(map(str, others))} or {last}" if others else f"{last}"
+    @property
+    def can_leave_out_last_stride(self) -> bool:
+        """Whether the trunk allows a `last_stride` of 1."""
+        return traits_of(self.backbone).last_stride
+
+    @property
+    def has_batch_norm(self) -> bool:
+        """Whether the trunk has batch norms, whose statistics can be frozen."""
+        return traits_of(self.backbone).batch_norm
+
+    def check_localization(self, stride: int, *, confirmed: bool = True) -> None:
+        """Raise SettingsError where the trunk cannot compute such a map to find the object on.
+
+        `confirmed` by the map of the last stage's second-to-last block, which some trunks do not have.
+        """
+        choices = " or ".join(map(str, self.localization_strides))
         expected = f"{choices} with {self.backbone} and last_stride {self.last_stride}"
         require(stride in self.localization_strides, "localization_stride", stride, expected)
+        has_two = not confirmed or traits_of(self.backbone).penultimate
+        blocks = "a trunk whose last stage has a second-to-last block, which confirms where the object is"
+        require(has_two, "backbone", self.backbone, blocks)
 
     @property
     def side_of_images(self) -> int:

@@ -10,7 +10,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from networks.backbone import BACKBONES, STRIDE, Backbone, is_weights_file, load_trunk_weights
+from networks.backbone import STRIDE, Backbone
+from networks.pretrained import is_weights_file, load_trunk_weights
 from utils.errors import UserError
 
 IMAGENET_WEIGHTS = Path(__file__).resolve().parents[2] / "shared" / "weights" / "resnet50_imagenet_v1.pth"
@@ -44,7 +45,7 @@ def spare() -> Backbone:
 
 
 @pytest.mark.parametrize(
-    ("name", "size"), (("resnet18", 96), ("resnet18", 160), *((name, 128) for name in BACKBONES[1:]))
+    ("name", "size"), (("resnet18", 96), ("resnet18", 160), *((name, 128) for name in list(BLOCKS)[1:]))
 )
 def test_shapes_and_channels(name: str, size: int) -> None:
     with torch.device("meta"):
@@ -184,7 +185,7 @@ def test_last_stride_is_not_dense() -> None:
 
 @pytest.mark.parametrize("last_stride", (0, 3, 16))
 def test_other_last_strides_are_refused(last_stride: int) -> None:
-    with pytest.raises(UserError, match=f"last_stride {last_stride} came; choose 1 or 2"), torch.device("meta"):
+    with pytest.raises(UserError, match=f"last_stride is {last_stride}; expected 1 or 2"), torch.device("meta"):
         Backbone("resnet18", last_stride=last_stride)
 
 

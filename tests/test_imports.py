@@ -22,6 +22,8 @@ SYSTEMS = frozenset(path.stem for path in (ROOT / "networks" / "systems").glob("
 LIGHT = frozenset(
     {"utils.errors", "utils.options", "utils.shared_settings", "utils.flags", "utils.command_line", "utils.older_runs"}
 )
+# Imported where they are needed, with a sentence where they are not installed.
+OPTIONAL = {"networks.pretrained": {"safetensors.torch"}}
 FOR_EVERY_SYSTEM = frozenset(
     {"networks", "networks.system", "networks.outputs", "networks.folding", "networks.evidence"}
 )
@@ -75,6 +77,8 @@ def refusal(importer: str, imported: str) -> str | None:
         return None
     if room == "networks":
         if top in {"networks", "torch", "torchvision"} or top in STANDARD_LIBRARY or imported in LIGHT:
+            return None
+        if imported in OPTIONAL.get(importer, ()):
             return None
         return "networks/ may import torch, torchvision, utils.errors, utils.options and itself only"
     if imported in LIGHT and importer in LIGHT:

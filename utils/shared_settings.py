@@ -109,8 +109,3 @@ def refuse_contradictions(settings: Any, system: Any) -> None:
         not settings.sync_batch_norm or settings.batch_norm == "shared",
         "False where batch_norm is 'per_pass', whose statistics each process takes from its own images, or 'frozen'",
     )
-    needs(
-        "stride_on_first_conv",
-        not settings.stride_on_first_conv or settings.backbone not in ("resnet18", "resnet34"),
-        f"False for {settings.backbone}, which has no 1x1 convolution to put it on; resnet50 and deeper have",
-    )

@@ -55,7 +55,7 @@ class CAL(System):
         "brightness": 0.126,
         "contrast": 0.0,
         "ensembling": "mean_logits",
-        "last_stride": 1,
+        "last_stride": lambda shared: 1 if shared.can_leave_out_last_stride else 2,
     }
     published_names = {
         "features.0.": "backbone.trunk.conv1.",

@@ -43,7 +43,7 @@ class Options:
             self.classify_suppressed,
             "True, unless suppression is a number such as 0.7: nothing else would teach the learnable one",
         )
-        shared.check_localization_stride(self.localization_stride)
+        shared.check_localization(self.localization_stride, confirmed=self.box_agreement)
         blocks = shared.input_size // shared.stride
         cells = f"at most {blocks}: a block is a cell of {shared.stride} pixels or more"
         require(self.jigsaw_blocks <= blocks, "jigsaw_blocks", self.jigsaw_blocks, cells)

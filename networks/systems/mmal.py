@@ -28,7 +28,7 @@ class Options:
     localization_threshold: Positive = 1.0  # cells belong to the object above so many times the map's mean
 
     def check(self, shared: Shared) -> None:
-        shared.check_localization_stride(self.localization_stride)
+        shared.check_localization(self.localization_stride)
 
 
 class MMALNet(System):

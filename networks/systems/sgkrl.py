@@ -63,7 +63,7 @@ class Options:
         )
 
     def check(self, shared: Shared) -> None:
-        shared.check_localization_stride(self.localization_stride)
+        shared.check_localization(self.localization_stride)
         require(
             "weighting" not in self.without or self.spatial_weights != "absolute",
             "without",
@@ -87,7 +87,9 @@ class SGKRL(System):
     run_defaults = {
         # Chosen on 135 validation images of CUB's gulls and wrens; see docs/settings.md.
         "batch_norm": lambda shared: (
-            "frozen" if shared.has_pretrained_weights and not shared.sync_batch_norm else "shared"
+            "frozen"
+            if shared.has_pretrained_weights and not shared.sync_batch_norm and shared.has_batch_norm
+            else "shared"
         )
     }
     can_exit_early = True

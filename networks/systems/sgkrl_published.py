@@ -40,7 +40,7 @@ class Options:
     exit_threshold: Probability = 1.0  # test.py: images whose object branch is surer skip the windows; 1: none does
 
     def check(self, shared: Shared) -> None:
-        shared.check_localization_stride(self.localization_stride)
+        shared.check_localization(self.localization_stride)
         inside = self.graph_scope == "image"
         require(
             self.graph_edges == "equal" or inside,

@@ -1,0 +1,38 @@
+"""RegNets with squeeze and excitation.
+
+Radosavovic, Kosaraju, Girshick, He & Dollar, "Designing Network Design Spaces", CVPR 2020. Their cells depend on the
+mean of the whole map (squeeze and excitation), so that a denser one would not hold the others: there are no dense maps.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from networks.trunks.family import Family, Maps, run_stage
+
+
+class RegNets(Family):
+    one_block = ("regnet_y_3_2gf", "regnet_y_8gf", "regnet_y_16gf", "regnet_y_32gf", "regnet_y_128gf")
+    names = ("regnet_y_400mf", "regnet_y_800mf", "regnet_y_1_6gf", *one_block)
+    classifier = "fc."
+
+    @staticmethod
+    def stages(trunk: nn.Module) -> list[nn.Sequential]:
+        return list(trunk.trunk_output)
+
+    @staticmethod
+    def channels(trunk: nn.Module) -> dict[str, int]:
+        _, _, third, last = (next(stage[0].f.a.children()).in_channels for stage in trunk.trunk_output)
+        return {"stage2": third, "stage3": last, "final": trunk.fc.in_features}
+
+    @staticmethod
+    def remove_classifier(trunk: nn.Module) -> None:
+        trunk.fc = nn.Identity()
+
+    @staticmethod
+    def look(trunk: nn.Module, images: Tensor, *, frozen: bool, dense: bool) -> Maps:
+        stage1, stage2, stage3, stage4 = trunk.trunk_output
+        x = stage2(stage1(trunk.stem(images)))
+        deeper = stage3(x)
+        penultimate, final = run_stage(stage4, deeper)
+        return Maps(x, deeper, penultimate if len(stage4) > 1 else None, final)
