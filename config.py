@@ -197,8 +197,8 @@ DATASETS: dict[str, dict[str, object]] = {
         "cache": "ram",  # 30 MB, and nothing is drawn twice
     },
     "cub": {},
-    "cars": {"windows": "vehicles"},
-    "aircraft": {"windows": "vehicles"},
+    "cars": {"windows": "vehicles", "location_weight": 0.01},
+    "aircraft": {"windows": "vehicles", "location_weight": 0.01, "regions": 2},
     "dogs": {},
     "nabirds": {},
     "folder": {},

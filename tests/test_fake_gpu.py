@@ -55,6 +55,7 @@ OPTIONS: tuple[System, ...] = (  # that compute something else on the device
     ("sgkrl", {"graph_edges": "distance", "spatial_weights": "absolute", "without": ("fusion",)}),
     ("flrdf", {"suppression": 0.5, "box_agreement": True}),
     ("scrim", {"parts_of_every_level": False}),
+    ("dcl", {"guessed_places": True, "swap_classes": "two"}),
 )
 
 
