@@ -7,8 +7,9 @@
     python train.py --help_all                                             # the same with explanations
 
 Here are the settings that all systems share; those that only one has stand in `Options` of its own file,
-networks/systems/<model>.py. A value of None takes the first that there is of: the data set's own in the tables below,
-the system's `run_defaults`, the one in PUBLISHED. So an edit here always wins, and a flag over an edit.
+networks/systems/<model>.py. A value of None takes the first that there is of: that of the `recipe`, the data set's own
+in the tables below, the system's `run_defaults`, the one in PUBLISHED. So an edit here always wins, and a flag over an
+edit.
 docs/settings.md explains each at length, with what was measured.
 """
 
@@ -93,6 +94,7 @@ class Settings:
     dropout: Share | None = None  # before every classifier; the attention of the fusion keeps its published 0.2
 
     # ---- Training -------------------------------------------------------------------------------------------------
+    recipe: Literal["none", "modern"] = "none"  # a set of values for what is None below, see RECIPES
     epochs: Count | None = None  # how often every training image is seen
     patience: CountOrZero = 0  # stop after so many epochs without a gain on what chooses the best one; 0: never
     batch_size: Count | None = None  # over all devices together
@@ -176,6 +178,23 @@ PUBLISHED: dict[str, object] = {
     "cache": "none",
 }
 
+# Values that belong together, and so come before those of a data set and of a system: any system can be trained with
+# them. Not yet measured against the others.
+RECIPES: dict[str, dict[str, object]] = {
+    "none": {},
+    "modern": {
+        "optimizer": "adamw",
+        "learning_rate": 1e-4,
+        "head_learning_rate_factor": 10.0,
+        "weight_decay": 0.05,
+        "decay_norms_and_biases": False,
+        "schedule": "one_cycle",
+        "linear_warmup_epochs": 0.0,
+        "label_smoothing": 0.1,
+        "ema_decay": 0.999,
+    },
+}
+
 # What a data set changes; settings that only some systems have are taken by those.
 DATASETS: dict[str, dict[str, object]] = {
     # Small and from random weights, to finish on any machine: four minutes on two cores with bf16, about eight without.
@@ -223,8 +242,11 @@ def complete(settings: Settings) -> Settings:
         if name not in hints(Settings) and not owners_of(name):
             raise SettingsError(f"config.py's table of {settings.dataset} has {name}, which is no setting")
     given, shared = settings, None
+    of_recipe = RECIPES[settings.recipe]
+    if not of_recipe.keys() <= hints(Settings).keys():
+        raise SettingsError(f"config.py's recipe {settings.recipe} has a name that is no shared setting")
     for _ in range(2):  # a system's values may follow from the others: those are there in the second round
-        defaults = PUBLISHED | defaults_of(system, shared) | of_data
+        defaults = PUBLISHED | defaults_of(system, shared) | of_data | of_recipe
         missing = {n: value for n, value in defaults.items() if n in hints(Settings) and getattr(given, n) is None}
         settings = checked(dataclasses.replace(given, **missing))  # the tables may have been edited, too
         shared = Shared(**{name: getattr(settings, name) for name in Shared._fields})

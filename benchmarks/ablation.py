@@ -49,6 +49,7 @@ COMMON = (
     *("--batch_norm", "frozen"),  # for every row alike; other statistics after the rows: a table of its own
 )
 
+RESNET = ("--model", "resnet")
 # the background is masked from an epoch past the last one: never
 UNMASKED = ("--mask_from_epoch", "100")
 # the object box as MMAL-Net draws it, round what is above the mean of the trunk's own grid
@@ -60,7 +61,16 @@ PUBLISHED = ("--model", "sgkrl_published", *UNMASKED)
 
 # name -> flags after the common ones
 ROWS: dict[str, tuple[str, ...]] = {
-    "resnet": ("--model", "resnet"),
+    "resnet": RESNET,
+    # the plain network trained otherwise, in one thing each
+    "resnet-crops": (*RESNET, "--resize_size", "256"),  # random crops of 224, the central one in evaluation
+    "resnet-adamw": (*RESNET, "--optimizer", "adamw", "--learning_rate", "1e-4", "--weight_decay", "0.05"),
+    "resnet-ema": (*RESNET, "--ema_decay", "0.999"),
+    "resnet-smoothing": (*RESNET, "--label_smoothing", "0.1"),
+    "resnet-mixup": (*RESNET, "--mixup", "0.2"),
+    "resnet-cutmix": (*RESNET, "--cutmix", "1.0"),
+    # the whole recipe, in place of the common rates
+    "resnet-modern": (*RESNET, "--recipe", "modern", "--learning_rate", "1e-4", "--head_learning_rate_factor", "10"),
     "mmal": ("--model", "mmal"),
     "flrdf": ("--model", "flrdf"),
     "scrim": ("--model", "scrim"),

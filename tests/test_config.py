@@ -43,6 +43,46 @@ def test_a_default_is_decided_in_one_order(tmp_path, monkeypatch):
     assert unedited.parse_settings([*words, "--model", "mmal"]).epochs == 200
 
 
+def test_a_recipe_comes_before_the_data_set_and_the_system(tmp_path, monkeypatch):
+    """Flag, edit, recipe, the data set's table, the system's run_defaults, what was published."""
+    edited = edited_config(tmp_path, monkeypatch, weight_decay=0.3)
+    unedited = edited_config(tmp_path, monkeypatch)
+    words = [*CUB, "--model", "resnet", "--recipe", "modern"]
+    for module in (edited, unedited):
+        monkeypatch.setitem(module.RECIPES, "modern", {"weight_decay": 0.2, "epochs": 5})
+        monkeypatch.setitem(module.DATASETS, "cub", {"weight_decay": 0.1, "epochs": 4, "batch_size": 3})
+    monkeypatch.setattr(ResNetClassifier, "run_defaults", {"weight_decay": 0.05, "epochs": 3, "batch_size": 2})
+    assert edited.parse_settings([*words, "--weight_decay", "0.4"]).weight_decay == 0.4
+    assert edited.parse_settings(words).weight_decay == 0.3
+    chosen = unedited.parse_settings(words)
+    assert (chosen.weight_decay, chosen.epochs, chosen.batch_size) == (0.2, 5, 3)
+    without = unedited.parse_settings([*CUB, "--model", "resnet"])
+    assert (without.recipe, without.weight_decay, without.epochs) == ("none", 0.1, 4)
+    # an edited recipe can be left out for one run
+    always = edited_config(tmp_path, monkeypatch, recipe="modern")
+    assert always.parse_settings(words[:-2]).optimizer == "adamw"
+    assert always.parse_settings([*words[:-2], "--recipe", "none"]).optimizer == "sgd"
+
+
+@pytest.mark.parametrize("dataset", ["demo", "cub"])
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("recipe", config.RECIPES)
+def test_every_system_takes_every_recipe(model, recipe, dataset):
+    for epochs in ("1", "30"):
+        words = ["--dataset", dataset, "--data_root", "somewhere", "--model", model, "--epochs", epochs]
+        settings = parse_settings([*words, "--recipe", recipe])
+        for name, value in config.RECIPES[recipe].items():
+            assert getattr(settings, name) == value
+    decided = {name for name in SHARED if getattr(Settings(), name) is None}
+    assert config.RECIPES[recipe].keys() <= decided
+
+
+def test_a_run_keeps_the_values_of_its_recipe(monkeypatch):
+    saved = dataclasses.asdict(parse_settings([*CUB, "--recipe", "modern"]))
+    monkeypatch.setitem(config.RECIPES, "modern", {"optimizer": "sgd"})
+    assert config.rebuilt(saved).optimizer == "adamw"
+
+
 def test_a_default_of_a_systems_own_setting_is_decided_in_the_same_order(tmp_path, monkeypatch):
     """Flag, edit of `options`, the data set's table, the field of `Options`."""
     own, other, third = ((((5, 5),), 1),), ((((6, 6),), 1),), ((((4, 4),), 2),)

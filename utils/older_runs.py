@@ -19,6 +19,7 @@ BEFORE: dict[str, object] = {
     "normalization": "imagenet",
     "padding": 0,
     # of training
+    "recipe": "none",
     "optimizer": "sgd",
     "decay_norms_and_biases": True,
     "decay_rate": 0.95,
