@@ -39,6 +39,7 @@ from utils.shared_settings import (
     Alpha,
     Batches,
     Branches,
+    Degrees,
     Device,
     Epochs,
     Folder,
@@ -80,6 +81,9 @@ class Settings:
     flip: Probability | None = None  # probability of a horizontal flip in training
     brightness: Share | None = None  # training brightness is multiplied by 1 - x to 1 + x
     contrast: Share | None = None  # likewise contrast
+    saturation: Share | None = None  # likewise saturation
+    rotation: Degrees | None = None  # training pictures are turned by up to so many degrees either way
+    erasing: Probability | None = None  # probability that a random rectangle of a training picture is erased
     crop_scale: PartOfArea | None = None  # training sees a random part of this share of the area or more; 1: all of it
     normalization: Literal["imagenet", "half"] | None = None  # half: mean and deviation 0.5 for every colour
 
@@ -147,6 +151,9 @@ PUBLISHED: dict[str, object] = {
     "flip": 0.5,
     "brightness": 0.2,
     "contrast": 0.2,
+    "saturation": 0.0,
+    "rotation": 0.0,
+    "erasing": 0.0,
     "crop_scale": 1.0,
     "normalization": "imagenet",
     "backbone": "resnet50",

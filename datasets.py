@@ -48,7 +48,7 @@ class Sample(NamedTuple):
     box: [4] float32, the object's edges (x0, y0, x1, y1) in pixels of the image after augmentation (without area where
         the drawn part leaves the object out), or None.
     path: the file; for the demo set the number of the drawn picture.
-    augmentation: [8] float32 as `Augmentation.draw` gives it, or None.
+    augmentation: [16] float32 as `Augmentation.draw` gives it, or None.
     """
 
     image: Tensor
@@ -61,7 +61,7 @@ class Sample(NamedTuple):
 class Batch(NamedTuple):
     """B samples: images [B, 3, S, S] uint8, labels [B] int64, boxes [B, 4] float32 or None, paths.
 
-    augmentation: [B, 8] float32, what is still to be done to the images (the boxes are those after it), or None.
+    augmentation: [B, 16] float32, what is still to be done to the images (the boxes are those after it), or None.
     """
 
     images: Tensor
@@ -177,6 +177,9 @@ class DataSettings(Protocol):
     flip: float
     brightness: float
     contrast: float
+    saturation: float
+    rotation: float
+    erasing: float
     crop_scale: float
     batch_size: int
     evaluation_batch_size: int

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from config import rebuilt
 from datasets import loading_of
 from utils.command_line import Parser
-from utils.data.augmentation import NORMALIZATIONS
+from utils.data.image_batches import NORMALIZATIONS
 from utils.errors import UserError, exit_with_one_sentence
 from utils.reporting.metrics import inclusive_to_edges
 from utils.training.building import load_trained

@@ -30,7 +30,7 @@ from torchvision import transforms
 
 from config import Settings, complete
 from datasets import Entry, build_cache, read_catalogue, training_loader
-from utils.data.augmentation import NORMALIZATIONS
+from utils.data.image_batches import NORMALIZATIONS
 from utils.errors import UserError
 from utils.training.distributed import choose_device
 from utils.training.execution import Execution

@@ -46,6 +46,7 @@ TYPES: dict[object, tuple[list, list]] = {
     shared_settings.Fraction: ([0.001, 0.3], [0.0, 1.0, NAN]),
     shared_settings.Alpha: ([0.0, 0.01, 0.2, 100.0], [0.001, -0.2, 101.0, NAN]),
     shared_settings.PartOfArea: ([0.01, 0.5, 1.0], [0.001, -0.5, 1.1, NAN]),
+    shared_settings.Degrees: ([0.0, 15.0, 180.0], [-1.0, 181.0, NAN]),
     shared_settings.Epochs: ([(), (3, 5), (1,)], [(0,), (60, -5)]),
     shared_settings.Weights: ([{}, {"object": 2.0, "raw": 0.0}], [{"raw": -1.0}, {"raw": NAN}, {"raw": INF}]),
     shared_settings.Processes: ([0, 4, 1024], [-1, 1025]),

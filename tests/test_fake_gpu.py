@@ -24,7 +24,7 @@ from networks.evidence import forward_with_evidence
 from networks.jigsaw import cyclic_permutations, permute_blocks
 from networks.outputs import NetworkOutput
 from networks.system import Step
-from utils.data import augmentation
+from utils.data import image_batches
 from utils.reporting.metrics import EpochMeter, confusion_matrix, inclusive_to_edges
 from utils.reporting.results import ResultCollector
 from utils.training.execution import Execution
@@ -95,10 +95,13 @@ def on_a_gpu(*, autocast: bool = False) -> Iterator[None]:
 @pytest.fixture
 def fake() -> Iterator[None]:
     """No tensor that is made in the test has values."""
-    augmentation._colours.cache_clear(), augmentation._scale_and_shift.cache_clear()
+    image_batches._colours.cache_clear(), image_batches._scale_and_shift.cache_clear()
     with FakeTensorMode(allow_non_fake_inputs=False):
         yield
-    augmentation._colours.cache_clear(), augmentation._scale_and_shift.cache_clear()  # no other test can use fake ones
+    (
+        image_batches._colours.cache_clear(),
+        image_batches._scale_and_shift.cache_clear(),
+    )  # no other test can use fake ones
 
 
 def build(system: System, **settings: object) -> nn.Module:
@@ -200,7 +203,7 @@ def test_augmentation(fake: None, cropped: bool, monkeypatch: pytest.MonkeyPatch
         return cropped
 
     monkeypatch.setattr(FakeTensor, "__bool__", look_at, raising=False)
-    images, rows = torch.empty(BATCH, 3, SIZE, SIZE, dtype=torch.uint8), torch.empty(BATCH, 8)
+    images, rows = torch.empty(BATCH, 3, SIZE, SIZE, dtype=torch.uint8), torch.empty(BATCH, 16)
     for given in (rows, None):
         with ForbidHostReads():
             result = Execution(CUDA).images(images, given)
@@ -208,7 +211,7 @@ def test_augmentation(fake: None, cropped: bool, monkeypatch: pytest.MonkeyPatch
         assert result.dtype == torch.float32
     images = images.to(CUDA)
     with on_a_gpu():  # no constant comes from the host again
-        assert augmentation.normalised(images).device.type == "cuda"
+        assert image_batches.normalised(images).device.type == "cuda"
 
 
 @pytest.mark.parametrize("orders", (1, BATCH))

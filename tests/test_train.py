@@ -28,7 +28,7 @@ from datasets import DataError, Pictures, read_catalogue
 from networks import build_network, find_system
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from utils.data import demo_birds
-from utils.data.augmentation import normalised
+from utils.data.image_batches import normalised
 from utils.errors import Stopped, UserError, exit_with_one_sentence
 from utils.options import flat
 from utils.training.building import build_from_settings, load_trained

@@ -18,6 +18,9 @@ BEFORE: dict[str, object] = {
     # of loading
     "normalization": "imagenet",
     "padding": 0,
+    "rotation": 0.0,
+    "saturation": 0.0,
+    "erasing": 0.0,
     # of training
     "recipe": "none",
     "optimizer": "sgd",

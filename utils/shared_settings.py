@@ -43,6 +43,7 @@ RunName = Annotated[str, Limit(lambda n: re.fullmatch(r"[\w.+-]+", n) is not Non
 Fraction = Annotated[float, Limit(lambda x: 0 < x < 1, "a share between 0 and 1")]
 Alpha = Annotated[float, Limit(lambda a: a == 0 or 0.01 <= a <= 100, "0, or a number from 0.01 to 100")]
 PartOfArea = Annotated[float, Limit(lambda x: 0.01 <= x <= 1, "a number from 0.01 to 1")]
+Degrees = Annotated[float, Limit(lambda x: 0 <= x <= 180, "degrees from 0 to 180")]
 Epochs = Annotated[tuple[int, ...], Limit(lambda epochs: all(e >= 1 for e in epochs), "epochs, counted from 1")]
 Weights = Annotated[
     dict[str, float],

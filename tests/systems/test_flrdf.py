@@ -22,7 +22,7 @@ from networks.backbone import Backbone
 from networks.outputs import Features, NetworkOutput
 from networks.system import System
 from networks.systems.flrdf import FLRDF
-from utils.data.augmentation import normalised
+from utils.data.image_batches import normalised
 
 pytestmark = pytest.mark.usefixtures("thin_trunk")
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from utils.data.augmentation import normalised
+from utils.data.image_batches import normalised
 
 
 class Execution(NamedTuple):
@@ -25,7 +25,7 @@ class Execution(NamedTuple):
     def images(self, images: Tensor, augmentation: Tensor | None = None) -> Tensor:
         """Move a batch of images [B, 3, H, W] to the device, in the chosen layout, as the network wants them.
 
-        uint8 is augmented there, if `augmentation` [B, 8], itself on the CPU, says how, and normalised; floating point
+        uint8 is augmented there, if `augmentation` [B, 16], itself on the CPU, says how, and normalised; floating point
         is so already.
         """
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
