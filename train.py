@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         train_loader.dataset.cache = selection_loader.dataset.cache = cache
         run.begin(bad_pictures)
         if run.saved is None:
-            system.prepare(train_loader)
+            system.prepare(execution.batches(train_loader))
 
         for epoch in run.epochs():
             plan = plan_epoch(system, epoch, loss_weights, warmup_epochs=settings.warmup_epochs)

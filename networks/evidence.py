@@ -1,9 +1,9 @@
 """Where a system's prediction comes from: class activation maps of all its passes, laid over the picture.
 
 Zhou, Khosla, Lapedriza, Oliva & Torralba, "Learning Deep Features for Discriminative Localization", CVPR 2016, carried
-over to what lies between a pass's last map and the class by the gradient: the map times the gradient, summed over the
-channels (HiResCAM: Draelos & Carin, "Use HiResCAM instead of Grad-CAM for faithful explanations", 2020). For a linear
-classifier of the averaged map that is the class activation map itself.
+over to what lies between the maps of a pass that are classified and the class by the gradient: the map times the
+gradient, summed over the channels (HiResCAM: Draelos & Carin, "Use HiResCAM instead of Grad-CAM for faithful
+explanations", 2020). For a linear classifier of the averaged map that is the class activation map itself.
 """
 
 from __future__ import annotations
@@ -29,19 +29,22 @@ def forward_with_evidence(
     """Run a system (in eval mode) and return its output, and what speaks for its prediction where: [B, size, size].
 
     The evidence is float32, not negative, and covers the whole picture; of all passes behind the prediction (picture,
-    object, windows or parts) each counts where it looked, per area. Only its proportions mean something.
+    object, windows or parts) each counts where it looked, per area, with each of its maps that a branch classifies.
+    Only its proportions mean something.
     """
-    finals: list[Tensor] = []
+    passes: list[tuple[Tensor, ...]] = []
 
     def begin(*_: object) -> None:
         torch.set_grad_enabled(False)
 
     def end(backbone: nn.Module, inputs: object, features: Features) -> Features:
-        """Let gradients go back to the pass's last map, and no further."""
+        """Let gradients go back to the maps of the pass that a system may classify, and no further."""
         torch.set_grad_enabled(True)
-        final = features.final.detach().requires_grad_()
-        finals.append(final)
-        return features._replace(final=final, embedding=final.mean(dim=(2, 3)))
+        maps = stage2, stage3, final = tuple(
+            value.detach().requires_grad_() for value in (features.stage2, features.stage3, features.final)
+        )
+        passes.append(maps)
+        return features._replace(stage2=stage2, stage3=stage3, final=final, embedding=final.mean(dim=(2, 3)))
 
     hooks = network.backbone.register_forward_pre_hook(begin), network.backbone.register_forward_hook(end)
     try:
@@ -49,7 +52,8 @@ def forward_with_evidence(
             output = network(images, mask_background=mask_background, branches=branches)
             predicted = network.predict_logits(output).argmax(dim=1, keepdim=True)
             scores = torch.stack([output.logits[name].gather(1, predicted) for name in network.prediction])
-            gradients = torch.autograd.grad(scores.float().sum(), finals, allow_unused=True)
+            maps = [map_ for of_pass in passes for map_ in of_pass]
+            gradients = dict(zip(maps, torch.autograd.grad(scores.float().sum(), maps, allow_unused=True), strict=True))
     finally:
         for hook in hooks:
             hook.remove()
@@ -57,10 +61,11 @@ def forward_with_evidence(
     input_size = network.input_size
     evidence = torch.zeros(len(images), size, size, device=images.device)
     looked_at = _boxes_of_passes(output, len(images), input_size)  # the last of them may have been left out
-    for final, gradient, boxes in zip(finals, gradients, looked_at, strict=False):
-        if gradient is not None:
-            contributions = (final.detach().float() * gradient.float()).sum(dim=1)  # [B * N, g, g]
-            evidence += _lay_over(contributions.unflatten(0, (len(images), -1)), boxes, input_size, size)
+    for of_pass, boxes in zip(passes, looked_at, strict=False):
+        for map_ in of_pass:
+            if (gradient := gradients[map_]) is not None:
+                contributions = (map_.detach().float() * gradient.float()).sum(dim=1)  # [B * N, g, g]
+                evidence += _lay_over(contributions.unflatten(0, (len(images), -1)), boxes, input_size, size)
     return output, evidence.clamp(min=0)
 
 

@@ -183,10 +183,11 @@ class System(nn.Module):
         """Whether the background is masked in an epoch, counted from 1."""
         return False
 
-    def prepare(self, batches: Iterable) -> None:
-        """Look at the training batches once before a new run, such as for a k-means start; what it finds is in buffers.
+    def prepare(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Look at the training images before a new run, such as for a k-means start, and change weights or buffers.
 
-        Called in every process, with batches of all its training images.
+        Called in every process, with batches of all its training images as the first epoch could show them (but for a
+        last incomplete batch): normalised images [B, 3, S, S] and labels [B], on the device.
         """
 
     def after_step(self, output: NetworkOutput, targets: Tensor) -> None:

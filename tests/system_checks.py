@@ -138,12 +138,14 @@ def output_keeps_the_contract_in_training(variant: Variant) -> None:
 
 @torch.no_grad()
 def constant_images_are_taken(variant: Variant) -> None:
+    """And alike wherever they stand in the batch, but for the last digit, in which rows of a product may differ."""
     network = variant.evaluated
     for value in (0.0, 1.0, -2.3):
         output = network(torch.full((2, 3, SIZE, SIZE), value), mask_background=True)
         assert_contract(output, network, batch=2)
         for name, logits in output.logits.items():
-            assert name in variant.depends_on_batch or torch.equal(logits[0], logits[1]), name
+            same = torch.allclose(logits[0], logits[1], rtol=1e-6, atol=1e-7)
+            assert name in variant.depends_on_batch or same, name
 
 
 def images_that_are_not_square_or_too_small_are_refused(variant: Variant) -> None:

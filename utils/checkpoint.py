@@ -188,6 +188,9 @@ def load_published(network: System, path: str | Path) -> None:
     optional = {name for name in expected if name.endswith("num_batches_tracked")} | {*network.absent_when_published}
     published_name = {renamed: name for name in state if (renamed := _renamed(name, names)) in expected}
     known = {*published_name, *optional}
+    for ours, name in published_name.items():  # a 1x1 convolution of a vector is a linear layer
+        if state[name].shape == (*expected[ours].shape, 1, 1):
+            state[name] = state[name].flatten(1)
     problems = {
         "left over": sorted(state.keys() - published_name.values()),
         "missing": [_renamed(name, published) or name for name in expected if name not in known],

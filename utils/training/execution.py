@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from utils.data.image_batches import normalised
 
@@ -33,3 +35,9 @@ class Execution(NamedTuple):
         if images.dtype == torch.uint8:
             images = normalised(images, augmentation, self.normalization)
         return images.contiguous(memory_format=layout)
+
+    def batches(self, loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the images of a loader's batches, as `images` gives them, with their labels [B], on the device."""
+        for batch in loader:
+            labels = batch.labels.to(self.device, non_blocking=True)
+            yield self.images(batch.images, batch.augmentation), labels
