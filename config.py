@@ -63,6 +63,7 @@ class Settings:
     dataset: str = "demo"  # demo, cub, cars, aircraft, dogs, nabirds or folder (pictures in a folder per class)
     data_root: str | None = None  # folder that holds the data set; the demo set is drawn in memory and needs none
     classes: Patterns | None = None  # only the classes whose names match, such as '*_Gull' '*_Wren'; None: all
+    class_level: Count | None = None  # dataset=folder: classes are folders so many levels deep; None: found, if clear
     name: RunName | None = None  # added to the run's folder, to keep several runs of one model and data set apart
     checkpoint_dir: Folder = "checkpoint"  # the run writes to <checkpoint_dir>/<dataset>-<model>[-<name>]/
     fresh: bool = False  # start anew: a run that is in the folder already is moved aside
@@ -71,7 +72,7 @@ class Settings:
     # ---- Which images choose the best epoch -----------------------------------------------------------------------
     validation: Share = 0.1  # share of the training images of each class that is held back for it
     select_on: Literal["validation", "test"] = "validation"  # test: trains on all images, and test figures flatter
-    test_fraction: Fraction = 0.2  # dataset=folder without train/ and test/: share of each class for the test set
+    test_fraction: Fraction = 0.2  # data without a test part: share of each class that is held back for it
 
     # ---- Pictures -------------------------------------------------------------------------------------------------
     input_size: SideOfInput | None = None  # side in pixels of what the backbone sees: a multiple of 32, at least 96

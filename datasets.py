@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from utils.data.augmentation import Augmentation
-from utils.data.catalogue import Catalogue, Entry, leave_out, split_validation
+from utils.data.catalogue import CHOICES, Catalogue, Entry, leave_out, split_validation
 from utils.data.checking import find_bad_pictures
 from utils.data.cropping import central_offset, cut_square, draw_offset
 from utils.data.errors import DataError, describe
@@ -166,6 +166,7 @@ class DataSettings(Protocol):
     dataset: str
     data_root: str | None
     classes: tuple[str, ...] | None
+    class_level: int | None
     test_fraction: float
     seed: int
     on_bad_image: str
@@ -196,17 +197,16 @@ def load_catalogue(settings: DataSettings) -> tuple[Catalogue, dict[str, str]]:
         settings.dataset,
         settings.data_root,
         classes=settings.classes,
-        seed=settings.seed,
-        test_fraction=settings.test_fraction,
+        **{name: getattr(settings, name) for name in CHOICES},
     )
     skip = settings.on_bad_image == "skip"
-    bad = find_bad_pictures(catalogue.train + catalogue.test, thorough=skip)
+    bad = find_bad_pictures(catalogue.entries, thorough=skip)
     if not bad:
         return catalogue, bad
     if not skip:
         path, reason = next(iter(bad.items()))
         raise DataError(
-            f"{len(bad)} of {len(catalogue.train + catalogue.test)} pictures cannot be read, the first is {path} "
+            f"{len(bad)} of {len(catalogue.entries)} pictures cannot be read, the first is {path} "
             f"({reason}): repair them, or set on_bad_image to skip"
         )
     return leave_out(catalogue, bad), bad
@@ -214,8 +214,12 @@ def load_catalogue(settings: DataSettings) -> tuple[Catalogue, dict[str, str]]:
 
 def choose_split(settings: DataSettings, catalogue: Catalogue) -> tuple[list[Entry], list[Entry], str]:
     """Return the training images, those that choose the best epoch, and the latter in words."""
+    given = catalogue.validation
     if settings.select_on == "test":
-        return catalogue.train, catalogue.test, f"the {len(catalogue.test)} TEST images: test figures are optimistic"
+        words = f"the {len(catalogue.test)} TEST images: test figures are optimistic"
+        return [*catalogue.train, *(given or [])], catalogue.test, words
+    if given is not None:
+        return catalogue.train, given, f"{len(given)} validation images (the data's own validation part)"
     train, validation = split_validation(catalogue.train, settings.validation, settings.seed)
     if not validation:
         raise DataError("no class has an image to spare for validation: raise validation, or set select_on to test")

@@ -48,7 +48,7 @@ from utils.training.allocator import keep_freed_memory
 from utils.training.building import Trained, build_from_settings, load_trained, make_ready
 from utils.training.engine import evaluate
 
-MACHINE = ("data_root", "device", "precision", "evaluation_batch_size", "workers")
+MACHINE = ("data_root", "class_level", "device", "precision", "evaluation_batch_size", "workers")
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -76,6 +76,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespace
     )
     machine = parser.add_argument_group("machine (default: as in training)")
     machine.add_argument("--data_root", metavar="DIR", help="where the data set lies on this machine")
+    machine.add_argument("--class_level", type=int, metavar="N", help="folders: the level of those that are classes")
     machine.add_argument("--device", help="cpu, cuda, cuda:1 ...")
     machine.add_argument("--precision", choices=("auto", "float32", "bf16"))
     machine.add_argument("--evaluation_batch_size", type=int, metavar="N", help="images at a time")
@@ -99,6 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     trained, catalogue = rebuild(options, more)
     network, settings, saved, plan, execution = trained
     options.weights = saved.get("weights")
+    for note in catalogue.notes:
+        show(f"note: {note}")
     listed = catalogue.test
     if options.shuffle:  # here, so that all below finds results and images in one order
         catalogue = catalogue._replace(test=shuffled(listed, settings.seed))

@@ -38,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     catalogue, bad_pictures = load_catalogue(settings)
     train_entries, selection_entries, selected_on = choose_split(settings, catalogue)
     device = setup_distributed(settings.device)
+    for note in catalogue.notes:
+        print_once(f"note: {note}")
     settings = dataclasses.replace(settings, precision=agreed_precision(settings.precision, device))
     execution = Execution(device, settings.precision, settings.channels_last, settings.normalization)
     train_loader = training_loader(settings, train_entries, rank=rank(), world_size=world_size())

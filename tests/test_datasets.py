@@ -111,7 +111,7 @@ def test_dogs(tmp_path: Path, lists: str) -> None:
     assert [entry.label for entry in catalogue.train + catalogue.test] == [1, 0, 1]
 
 
-@pytest.mark.parametrize("test_name", ["test", "val"])
+@pytest.mark.parametrize("test_name", ["test", "Testing"])
 def test_folder_with_a_split(tmp_path: Path, test_name: str) -> None:
     for file in ("train/b b/1.PNG", "train/a/2.jpg", "train/a/deep/3.jpg", f"{test_name}/a/4.jpg"):
         write_picture(tmp_path / file)
@@ -228,6 +228,7 @@ def made_settings(picture_tree: Path, **changes: object) -> SimpleNamespace:
     """No more than what `DataSettings` names, so that a field read beside these would be missed."""
     values = {
         **{"dataset": "folder", "data_root": str(picture_tree), "classes": None, "test_fraction": 0.25, "seed": 3},
+        "class_level": None,
         **{"on_bad_image": "stop", "select_on": "validation", "validation": 0.34, "image_size": 32, "flip": 0.5},
         **{"resize_size": 32, "padding": 0, "saturation": 0.0, "rotation": 0.0, "erasing": 0.0},
         **{"brightness": 0.2, "contrast": 0.2, "crop_scale": 0.5, "batch_size": 4, "evaluation_batch_size": 5},

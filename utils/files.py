@@ -64,6 +64,27 @@ def sync_folder(folder: Path) -> None:
             os.close(number)
 
 
+OUTPUT_MARK = ".output"  # a file in folders of drawings and reports: what is in there is never read as data
+
+
+def is_output(folder: Path) -> bool:
+    """Whether our programs made a folder: it is marked, or it is a run's."""
+    return (folder / OUTPUT_MARK).is_file() or all((folder / name).is_file() for name in ("config.json", "log.jsonl"))
+
+
+def make_output_folder(folder: Path) -> None:
+    """Make a folder for what a program writes. One that holds something else already is not marked: that may be data.
+
+    Raises SavingError where the system does not let it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not any(folder.iterdir()):
+            (folder / OUTPUT_MARK).write_text("What is in this folder was written by a program, and is no data.\n")
+    except OSError as error:
+        raise SavingError(folder, error.strerror or str(error)) from error
+
+
 class FolderInUseError(UserError):
     """Another process works in the folder."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
@@ -28,33 +28,69 @@ class Entry(NamedTuple):
 
 
 class Catalogue(NamedTuple):
-    """All pictures of a data set in its official split; labels count from 0 and index `class_names`."""
+    """All pictures of a data set in its given split; labels count from 0 and index `class_names`.
+
+    validation: the given validation part, or None where there is none.
+    notes: what a user should know of how the data were read, a sentence each.
+    """
 
     train: list[Entry]
     test: list[Entry]
     class_names: list[str]
+    validation: list[Entry] | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def parts(self) -> dict[str, list[Entry]]:
+        """The given parts by name: training, validation (if there is one), test."""
+        parts = {"training": self.train, "validation": self.validation, "test": self.test}
+        return {part: entries for part, entries in parts.items() if entries is not None}
+
+    @property
+    def entries(self) -> list[Entry]:
+        """The pictures of all parts."""
+        return [entry for part in (self.train, self.test, self.validation or []) for entry in part]
 
     @property
     def has_boxes(self) -> bool:
         """Whether every picture has an object box."""
-        return all(entry.box is not None for entry in self.train + self.test)
+        return all(entry.box is not None for entry in self.entries)
+
+    def with_parts(self, parts: Mapping[str, list[Entry]]) -> Catalogue:
+        """Return the same with other entries in its parts."""
+        return self._replace(train=parts["training"], test=parts["test"], validation=parts.get("validation"))
 
 
 class Source(NamedTuple):
     """Where a data set is to be read from, and what its reader may have to decide.
 
     root: the folder that the user named; None for a data set that needs none.
-    seed, test_fraction: how a data set that is not split yet is split.
+    seed, test_fraction: how a data set that has no test part is split.
+    The others are settings that some readers have; config.py says what each means.
     """
 
     dataset: str
     root: str | Path | None
     seed: int = 0
     test_fraction: float = 0.2
+    class_level: int | None = None
 
     def folder(self) -> Path:
         """The folder that the user named, `~` resolved. Raises DataError where there is none."""
         return check_root(self.dataset, self.root)
+
+
+CHOICES = Source._fields[2:]  # the settings that readers have a use for
+
+
+def hold_back_test(catalogue: Catalogue, source: Source) -> Catalogue:
+    """Return a catalogue without a test part with one, taken from the training part, and a note that says so."""
+    train, test = split_validation(catalogue.train, source.test_fraction, source.seed)
+    note = (
+        f"no test part is given: {len(test)} images are held back from training for it ({source.test_fraction:.0%} of "
+        f"each class, seed {source.seed})"
+    )
+    return catalogue._replace(train=train, test=test, notes=(*catalogue.notes, note))
 
 
 def drop_repeated(catalogue: Catalogue) -> Catalogue:
@@ -63,39 +99,43 @@ def drop_repeated(catalogue: Catalogue) -> Catalogue:
     Raises DataError where a picture is listed in two ways: nothing says which of them is right.
     """
     first: dict[Path | int, tuple[str, Entry]] = {}
-    for split, entries in (("training", catalogue.train), ("testing", catalogue.test)):
+    uses = {"training": "training", "validation": "validation", "test": "testing"}
+    for part, entries in catalogue.parts.items():
         for entry in entries:
-            first_split, known = first.setdefault(entry.source, (split, entry))
+            first_part, known = first.setdefault(entry.source, (part, entry))
             names = [catalogue.class_names[label] for label in (known.label, entry.label)]
             if known.label != entry.label:
                 ways = f"as {names[0]!r} and as {names[1]!r}"
-            elif first_split != split:
-                ways = "for training and for testing"
+            elif first_part != part:
+                ways = f"for {uses[first_part]} and for {uses[part]}"
             elif known.box != entry.box:
                 ways = f"with the box {known.box} and with {entry.box}"
             else:
                 continue
             raise DataError(f"{entry.source} is listed twice, {ways}: take the wrong one off the data set's list")
-    kept = {"training": [], "testing": []}
-    for split, entry in first.values():
-        kept[split].append(entry)
-    return Catalogue(kept["training"], kept["testing"], catalogue.class_names)
+    kept: dict[str, list[Entry]] = {part: [] for part in catalogue.parts}
+    for part, entry in first.values():
+        kept[part].append(entry)
+    return catalogue.with_parts(kept)
 
 
 def check_complete(dataset: str, catalogue: Catalogue) -> None:
-    """Raise DataError if a class or a split has no pictures, or if listed files are not on disk."""
+    """Raise DataError if a class or a part has no pictures, or if listed files are not on disk."""
     if not catalogue.train or not catalogue.test:
         raise DataError(
             f"data set {dataset!r} has {len(catalogue.train)} training and {len(catalogue.test)} test pictures:"
             " expected some of each"
         )
+    if catalogue.validation == []:
+        raise DataError(f"data set {dataset!r} has a validation part without pictures: add some, or remove the part")
     empty = set(range(len(catalogue.class_names))) - {entry.label for entry in catalogue.train}
     if empty:
         raise DataError(
             f"data set {dataset!r}: {len(empty)} of {len(catalogue.class_names)} classes have no training picture,"
-            f" the first is {catalogue.class_names[min(empty)]!r}: add some, or leave the class out"
+            f" the first is {catalogue.class_names[min(empty)]!r}: add some, remove the class, or name those to train"
+            " with --classes"
         )
-    files = [entry.source for entry in catalogue.train + catalogue.test if isinstance(entry.source, Path)]
+    files = [entry.source for entry in catalogue.entries if isinstance(entry.source, Path)]
     missing = find_missing(files)
     if missing:
         raise DataError(
@@ -120,16 +160,14 @@ def keep_classes(catalogue: Catalogue, patterns: Sequence[str]) -> Catalogue:
     def keep(entries: list[Entry]) -> list[Entry]:
         return [entry._replace(label=renumbered[entry.label]) for entry in entries if entry.label in renumbered]
 
-    return Catalogue(keep(catalogue.train), keep(catalogue.test), [names[label] for label in kept])
+    parts = {part: keep(entries) for part, entries in catalogue.parts.items()}
+    return catalogue.with_parts(parts)._replace(class_names=[names[label] for label in kept])
 
 
 def leave_out(catalogue: Catalogue, sources: Container[str]) -> Catalogue:
-    """Return the catalogue without the pictures named. Raises DataError where a class or a split is left empty."""
-    train, test = (
-        [entry for entry in entries if str(entry.source) not in sources]
-        for entries in (catalogue.train, catalogue.test)
-    )
-    rest = Catalogue(train, test, catalogue.class_names)
+    """Return the catalogue without the pictures named. Raises DataError where a class or a part is left empty."""
+    kept = {part: [e for e in entries if str(e.source) not in sources] for part, entries in catalogue.parts.items()}
+    rest = catalogue.with_parts(kept)
     check_complete("without its unreadable pictures", rest)
     return rest
 

@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy
 import torch
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from utils.data.kinds import WRITTEN_BY_US
 from utils.errors import UserError
 from utils.files import written_whole
 from utils.reporting.drawing import (
@@ -167,8 +169,10 @@ def save_png(path: str | Path, image: Tensor) -> None:
     """Write an image, uint8 [3, H, W], as a PNG file: complete or not at all, in a folder that is made if missing."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    facts = PngInfo()
+    facts.add_text("Software", WRITTEN_BY_US)
     with written_whole(path) as file:
-        to_pillow(image).save(file, format="PNG")
+        to_pillow(image).save(file, format="PNG", pnginfo=facts)
 
 
 def _item(values: Tensor | None, index: int) -> Tensor | None:

@@ -17,21 +17,16 @@ DATASETS = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)
 
 
 def read_catalogue(
-    dataset: str,
-    root: str | Path | None,
-    *,
-    classes: Sequence[str] | None = None,
-    seed: int = 0,
-    test_fraction: float = 0.2,
+    dataset: str, root: str | Path | None, *, classes: Sequence[str] | None = None, **choices: object
 ) -> Catalogue:
     """List a data set.
 
     Args:
         dataset: one of `DATASETS`.
-        root: the data set's folder in its official layout, or the folder that holds it; unused for "demo".
+        root: the data set's folder in a layout that its reader knows, or one that holds it; unused for "demo".
         classes: patterns over class names as in a shell ("*_Gull"); keeps the classes that match any of them, in the
             data set's own order, and numbers them anew.
-        seed, test_fraction: how a `folder` data set that is not split yet is split; unused otherwise.
+        choices: what a reader may have to decide, such as seed and test_fraction, see `Source`.
 
     Raises:
         DataError: unknown data set, missing or malformed files, a picture listed twice in different ways, a class
@@ -41,11 +36,12 @@ def read_catalogue(
         raise DataError(f"unknown data set {dataset!r}: expected one of {', '.join(DATASETS)}")
     reader = importlib.import_module(f"{__name__}.{dataset}")
     try:
-        catalogue = reader.read(Source(dataset, root, seed, test_fraction))
-        catalogue = drop_repeated(catalogue)
+        catalogue = drop_repeated(reader.read(Source(dataset, root, **choices)))
+        if classes:
+            catalogue = keep_classes(catalogue, classes)
         check_complete(dataset, catalogue)
     except OSError as error:
         raise DataError(
             f"{error.filename or root} cannot be read ({describe(error)}): expected files of data set {dataset!r} there"
         ) from None
-    return keep_classes(catalogue, classes) if classes else catalogue
+    return catalogue
