@@ -144,12 +144,13 @@ class PartProposals(nn.Module):
         first = torch.arange(LEVELS if every_level and count >= LEVELS else 0)
         self.register_buffer("first", levels == first[:, None], persistent=False)  # [LEVELS or 0, A]
 
-    def forward(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, scores: Tensor, *, best_of_all: bool = False) -> tuple[Tensor, Tensor]:
         """Return the boxes [G, count, 4] float32 of the anchors chosen by scores [G, A], the best first.
 
-        Their scores [G, count] come with them and keep their gradient.
+        Their scores [G, count] come with them and keep their gradient. `best_of_all`: not of every level this time.
         """
-        picks = greedy_selection(scores.detach(), self.conflicts, self.count, self.first)
+        first = self.first[:0] if best_of_all else self.first
+        picks = greedy_selection(scores.detach(), self.conflicts, self.count, first)
         order = scores.detach().gather(1, picks).argsort(dim=1, descending=True, stable=True)
         picks = picks.gather(1, order)
         return self.boxes[picks].float(), scores.gather(1, picks)

@@ -426,6 +426,8 @@ def test_proposals_are_those_of_every_level_unless_told_otherwise() -> None:
 
     assert chosen_levels() == [{0, 1, 2}] * 4
     assert chosen_levels(every_level=False) == [{0}] * 4
+    best, alike = (PartProposals(6, grid_size=14, stride=32, every_level=every_level) for every_level in (False, True))
+    assert torch.equal(alike(scores, best_of_all=True)[0], best(scores)[0])
 
 
 def test_proposals_do_not_overlap() -> None:
