@@ -32,6 +32,7 @@ class Shared(NamedTuple):
     sync_batch_norm: bool = False
     dropout: float = 0.5
     batch_size: int = 0
+    epochs: int = 0
     images_per_class: int = 0
     loss_weights: Mapping[str, float] | None = None
     last_stride: int = 2

@@ -62,10 +62,13 @@ class APINet(System):
         "images_per_class": images_per_class,
         "learning_rate": 0.01,
         "weight_decay": 5e-4,
-        "schedule": "cosine",
+        "schedule": "cosine_per_step",
+        # 8 of 100; with random weights there is nothing to wait for
+        "frozen_trunk_epochs": lambda shared: round(0.08 * shared.epochs) if shared.has_pretrained_weights else 0,
         "warmup_epochs": 0,
         "brightness": 0.0,
         "contrast": 0.0,
+        "resize_size": lambda shared: round(shared.side_of_images * 512 / 448),
     }
     published_names = {
         "conv.0.": "backbone.trunk.conv1.",
@@ -144,7 +147,7 @@ class APINet(System):
             of_classes = {"weight": self.class_weights, "label_smoothing": label_smoothing}
             terms[name] = (F.cross_entropy(logits, labels, reduction="none", **of_classes) * weights).sum()
             if self.class_weights is not None:  # a weighted mean, as torch's own
-                terms[name] = terms[name] / (self.class_weights[labels] * weights).sum()
+                terms[name] = terms[name] / (self.class_weights[labels] * weights).sum().clamp(min=1e-12)
         if len(pairs) == 2:
             own, other = (logits.softmax(dim=1).gather(1, labels[:, None]).squeeze(1) for logits in pairs.values())
             terms["priority"] = (F.relu(other - own + MARGIN) * weights).sum()

@@ -51,6 +51,7 @@ class NTSNet(System):
         "warmup_epochs": 0,
         "brightness": 0.0,
         "contrast": 0.0,
+        "resize_size": lambda shared: round(shared.side_of_images * 600 / 448),
     }
     published_names = {
         "pretrained_model.fc.": "classifier.",  # the trunk's own, which others leave unused

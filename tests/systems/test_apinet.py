@@ -234,12 +234,19 @@ def test_training_makes_the_host_wait_nowhere():
 CUB = ["--model", "apinet", "--dataset", "cub", "--data_root", "x"]
 
 
-def test_its_recipe_is_the_published_one_as_far_as_it_goes():
+def test_its_recipe_is_the_published_one():
     settings = parse_settings(CUB)
     recipe = (settings.epochs, settings.batch_size, settings.images_per_class, settings.learning_rate)
     assert recipe == (100, 120, 4, 0.01)
     assert (settings.weight_decay, settings.momentum, settings.warmup_epochs) == (5e-4, 0.9, 0)
+    assert (settings.schedule, settings.frozen_trunk_epochs, settings.resize_size) == ("cosine_per_step", 8, 512)
     assert (settings.flip, settings.brightness, settings.contrast, settings.dropout) == (0.5, 0.0, 0.0, 0.5)
+
+
+def test_it_follows_other_settings():
+    short = parse_settings([*CUB, "--input_size", "224", "--epochs", "30"])
+    assert (short.frozen_trunk_epochs, short.resize_size) == (2, 256)
+    assert parse_settings([*CUB, "--pretrained", "none"]).frozen_trunk_epochs == 0
 
 
 @pytest.mark.parametrize(

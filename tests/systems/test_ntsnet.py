@@ -278,12 +278,13 @@ def test_other_numbers_of_parts():
 CUB = ["--model", "ntsnet", "--dataset", "cub", "--data_root", "x"]
 
 
-def test_its_recipe_is_the_published_one_as_far_as_it_goes():
+def test_its_recipe_is_the_published_one():
     settings = parse_settings(CUB)
     assert (settings.epochs, settings.batch_size, settings.learning_rate) == (499, 16, 1e-3)
     assert (settings.schedule, settings.milestones, settings.weight_decay) == ("steps", (59, 99), 1e-4)
     assert (settings.momentum, settings.warmup_epochs, settings.head_learning_rate_factor) == (0.9, 0, 1.0)
     assert (settings.flip, settings.brightness, settings.contrast, settings.dropout) == (0.5, 0.0, 0.0, 0.5)
+    assert settings.resize_size == 600
 
 
 @pytest.mark.parametrize(
