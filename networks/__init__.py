@@ -117,10 +117,10 @@ def build_network(
     system = find_system(name)
     values = {"backbone": backbone, "last_stride": last_stride, "input_size": input_size, "dropout": dropout}
     given = {key: value for key, value in values.items() if value is not None}
+    _check_numbers(num_classes, Shared(pretrained=pretrained, **given))  # before anything follows from them
     own = defaults_of(system, Shared(pretrained=pretrained, **given))
     shared = Shared(pretrained=pretrained, **{key: own[key] for key in values if key in own} | given)
-    _check_numbers(num_classes, shared)  # all this before weights are downloaded
-    build_options(system, options, shared)
+    build_options(system, options, shared)  # before weights are downloaded
     trunk = Backbone(
         shared.backbone,
         pretrained=None if pretrained == "none" else pretrained,
