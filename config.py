@@ -78,6 +78,7 @@ class Settings:
     input_size: SideOfInput | None = None  # side in pixels of what the backbone sees: a multiple of 32, at least 96
     image_size: Count | None = None  # side of what a batch holds; larger than input_size, crops gain detail; None: that
     resize_size: Count | None = None  # side at which pictures are loaded; image_size is cropped out of it; None: that
+    keep_aspect_ratio: bool = False  # resize the shorter side to resize_size, instead of both; the crop is a square
     padding: CountOrZero | None = None  # zeros round the picture before training's random crop
     flip: Probability | None = None  # probability of a horizontal flip in training
     brightness: Share | None = None  # training brightness is multiplied by 1 - x to 1 + x

@@ -13,6 +13,7 @@ Everything that is wrong with the data on disk is a `DataError` of one sentence.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -30,7 +31,7 @@ from utils.data.checking import find_bad_pictures
 from utils.data.cropping import central_offset, cut_square, draw_offset
 from utils.data.errors import DataError, describe
 from utils.data.picture_cache import PictureCache, cache_in_memory, cache_on_disk
-from utils.data.pixels import load_pixels, source_code
+from utils.data.pixels import load_pixels, shapes_of, source_code
 from utils.data.readers import read_catalogue
 from utils.data.samplers import BalancedSampler, ShuffledSampler
 from utils.data.workers import leave_run_to_the_main_process
@@ -72,8 +73,8 @@ class Batch(NamedTuple):
 
 
 class Pictures(Dataset[Sample]):
-    """Pictures resized to resize_size x resize_size (aspect ignored, as published), of which the central square of
-    image_size is taken; with `augment` a random one, and with it what else is drawn to augment them.
+    """Pictures resized to resize_size x resize_size (aspect ignored, as published), or their shorter sides to it, of
+    which the central square of image_size is taken; with `augment` a random one, and what else is drawn to augment it.
 
     A key is an index, or a pair (index, seed) of `ShuffledSampler`. The seed decides all that is random about the
     sample (a plain index is its own seed), so nothing depends on the worker or on the global generators.
@@ -87,12 +88,13 @@ class Pictures(Dataset[Sample]):
         *,
         image_size: int,
         resize_size: int | None = None,
+        keep_aspect_ratio: bool = False,
         augment: Augmentation | None = None,
         cache: Mapping[Path | int, tuple[Tensor, Tensor | None]] | None = None,
     ) -> None:
         self.entries = list(entries)
         self.image_size = image_size
-        self.resize_size = resize_size or image_size
+        self.resizing = (resize_size or image_size, keep_aspect_ratio)
         self.augment = augment
         self.cache = cache
 
@@ -102,7 +104,7 @@ class Pictures(Dataset[Sample]):
     def __getitem__(self, key: int | tuple[int, int]) -> Sample:
         index, seed = key if isinstance(key, tuple) else (key, key)
         entry = self.entries[index]
-        image, box = load_pixels(entry, self.resize_size) if self.cache is None else self.cache[entry.source]
+        image, box = load_pixels(entry, *self.resizing) if self.cache is None else self.cache[entry.source]
         size, sides = self.image_size, image.shape[-2:]
         path = f"demo/{entry.source:04d}" if isinstance(entry.source, int) else str(entry.source)
         if self.augment is None:
@@ -116,7 +118,7 @@ class Pictures(Dataset[Sample]):
         return Sample(image, entry.label, box, path, augmentation)
 
 
-def fingerprint(entries: Sequence[Entry], size: int) -> tuple[str, bytes]:
+def fingerprint(entries: Sequence[Entry], size: int, keep_aspect_ratio: bool = False) -> tuple[str, bytes]:
     """A name for this list of pictures at this size, and the SHA-256 of all that their pixels and boxes depend on.
 
     The list, its boxes and the size decide the name. The SHA-256 is of these, the files' sizes and times, the versions
@@ -126,7 +128,8 @@ def fingerprint(entries: Sequence[Entry], size: int) -> tuple[str, bytes]:
     Raises DataError where a file has vanished.
     """
     versions = (PIL.__version__, torch.__version__, torchvision.__version__)
-    name, content = sha256(repr(size).encode()), sha256(repr(versions).encode())
+    resized = f"{size}aspect" if keep_aspect_ratio else f"{size}"
+    name, content = sha256(resized.encode()), sha256(repr(versions).encode())
     content.update(source_code(drawn=any(isinstance(entry.source, int) for entry in entries)))
     for source, _, box in entries:
         name.update(repr((str(source), box)).encode())
@@ -137,7 +140,7 @@ def fingerprint(entries: Sequence[Entry], size: int) -> tuple[str, bytes]:
                 raise DataError(f"{source} cannot be read as a picture ({describe(error)}): restore it") from None
             content.update(repr((status.st_size, status.st_mtime_ns)).encode())
     content.update(name.digest())
-    return f"{size}-{name.hexdigest()[:12]}", content.digest()
+    return f"{resized}-{name.hexdigest()[:12]}", content.digest()
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -174,6 +177,7 @@ class DataSettings(Protocol):
     validation: float
     image_size: int
     resize_size: int
+    keep_aspect_ratio: bool
     padding: int
     flip: float
     brightness: float
@@ -277,9 +281,9 @@ def load_batch(entries: Sequence[Entry], settings: DataSettings) -> Batch:
     return collate([pictures[index] for index in range(len(entries))])
 
 
-def loading_of(settings: DataSettings) -> dict[str, int]:
+def loading_of(settings: DataSettings) -> dict[str, int | bool]:
     """Return how `Pictures` are loaded, whatever they are loaded for."""
-    return {"image_size": settings.image_size, "resize_size": settings.resize_size}
+    return {name: getattr(settings, name) for name in ("image_size", "resize_size", "keep_aspect_ratio")}
 
 
 def _worker_options(settings: DataSettings) -> dict[str, object]:
@@ -297,15 +301,17 @@ def _worker_options(settings: DataSettings) -> dict[str, object]:
 def build_cache(settings: DataSettings, entries: list[Entry]) -> PictureCache | None:
     """Return the pictures decoded, if they are to be: in memory, or in a file below checkpoint_dir."""
 
+    resizing = (settings.resize_size, settings.keep_aspect_ratio)
+
     def decode(row: int) -> tuple[Tensor, Tensor | None]:
-        return load_pixels(entries[row], settings.resize_size)
+        return load_pixels(entries[row], *resizing)
 
     sources = [entry.source for entry in entries]
     if settings.cache == "ram":
-        return cache_in_memory(sources, settings.resize_size, decode)
+        return cache_in_memory(sources, shapes_of(entries, *resizing), decode)
     if settings.cache == "disk":
-        name, digest = fingerprint(entries, settings.resize_size)
+        name, digest = fingerprint(entries, *resizing)
         folder = Path(settings.checkpoint_dir).expanduser() / "cache"
         path = folder / f"{settings.dataset}-{name}.pictures"
-        return cache_on_disk(path, digest, sources, settings.resize_size, decode)
+        return cache_on_disk(path, digest, sources, partial(shapes_of, entries, *resizing), decode)
     return None

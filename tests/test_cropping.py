@@ -16,6 +16,7 @@ import predict
 from datasets import Entry, Pictures
 from utils.data.augmentation import Augmentation
 from utils.data.cropping import central_offset, cut_out, cut_square, draw_offset, seen_part
+from utils.data.pixels import LONGEST, load_pixels
 
 UNCHANGED = Augmentation(flip=0, brightness=0, contrast=0)
 
@@ -98,13 +99,16 @@ def test_nothing_more_is_drawn_without_crops(rectangle: Entry) -> None:
 
 @pytest.mark.parametrize("size", [(200, 120), (500, 331), (96, 96)], ids=str)
 @pytest.mark.parametrize("resize_size", [96, 120, 117])
-def test_boxes_are_carried_back_to_the_picture(tmp_path, size: tuple[int, int], resize_size: int) -> None:
+@pytest.mark.parametrize("keep_aspect_ratio", [False, True])
+def test_boxes_are_carried_back_to_the_picture(
+    tmp_path, size: tuple[int, int], resize_size: int, keep_aspect_ratio: bool
+) -> None:
     """What predict.py reports of an object in the central square is where it is in the file's pixels."""
-    box = tuple(float(round(share * size[axis % 2])) for axis, share in enumerate((0.3, 0.25, 0.7, 0.6)))
+    box = tuple(float(round(share * size[axis % 2])) for axis, share in enumerate((0.35, 0.25, 0.7, 0.6)))
     pixels = np.full((*size[::-1], 3), 40, dtype=np.uint8)
     pixels[int(box[1]) : int(box[3]), int(box[0]) : int(box[2])] = 200
     Image.fromarray(pixels).save(tmp_path / "rectangle.png")
-    loading = {"image_size": 96, "resize_size": resize_size}
+    loading = {"image_size": 96, "resize_size": resize_size, "keep_aspect_ratio": keep_aspect_ratio}
     sample = Pictures([Entry(tmp_path / "rectangle.png", 0, box)], **loading)[0]
     found = sample.box / 96 * 64 - torch.tensor([0, 0, 1, 1])  # inclusive, in pixels of an input of 64
     seen = seen_part(*size, **loading)
@@ -112,7 +116,36 @@ def test_boxes_are_carried_back_to_the_picture(tmp_path, size: tuple[int, int], 
     assert predict.box_in(seen, SimpleNamespace(object_boxes=found[None]), 0, network) == pytest.approx(box, abs=0.11)
     picture = Image.fromarray(pixels)
     drawn = cut_out(picture, seen)
-    assert (drawn is picture) == (resize_size == 96)
+    assert (drawn is picture) == (resize_size == 96 and (size == (96, 96) or not keep_aspect_ratio))
     scale = [side / 64 for side in drawn.size] * 2
     edges = [edge * factor for edge, factor in zip((found + torch.tensor([0, 0, 1, 1])).tolist(), scale, strict=True)]
     assert bright_box(torch.from_numpy(np.array(drawn)).permute(2, 0, 1)) == pytest.approx(edges, abs=1)
+
+
+@pytest.mark.parametrize("size", [(200, 120), (120, 200), (77, 77), (333, 500), (1000, 701)], ids=str)
+def test_shorter_sides_are_resized_as_torchvision_does(tmp_path, size: tuple[int, int]) -> None:
+    pixels = noise(*size[::-1])
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(tmp_path / "noise.png")
+    box = (10.0, 20, 50, 70)
+    image, carried = load_pixels(Entry(tmp_path / "noise.png", 0, box), 64, keep_aspect_ratio=True)
+    assert torch.equal(image, functional.resize(pixels, 64, antialias=True))
+    canvas = tv_tensors.BoundingBoxes([box], format="XYXY", canvas_size=size[::-1])
+    assert carried.tolist() == pytest.approx(functional.resize(canvas, 64)[0].tolist(), abs=0.01)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_shapes_do_not_depend_on_how_a_photograph_is_stored(tmp_path, orientation: int) -> None:
+    """Large ones are decoded at a fraction of their size, some of them turned."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(np.zeros((701, 1023, 3), dtype=np.uint8)).save(tmp_path / "large.jpg", exif=exif)
+    image, _ = load_pixels(Entry(tmp_path / "large.jpg", 0), 64, keep_aspect_ratio=True)
+    shape = (64, int(64 * 1023 / 701))
+    assert tuple(image.shape[1:]) == (shape if orientation == 1 else shape[::-1])
+
+
+def test_a_strip_does_not_fill_the_memory(tmp_path) -> None:
+    Image.new("RGB", (3, 3000), "white").save(tmp_path / "strip.png")
+    image, box = load_pixels(Entry(tmp_path / "strip.png", 0, (0, 0, 3, 1500)), 32, keep_aspect_ratio=True)
+    assert tuple(image.shape[1:]) == (32 * LONGEST, 32)
+    assert box.tolist() == [0, 0, 32, 64]

@@ -230,7 +230,14 @@ def made_settings(picture_tree: Path, **changes: object) -> SimpleNamespace:
         **{"dataset": "folder", "data_root": str(picture_tree), "classes": None, "test_fraction": 0.25, "seed": 3},
         "class_level": None,
         **{"on_bad_image": "stop", "select_on": "validation", "validation": 0.34, "image_size": 32, "flip": 0.5},
-        **{"resize_size": 32, "padding": 0, "saturation": 0.0, "rotation": 0.0, "erasing": 0.0},
+        **{
+            "resize_size": 32,
+            "keep_aspect_ratio": False,
+            "padding": 0,
+            "saturation": 0.0,
+            "rotation": 0.0,
+            "erasing": 0.0,
+        },
         **{"brightness": 0.2, "contrast": 0.2, "crop_scale": 0.5, "batch_size": 4, "evaluation_batch_size": 5},
         **{"images_per_class": 0, "workers": 0, "prefetch": 2, "cache": "none", "checkpoint_dir": "nowhere"},
     }

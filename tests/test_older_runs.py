@@ -77,6 +77,7 @@ YOUNG = {
     "batch_norm": "shared",
     "crop_scale": 1.0,
     "normalization": "imagenet",
+    "keep_aspect_ratio": False,
     "padding": 0,
     "rotation": 0.0,
     "saturation": 0.0,

@@ -10,7 +10,9 @@ import resource
 import signal
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,10 +22,11 @@ from test_imports import FILES, imports_of
 from torch.utils.data import DataLoader
 
 import train
-from datasets import Augmentation, DataError, Entry, Pictures, collate, fingerprint, load_pixels
+from datasets import Augmentation, DataError, Entry, Pictures, build_cache, collate, fingerprint, load_pixels
 from utils.checkpoint import load_checkpoint
 from utils.data import picture_cache
 from utils.data.picture_cache import CacheError, bytes_needed, cache_in_memory, cache_on_disk
+from utils.data.pixels import shapes_of
 from utils.errors import exit_with_one_sentence
 
 pytestmark = pytest.mark.usefixtures("thin_trunk")
@@ -51,13 +54,14 @@ def decoder(entries: Sequence[Entry], size: int = SIZE):
 
 
 def in_memory(entries: Sequence[Entry], folder: Path):
-    return cache_in_memory([entry.source for entry in entries], SIZE, decoder(entries))
+    return cache_in_memory([entry.source for entry in entries], shapes_of(entries, SIZE), decoder(entries))
 
 
 def on_disk(entries: Sequence[Entry], folder: Path, size: int = SIZE):
     name, digest = fingerprint(entries, size)
     sources = [entry.source for entry in entries]
-    return cache_on_disk(folder / f"{name}.pictures", digest, sources, size, decoder(entries, size))
+    shapes = partial(shapes_of, entries, size)
+    return cache_on_disk(folder / f"{name}.pictures", digest, sources, shapes, decoder(entries, size))
 
 
 @pytest.mark.parametrize("build", [in_memory, on_disk])
@@ -101,7 +105,7 @@ def test_a_process_that_is_not_forked_sees_the_same(build, entries: list[Entry],
     assert list(again) == [entry.source for entry in entries]
     assert all(torch.equal(again[entry.source][0], cache[entry.source][0]) for entry in entries)
     if build is on_disk:  # mapped anew, not copied
-        assert written < bytes_needed(len(entries), SIZE) / 2
+        assert written < bytes_needed(shapes_of(entries, SIZE)) / 2
 
 
 @pytest.mark.parametrize("change", ["content", "time", "list", "box", "size", "code"])
@@ -178,6 +182,35 @@ def test_a_damaged_file_is_built_anew(entries: list[Entry], tmp_path: Path) -> N
         assert path.read_bytes() == whole
 
 
+@pytest.mark.parametrize("cache", ["ram", "disk"])
+def test_pictures_of_different_shapes_are_kept(cache: str, entries: list[Entry], tmp_path: Path) -> None:
+    loading = {"image_size": SIZE, "resize_size": 30, "keep_aspect_ratio": True}
+    settings = SimpleNamespace(**loading, cache=cache, dataset="folder", checkpoint_dir=str(tmp_path))
+    kept = build_cache(settings, entries)
+    shapes = [tuple(load_pixels(entry, 30, True)[0].shape[1:]) for entry in entries]
+    assert shapes == shapes_of(entries, 30, True)
+    assert shapes == [(30, 45), (45, 30), (30, 40), (30, 30), (30, 45), (120, 30), (30, 30), (30, 30)]
+    again = pickle.loads(pickle.dumps(kept))  # another process, that maps the file anew
+    for keys in (kept, again):
+        plain, cached = (Pictures(entries, **loading, augment=Augmentation(padding=2), cache=c) for c in (None, keys))
+        for one, other in zip(plain, cached, strict=True):
+            assert torch.equal(one.image, other.image) and torch.equal(one.augmentation, other.augmentation)
+            assert (one.box is None and other.box is None) or torch.equal(one.box, other.box)
+    files = {path.name for path in (tmp_path / "cache").glob("*.pictures")}
+    build_cache(SimpleNamespace(**vars(settings) | {"keep_aspect_ratio": False}), entries)
+    assert len({path.name for path in (tmp_path / "cache").glob("*.pictures")} - files) == (cache == "disk")
+
+
+def test_a_damaged_table_of_shapes_is_built_anew(entries: list[Entry], tmp_path: Path) -> None:
+    on_disk(entries, tmp_path / "cache")
+    (path,) = (tmp_path / "cache").glob("*.pictures")
+    whole = path.read_bytes()
+    for damaged in (whole[:40], whole[:32] + bytes(8) + whole[40:]):
+        path.write_bytes(damaged)
+        on_disk(entries, tmp_path / "cache")
+        assert path.read_bytes() == whole
+
+
 def _build_slowly(entries: list[Entry], folder: Path, seconds: float, built: Path) -> None:
     def decode(row: int):
         time.sleep(seconds)
@@ -186,7 +219,8 @@ def _build_slowly(entries: list[Entry], folder: Path, seconds: float, built: Pat
         return load_pixels(entries[row], SIZE)
 
     name, digest = fingerprint(entries, SIZE)
-    cache_on_disk(folder / f"{name}.pictures", digest, [entry.source for entry in entries], SIZE, decode)
+    sources, shapes = [entry.source for entry in entries], partial(shapes_of, entries, SIZE)
+    cache_on_disk(folder / f"{name}.pictures", digest, sources, shapes, decode)
 
 
 def test_of_two_processes_one_builds_and_the_other_waits(entries: list[Entry], tmp_path: Path) -> None:
@@ -244,14 +278,14 @@ def test_a_full_disk_is_said_and_leaves_nothing(entries: list[Entry], tmp_path: 
 def test_too_little_memory_is_said_before_anything_is_decoded(
     entries: list[Entry], tmp_path: Path, monkeypatch
 ) -> None:
-    needed = bytes_needed(len(entries), SIZE)
+    needed = bytes_needed(shapes_of(entries, SIZE))
     monkeypatch.setattr(picture_cache, "free_memory", lambda: needed)
     in_memory(entries, tmp_path)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(
         CacheError, match=r"8 pictures of 24 x 24 pixels in 2 processes need .* set cache to disk or none"
     ):
-        cache_in_memory([entry.source for entry in entries], SIZE, None)
+        cache_in_memory([entry.source for entry in entries], shapes_of(entries, SIZE), None)
     monkeypatch.undo()
     assert picture_cache.free_memory() > 1e6
 

@@ -17,6 +17,7 @@ BEFORE: dict[str, object] = {
     "last_stride": 2,
     # of loading
     "normalization": "imagenet",
+    "keep_aspect_ratio": False,
     "padding": 0,
     "rotation": 0.0,
     "saturation": 0.0,

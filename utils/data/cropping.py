@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from utils.data.decoding import Box
+from utils.data.pixels import loaded_shape
 
 Offset = tuple[int, int]
 
@@ -50,11 +51,12 @@ def cut_square(image: Tensor, box: Tensor | None, offset: Offset, size: int) -> 
     return inside, box
 
 
-def seen_part(width: int, height: int, *, image_size: int, resize_size: int) -> Box:
+def seen_part(width: int, height: int, *, image_size: int, resize_size: int, keep_aspect_ratio: bool = False) -> Box:
     """The edges of what evaluation sees of a picture of width x height, in its own pixels."""
-    top, left = central_offset(resize_size, resize_size, image_size)
-    edges = ((left, width), (top, height), (left + image_size, width), (top + image_size, height))
-    x0, y0, x1, y1 = (edge * side / resize_size for edge, side in edges)  # the whole picture is so without rounding
+    H, W = loaded_shape(width, height, resize_size, keep_aspect_ratio)
+    top, left = central_offset(H, W, image_size)
+    x0, x1 = (edge * width / W for edge in (left, left + image_size))  # so the whole picture is it without rounding
+    y0, y1 = (edge * height / H for edge in (top, top + image_size))
     return x0, y0, x1, y1
 
 

@@ -50,14 +50,26 @@ def load_picture(
     try:
         picture, orientation, shrunk = decode(path, at_least)
     except Exception as error:  # on a broken file Pillow raises whatever it stumbles over
-        raise DataError(
-            f"{path} cannot be read as a picture ({describe(error)}): replace it, or take it off the list"
-        ) from error
+        raise _unreadable(path, error) from error
     if box is not None and shrunk > 1:
         box = tuple(edge / shrunk for edge in box)
     if orientation not in UPRIGHT:
         return picture, box
     return picture.transpose(UPRIGHT[orientation]), box and _turn_box(box, picture.size, orientation)
+
+
+def read_size(path: str | Path) -> tuple[int, int]:
+    """Read a picture's upright width and height out of its header. Raises DataError where it cannot be read."""
+    try:
+        with open_picture(path) as image:
+            size, turned = image.size, _orientation(image) in (5, 6, 7, 8)
+    except Exception as error:
+        raise _unreadable(path, error) from error
+    return size[::-1] if turned else size
+
+
+def _unreadable(path: str | Path, error: Exception) -> DataError:
+    return DataError(f"{path} cannot be read as a picture ({describe(error)}): replace it, or take it off the list")
 
 
 def decode(path: str | Path, at_least: int | None = None) -> tuple[Image.Image, int, int]:

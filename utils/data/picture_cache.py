@@ -5,8 +5,9 @@ share the pages of the process that made them. On disk there is a file that ever
 on the same pictures, too:
 
     32 bytes        SHA-256 of all that the pixels depend on, see `datasets.fingerprint`
+    n x 8           heights and widths, int32
     n x 16          boxes, float32 (x0, y0, x1, y1); NaN where there is none
-    n x 3 x S x S   pixels, uint8, row by row
+    n x H x W x 3   pixels, uint8, picture by picture
 
 It gets its name when it is whole and on the disk, so a builder that was killed leaves nothing that another would take
 for a cache. Of several processes that want the same one, the first builds it and the others wait.
@@ -20,6 +21,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +39,8 @@ except ImportError:  # Windows: processes that start at the same time each build
     fcntl = None
 
 DECODED_AT_ONCE = 256  # so many wait for the disk at most
-BOX_BYTES = 16
+DIGEST_BYTES, SHAPE_BYTES, BOX_BYTES = 32, 8, 16
+Shape = tuple[int, int]  # height and width
 Decode = Callable[[int], tuple[Tensor, Tensor | None]]
 
 
@@ -46,19 +49,31 @@ class CacheError(UserError):
 
 
 class PictureCache(Mapping[Hashable, tuple[Tensor, Tensor | None]]):
-    """key -> (image [3, S, S] uint8, box [4] float32 or None), out of pixels [n, S, S, 3] and boxes [n, 4].
+    """key -> (image [3, H, W] uint8, box [4] float32 or None), out of all pixels in a row and boxes [n, 4].
 
     path: the file that the pixels are mapped from, or None: another process that gets this object maps it anew.
     """
 
-    def __init__(self, keys: Sequence[Hashable], pixels: Tensor, boxes: Tensor, path: Path | None = None) -> None:
+    def __init__(
+        self,
+        keys: Sequence[Hashable],
+        shapes: Sequence[Shape],
+        pixels: Tensor,
+        boxes: Tensor,
+        path: Path | None = None,
+    ) -> None:
         self.rows = {key: row for row, key in enumerate(keys)}
-        self.pixels, self.boxes, self.path = pixels, boxes, path
+        self.shapes, self.pixels, self.boxes, self.path = list(shapes), pixels, boxes, path
+        self.starts = [0, *accumulate(3 * height * width for height, width in shapes)]
 
     def __getitem__(self, key: Hashable) -> tuple[Tensor, Tensor | None]:
         row = self.rows[key]
         box = self.boxes[row]
-        return self.pixels[row].permute(2, 0, 1), None if box[0].isnan() else box
+        return self.image(row), None if box[0].isnan() else box
+
+    def image(self, row: int) -> Tensor:
+        """Return a view of the pixels of a picture, [3, H, W]."""
+        return self.pixels[self.starts[row] : self.starts[row + 1]].view(*self.shapes[row], 3).permute(2, 0, 1)
 
     def __iter__(self) -> Iterator[Hashable]:
         return iter(self.rows)
@@ -69,79 +84,89 @@ class PictureCache(Mapping[Hashable, tuple[Tensor, Tensor | None]]):
     def __reduce__(self) -> tuple:
         keys = list(self.rows)
         if self.path is None:
-            return PictureCache, (keys, self.pixels, self.boxes)
-        return map_pictures, (self.path, keys, self.pixels.shape[1])
+            return PictureCache, (keys, self.shapes, self.pixels, self.boxes)
+        return map_pictures, (self.path, keys)
 
 
-def bytes_needed(count: int, size: int) -> int:
-    """Return the bytes of so many pictures of size x size pixels and their boxes."""
-    return count * (3 * size * size + BOX_BYTES)
+def bytes_needed(shapes: Sequence[Shape]) -> int:
+    """Return the bytes of pictures of these heights and widths, with what is kept beside the pixels."""
+    return sum(3 * height * width + SHAPE_BYTES + BOX_BYTES for height, width in shapes)
 
 
-def cache_in_memory(keys: Sequence[Hashable], size: int, decode: Decode) -> PictureCache:
-    """Decode all pictures into memory; `decode(row)` gives the picture [3, size, size] of keys[row], and its box.
+def cache_in_memory(keys: Sequence[Hashable], shapes: Sequence[Shape], decode: Decode) -> PictureCache:
+    """Decode all pictures into memory; `decode(row)` gives the picture [3, *shapes[row]] of keys[row], and its box.
 
     Raises CacheError, before anything is decoded, where the memory that is free does not hold them, with those of the
     other processes that torchrun started on this machine.
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    needed, free = bytes_needed(len(keys), size) * processes, free_memory()
+    needed, free = bytes_needed(shapes) * processes, free_memory()
     if free is not None and needed > free:
         each = f" in {processes} processes" if processes > 1 else ""
+        height, width = max(shapes)
         raise CacheError(
-            f"{len(keys)} pictures of {size} x {size} pixels{each} need {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB "
-            "of memory are free: set cache to disk or none"
+            f"{len(keys)} pictures of {'up to ' if len(set(shapes)) > 1 else ''}{height} x {width} pixels{each} need "
+            f"{needed / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free: set cache to disk or none"
         )
-    pixels, boxes = torch.empty((len(keys), size, size, 3), dtype=torch.uint8), torch.empty((len(keys), 4))
+    pixels = torch.empty(sum(3 * height * width for height, width in shapes), dtype=torch.uint8)
+    boxes = torch.empty((len(keys), 4))
     if multiprocessing.get_start_method() != "fork":  # otherwise the processes that load pictures see the same pages
         pixels.share_memory_(), boxes.share_memory_()
+    cache = PictureCache(keys, shapes, pixels, boxes)
     for row, (image, box) in enumerate(_decode_all(len(keys), decode)):
-        pixels[row] = image.permute(1, 2, 0)
+        cache.image(row).copy_(image)
         boxes[row] = float("nan") if box is None else box
-    return PictureCache(keys, pixels, boxes)
+    return cache
 
 
-def cache_on_disk(path: Path, digest: bytes, keys: Sequence[Hashable], size: int, decode: Decode) -> PictureCache:
+def cache_on_disk(
+    path: Path, digest: bytes, keys: Sequence[Hashable], shapes: Callable[[], Sequence[Shape]], decode: Decode
+) -> PictureCache:
     """Map the cache at `path`; build it first where it is missing, or was made from something else than `digest` says.
 
-    Raises CacheError where it cannot be written.
+    `shapes` is asked only then. Raises CacheError where it cannot be written.
     """
-    expected = len(digest) + bytes_needed(len(keys), size)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _turn_to_build(path):
-            if not _is_whole(path, digest, expected):
-                free = shutil.disk_usage(path.parent).free
+            if not _is_whole(path, digest, len(keys)):
+                wanted, free = shapes(), shutil.disk_usage(path.parent).free
+                expected = DIGEST_BYTES + bytes_needed(wanted)
                 if expected > free:
                     raise CacheError(
                         f"{path} needs {expected / 1e9:.1f} GB and {free / 1e9:.1f} GB of the disk are free: make "
                         "room, set cache to ram or none, or give another checkpoint_dir"
                     )
-                _build(path, digest, len(keys), decode)
+                _build(path, digest, wanted, decode)
     except OSError as error:
         raise CacheError(
             f"{path} could not be written ({error.strerror or error}): make room, set cache to ram or none, or give "
             "another checkpoint_dir"
         ) from error
-    return map_pictures(path, keys, size)
+    return map_pictures(path, keys)
 
 
-def map_pictures(path: Path, keys: Sequence[Hashable], size: int) -> PictureCache:
+def map_pictures(path: Path, keys: Sequence[Hashable]) -> PictureCache:
     """Open a cache that is whole, for reading."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tensors are meant to be written to; nobody does
         content = torch.from_numpy(np.memmap(path, mode="r"))
-    content = content[-bytes_needed(len(keys), size) :]
-    boxes, pixels = content.split([BOX_BYTES * len(keys), 3 * size * size * len(keys)])
-    return PictureCache(keys, pixels.view(len(keys), size, size, 3), boxes.view(torch.float32).view(-1, 4), path)
+    beside = (DIGEST_BYTES, SHAPE_BYTES * len(keys), BOX_BYTES * len(keys))
+    _, shapes, boxes, pixels = content.split([*beside, len(content) - sum(beside)])
+    shapes = [tuple(shape) for shape in shapes.view(torch.int32).view(-1, 2).tolist()]
+    return PictureCache(keys, shapes, pixels, boxes.view(torch.float32).view(-1, 4), path)
 
 
-def _is_whole(path: Path, digest: bytes, expected: int) -> bool:
+def _is_whole(path: Path, digest: bytes, count: int) -> bool:
     try:
         with path.open("rb") as file:
-            return os.fstat(file.fileno()).st_size == expected and file.read(len(digest)) == digest
+            if file.read(DIGEST_BYTES) != digest:
+                return False
+            shapes = np.frombuffer(file.read(SHAPE_BYTES * count), dtype=np.int32)
+            size = os.fstat(file.fileno()).st_size
     except FileNotFoundError:
         return False
+    return len(shapes) == 2 * count and size == DIGEST_BYTES + bytes_needed(shapes.reshape(-1, 2).tolist())
 
 
 @contextlib.contextmanager
@@ -161,17 +186,20 @@ def _turn_to_build(path: Path) -> Iterator[None]:
         yield
 
 
-def _build(path: Path, digest: bytes, count: int, decode: Decode) -> None:
+def _build(path: Path, digest: bytes, shapes: Sequence[Shape], decode: Decode) -> None:
+    count = len(shapes)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     boxes = torch.full((count, 4), float("nan"))
     try:
         with temporary.open("wb") as file:
-            file.write(digest + bytes(BOX_BYTES * count))
+            file.write(digest + np.array(shapes, dtype=np.int32).tobytes() + bytes(BOX_BYTES * count))
             for row, (image, box) in enumerate(_decode_all(count, decode)):
+                if tuple(image.shape[1:]) != tuple(shapes[row]):  # its header promised another
+                    raise CacheError(f"picture {row} of {path} changed while it was decoded: start again")
                 file.write(image.permute(1, 2, 0).contiguous().numpy())
                 if box is not None:
                     boxes[row] = box
-            file.seek(len(digest))
+            file.seek(DIGEST_BYTES + SHAPE_BYTES * count)
             file.write(boxes.numpy())
             file.flush()
             os.fsync(file.fileno())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -11,8 +13,10 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional
 
 from utils.data import decoding, demo_birds, demo_drawing, demo_species
-from utils.data.decoding import Box, load_picture
-from utils.data.demo_birds import draw_demo_picture
+from utils.data.decoding import Box, load_picture, read_size
+from utils.data.demo_birds import DEMO_SIZE, draw_demo_picture
+
+LONGEST = 4  # times the shorter side: a longer panorama is squeezed to it, as any length would not fit into memory
 
 
 class Listed(Protocol):
@@ -26,8 +30,29 @@ class Listed(Protocol):
     box: Box | None
 
 
-def load_pixels(entry: Listed, size: int) -> tuple[Tensor, Tensor | None]:
-    """Load an entry's picture, resized to size x size: [3, size, size] uint8, and its box [4] in these pixels.
+def loaded_shape(width: int, height: int, size: int, keep_aspect_ratio: bool = False) -> tuple[int, int]:
+    """Height and width to which a picture is resized: size x size, or the shorter side to size as torchvision does."""
+    if not keep_aspect_ratio:
+        return size, size
+    shorter, longer = sorted((width, height))
+    longer = min(int(size * longer / shorter), LONGEST * size)
+    return (longer, size) if height > width else (size, longer)
+
+
+def shapes_of(entries: Sequence[Listed], size: int, keep_aspect_ratio: bool = False) -> list[tuple[int, int]]:
+    """Heights and widths of what `load_pixels` gives. Raises DataError where a file's header cannot be read."""
+    if not keep_aspect_ratio:
+        return [(size, size)] * len(entries)
+    with ThreadPoolExecutor() as pool:
+        return [loaded_shape(*stored, size, keep_aspect_ratio) for stored in pool.map(_stored_size, entries)]
+
+
+def _stored_size(entry: Listed) -> tuple[int, int]:
+    return (DEMO_SIZE, DEMO_SIZE) if isinstance(entry.source, int) else read_size(entry.source)
+
+
+def load_pixels(entry: Listed, size: int, keep_aspect_ratio: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Load an entry's picture, resized as `loaded_shape` says: [3, H, W] uint8, and its box [4] in these pixels.
 
     Large JPEGs are decoded at a fraction of their size, twice `size` at the least, see `load_picture`: pixels then
     differ by less than one of 255 levels on average. Raises DataError where the file cannot be read.
@@ -36,13 +61,16 @@ def load_pixels(entry: Listed, size: int) -> tuple[Tensor, Tensor | None]:
         picture, box = draw_demo_picture(entry.source), entry.box
     else:
         picture, box = load_picture(entry.source, entry.box, at_least=2 * size)
+    # What was decoded small has lost its exact shape.
+    H, W = loaded_shape(*_stored_size(entry), size, keep_aspect_ratio) if keep_aspect_ratio else (size, size)
     if box is not None:
-        scales = (size / picture.width, size / picture.height) * 2
+        scales, ends = (W / picture.width, H / picture.height) * 2, (W, H) * 2
         # Plain numbers: a few operations on so small a tensor would take as long as a tenth of the decoding.
-        box = torch.tensor([min(max(edge * scale, 0.0), size) for edge, scale in zip(box, scales, strict=True)])
+        edges = zip(box, scales, ends, strict=True)
+        box = torch.tensor([min(max(edge * scale, 0.0), end) for edge, scale, end in edges])
     # torchvision's resize is several times as fast as Pillow's on pixels in this order, and differs by rounding only.
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-    return functional.resize(pixels, [size, size], antialias=True), box
+    return functional.resize(pixels, [H, W], antialias=True), box
 
 
 def source_code(*, drawn: bool) -> bytes:
