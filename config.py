@@ -92,6 +92,7 @@ class Settings:
     # ---- Network --------------------------------------------------------------------------------------------------
     backbone: str | None = None  # resnet18, resnet50, regnet_y_1_6gf, convnext_tiny, swin_t ...: docs/settings.md
     pretrained: str | None = None  # torchvision weights such as IMAGENET1K_V2, a .pth file, or none: random weights
+    initial_weights: str | None = None  # best.pth of another run, other classes or system included; None: pretrained
     stride_on_first_conv: bool = False  # for .pth files of the ResNet variant with the stride on the 1x1 convolution
     last_stride: Literal[1, 2] | None = None  # 1: the last stage without its stride, final maps twice as fine (cal)
     batch_norm: Literal["shared", "per_pass", "frozen"] | None = None  # whose running statistics a pass uses

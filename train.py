@@ -27,6 +27,7 @@ from utils.training.nonfinite import check_finite
 from utils.training.precision import agreed_precision
 from utils.training.schedule import freeze_trunk, plan_epoch
 from utils.training.seeding import seed_everything
+from utils.training.starting import start_from
 from utils.training.targets import build_mixing, class_weights_of
 
 
@@ -57,8 +58,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # Network and optimizer, new or as they were. Nothing is written before all of it stands.
         seed_everything(settings.seed)
         classes = len(catalogue.class_names)
-        network = build_to_train(settings, classes, device, load_weights=run.saved is None)
+        begins = run.saved is None
+        pretrained = begins and settings.initial_weights is None
+        network = build_to_train(settings, classes, device, load_weights=pretrained)
         system = unwrap(network)
+        if begins and settings.initial_weights is not None:
+            print_once(start_from(settings, system, catalogue.class_names, restored))
         loss_weights = weights_of_losses(settings, system)
         optimizer, schedule = build_learning(settings, system, steps_per_epoch=len(train_loader))
         labels = [entry.label for entry in train_entries]

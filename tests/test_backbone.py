@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -230,6 +231,57 @@ def test_files_of_weights(
         if value.is_floating_point():
             assert value.dtype == torch.float32, name
             assert torch.equal(value, original[name].to(dtype).float()), name
+
+
+@pytest.mark.parametrize(
+    ("key", "prefix"),
+    (
+        ("model", "module."),
+        ("model", ""),
+        (None, "backbone."),
+        ("state_dict", "module.backbone."),
+        ("network", "backbone.trunk."),
+    ),
+)
+def test_files_of_others_and_our_own_checkpoints(
+    torchvision_resnet18: nn.Module, spare: Backbone, tmp_path: Path, key: str | None, prefix: str
+) -> None:
+    """The trunk's weights among those of what else the file has, and its own classifier or none."""
+    original = {n: v for n, v in torchvision_resnet18.state_dict().items() if not n.startswith("fc.")}
+    state = {prefix + name: value for name, value in original.items()}
+    if "backbone." in prefix:
+        state |= {"head.weight": torch.zeros(3, 512), "neck.0.bias": torch.zeros(4)}
+    else:
+        state[f"{prefix}fc.weight"] = torch.zeros(3, 512)
+    torch.save({key: state, "epoch": 3, "model_name": "x"} if key else state, tmp_path / "weights.pth")
+    load_trunk_weights(spare.trunk, tmp_path / "weights.pth")
+    assert all(torch.equal(value, original[name]) for name, value in spare.trunk.state_dict().items())
+
+
+def test_safetensors_are_read_where_the_package_is_there(
+    torchvision_resnet18: nn.Module, spare: Backbone, tmp_path: Path
+) -> None:
+    state = torchvision_resnet18.state_dict()
+    path = tmp_path / "weights.safetensors"
+    assert is_weights_file(str(path))
+    with pytest.raises(UserError, match=r"weights\.safetensors are not there"):
+        load_trunk_weights(spare.trunk, path)
+    package = pytest.importorskip("safetensors.torch", reason="the package safetensors is not installed")
+    package.save_file(state, path)
+    load_trunk_weights(spare.trunk, path)
+    assert torch.equal(spare.trunk.layer4[1].conv2.weight, state["layer4.1.conv2.weight"])
+    path.write_bytes(b"these are no weights")
+    with pytest.raises(UserError, match=r"weights\.safetensors are not a plain file of tensors"):
+        load_trunk_weights(spare.trunk, path)
+
+
+def test_safetensors_without_the_package_are_refused_in_one_sentence(
+    spare: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "weights.safetensors").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(UserError, match="need the package safetensors: pip install safetensors"):
+        load_trunk_weights(spare.trunk, tmp_path / "weights.safetensors")
 
 
 def test_counters_that_old_files_lack_may_be_missing(

@@ -301,7 +301,7 @@ def test_every_data_set_and_model_gets_complete_settings(dataset, model):
     unset = {name for name in SHARED if getattr(settings, name) is None}
     of_data = {"class_level", "labels", "validation_labels", "test_labels"}
     of_data |= {"image_column", "label_column", "split_column"}
-    assert unset <= {"classes", "name", "prediction", "loss_weights", *of_data}
+    assert unset <= {"classes", "name", "prediction", "loss_weights", "initial_weights", *of_data}
     own = hints(find_system(model).Options)
     assert settings.options.keys() == own.keys()
     assert all(is_of(settings.options[name], hint) for name, hint in own.items())

@@ -9,11 +9,13 @@ from typing import Any
 
 from utils.options import SettingsError
 
-# What runs that are older than a shared setting had. The defaults may have been edited since; never None.
+# What runs that are older than a shared setting had. The defaults may have been edited since; no None where a table
+# would fill it.
 BEFORE: dict[str, object] = {
     "batch_norm": "shared",
     "crop_scale": 1.0,
     "ensembling": "mean_probability",
+    "initial_weights": None,
     "last_stride": 2,
     # of loading
     "normalization": "imagenet",

@@ -102,8 +102,8 @@ def refuse_contradictions(settings: Any, system: Any) -> None:
     )
     needs(
         "batch_norm",
-        settings.batch_norm != "frozen" or settings.pretrained != "none",
-        "'shared' or 'per_pass' where pretrained is 'none': frozen ones must be learnt",
+        settings.batch_norm != "frozen" or settings.pretrained != "none" or settings.initial_weights is not None,
+        "'shared' or 'per_pass' where pretrained is 'none' and initial_weights not given: frozen ones must be learnt",
     )
     needs(
         "sync_batch_norm",

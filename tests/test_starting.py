@@ -1,0 +1,174 @@
+"""New runs from the weights of others: what is loaded, what is left as it is, what is said and refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from config import Settings, parse_settings, restored
+from networks.system import System
+from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from utils.errors import UserError
+from utils.training.building import build_from_settings
+from utils.training.starting import start_from
+
+pytestmark = pytest.mark.usefixtures("thin_trunk")
+
+BIRDS = ["crow", "gull", "wren"]
+
+
+@pytest.fixture
+def build(tiny_run, tmp_path):
+    """A function: the settings and the new network of a run on three classes."""
+
+    def network_of(model: str, *more: str, seed: int = 0) -> tuple[Settings, System]:
+        torch.manual_seed(seed)
+        settings = parse_settings(tiny_run(tmp_path, *more, model=model))
+        return settings, build_from_settings(settings, 3, load_weights=False)
+
+    return network_of
+
+
+@pytest.fixture
+def saved(build, tmp_path):
+    """A function: the path of another run's checkpoint, and its weights."""
+
+    def checkpoint_of(model: str, *more: str, **content: object) -> tuple[str, dict]:
+        settings, network = build(model, *more, seed=1)
+        state = {n: v + 1 if v.is_floating_point() else v for n, v in network.state_dict().items()}
+        known = {"settings": dataclasses.asdict(settings), "class_names": BIRDS, "selected_on": "x", "epoch": 1}
+        save_checkpoint(tmp_path / "other.pth", known | {"network": state} | content)
+        return str(tmp_path / "other.pth"), state
+
+    return checkpoint_of
+
+
+def split(network: System, before: dict, state: dict) -> tuple[set[str], set[str]]:
+    """The names of what was loaded, and of what is as it was; all must be one or the other."""
+    now = network.state_dict()
+    kept = {name for name, value in now.items() if torch.equal(value, before[name])}
+    loaded = {name for name, value in now.items() if name in state and torch.equal(value, state[name])}
+    assert kept | loaded == now.keys()
+    return loaded, kept
+
+
+def start(settings: Settings, network: System, path: str, names: list[str]) -> tuple[str, dict]:
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    return start_from(dataclasses.replace(settings, initial_weights=path), network, names, restored), before
+
+
+def test_everything_of_the_same_system_on_the_same_classes(build, saved):
+    (path, state), (settings, network) = saved("sgkrl"), build("sgkrl")
+    sentence, _ = start(settings, network, path, BIRDS)
+    assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
+    count = len(state)
+    assert sentence == (
+        f"starting from {path} (sgkrl, the same classes): {count} of {count} tensors fit; new: none; not used: none"
+    )
+
+
+@pytest.mark.parametrize("names", [["crow", "gull", "tern"], ["gull", "crow", "wren"]], ids=["others", "order"])
+def test_as_many_other_classes_are_learnt_anew(build, saved, names):
+    (path, state), (settings, network) = saved("sgkrl"), build("sgkrl")
+    sentence, before = start(settings, network, path, names)
+    loaded, kept = split(network, before, state)
+    assert {"classifier.weight", "classifier.bias"} <= kept
+    assert {name for name, value in state.items() if name.startswith("fusion.")} <= loaded
+    assert all(len(state[name]) == 3 for name in kept - loaded)
+    assert "3 other classes" in sentence
+    assert "new: classifier (2), graph (" in sentence
+
+
+def test_another_system_and_another_number_of_classes(build, saved):
+    (path, state), (settings, _) = saved("sgkrl"), build("pmg")
+    torch.manual_seed(0)
+    network = build_from_settings(settings, 5, load_weights=False)
+    sentence, before = start(settings, network, path, [*BIRDS, "jay", "tit"])
+    loaded, _ = split(network, before, state)
+    assert loaded >= {name for name in before if name.startswith("backbone.") and not name.endswith("_tracked")}
+    assert all(name.startswith("backbone.") for name in loaded)
+    assert "\n" not in sentence
+    assert "(sgkrl, 3 other classes)" in sentence
+    assert "new: blocks (" in sentence
+    assert "not used: classifier (2), fusion (" in sentence
+
+
+def test_statistics_become_those_of_each_pass_and_back(build, saved):
+    name = "backbone.trunk.layer1.0.bn1.running_mean"
+    (path, state), (settings, network) = saved("resnet"), build("resnet", "--batch_norm", "per_pass")
+    start(settings, network, path, BIRDS)
+    assert torch.equal(network.state_dict()[name], state[name].repeat(3, 1))
+    _, state = saved("resnet", "--batch_norm", "per_pass")
+    state[name][1:] += 5
+    path, _ = saved("resnet", "--batch_norm", "per_pass", network=state)
+    settings, network = build("resnet")
+    start(settings, network, path, BIRDS)
+    assert torch.equal(network.state_dict()[name], state[name][0])
+
+
+def test_the_average_of_weights_is_taken(build, saved):
+    _, state = saved("resnet")
+    average = {f"module.{name}": value + 2 if value.is_floating_point() else value for name, value in state.items()}
+    path, _ = saved("resnet", ema=average)
+    settings, network = build("resnet")
+    start(settings, network, path, BIRDS)
+    assert torch.equal(network.classifier.weight, state["classifier.weight"] + 2)
+
+
+def test_what_cannot_be_started_from_is_refused(build, saved, tmp_path):
+    settings, network = build("resnet")
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    other, _ = saved("resnet", "--backbone", "convnext_tiny")
+    refusals = {
+        other: "has backbone 'convnext_tiny', and here it is 'resnet18': its weights would mean",
+        str(tmp_path / "absent.pth"): "there is no checkpoint",
+        str(tmp_path / "weights.pth"): "was not written by train.py",
+    }
+    for path, expected in refusals.items():
+        with pytest.raises(UserError, match=expected) as refusal:
+            start(settings, network, path, BIRDS)
+        assert Path(path).name in str(refusal.value)
+    path, _ = saved("resnet", network={"classifier.weight": torch.zeros(3, 999)})
+    with pytest.raises(CheckpointError, match="nothing in it fits"):
+        start(settings, network, path, BIRDS)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_a_run_starts_from_another_and_goes_on_without_it(tiny_run, saved, tmp_path, capsys, monkeypatch):
+    path, _ = saved("mmal")
+    words = ("--epochs", "2", "--initial_weights", path)
+    train.main(tiny_run(tmp_path / "whole", *words))
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("starting from"))
+    assert "new: classifier (2)" in line  # of other classes
+    recorded = json.loads((tmp_path / "whole" / "folder-resnet" / "config.json").read_text("utf-8"))
+    assert recorded["initial_weights"] == path
+
+    finish = train.Run.finish_epoch
+
+    def stopped(self, *arguments):
+        finish(self, *arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train.Run, "finish_epoch", stopped)
+        train.main(tiny_run(tmp_path / "stopped", *words))
+    Path(path).unlink()
+    capsys.readouterr()
+    train.main(tiny_run(tmp_path / "stopped", *words))
+    assert "starting from" not in capsys.readouterr().out
+    whole, stopped = (load_checkpoint(tmp_path / n / "folder-resnet" / "last.pth") for n in ("whole", "stopped"))
+    assert whole["epoch"] == stopped["epoch"] == 2
+    assert all(torch.equal(value, stopped["network"][name]) for name, value in whole["network"].items())
+
+
+def test_frozen_statistics_may_come_from_another_run():
+    words = ["--dataset", "cub", "--data_root", "x", "--pretrained", "none", "--batch_norm", "frozen"]
+    assert parse_settings([*words, "--initial_weights", "best.pth"]).batch_norm == "frozen"
+    with pytest.raises(UserError, match="batch_norm is 'frozen'"):
+        parse_settings(words)
