@@ -21,6 +21,7 @@ from tqdm import tqdm
 from config import rebuilt
 from datasets import DataError, Entry, Pictures, Sample, collate, loading_of
 from networks.evidence import forward_with_evidence
+from networks.views import VIEWS, look_at_views
 from utils.command_line import Parser
 from utils.data.cropping import cut_out, seen_part
 from utils.data.decoding import Box, load_picture
@@ -41,6 +42,7 @@ def parse_arguments(arguments: Sequence[str] | None):
     parser.add_argument(
         "--weights", choices=("plain", "ema"), help="of a run with ema_decay (default: ema, the average)"
     )
+    parser.add_argument("--views", nargs="+", choices=VIEWS, help="name by these views of a picture, too; slower")
     parser.add_argument("--out", type=Path, default=Path("predictions"), metavar="DIR", help="drawings (%(default)s)")
     parser.add_argument("--no_drawings", action="store_true", help="names only, which is faster")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of text")
@@ -67,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     places = {"data_root": ".", "checkpoint_dir": "."}
     trained = load_trained(options.checkpoint, rebuilt, weights=options.weights, **places, **machine)
     network, class_names = trained.network, trained.saved["class_names"]
+    if options.views:
+        look_at_views(network, options.views)
     loading = loading_of(trained.settings)
     loader = DataLoader(
         ReadablePictures(pictures, **loading),

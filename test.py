@@ -2,9 +2,9 @@
 
 Model and data are rebuilt from the settings saved in the checkpoint, not from config.py. The figures are printed and
 written beside it: report.html to look at, report.json and predictions.csv to compute with (report-last.html and so on
-for last.pth, report-plain.html with --weights plain). Test images are read as the data set lists them, mostly class by
-class; --shuffle mixes them, with the run's seed, for files that end in -shuffled: where a graph links the windows of a
-batch, the order changes predictions.
+for last.pth, report-plain.html with --weights plain, report-mirror.html with --views mirror). Test images are read as
+the data set lists them, mostly class by class; --shuffle mixes them, with the run's seed, for files that end in
+-shuffled: where a graph links the windows of a batch, the order changes predictions.
 
     python test.py --compare checkpoint/A checkpoint/B ...                      # evaluated runs in one table
     python test.py published.pth --model mmal --dataset cub --data_root DIR     # a checkpoint of the published code
@@ -25,6 +25,7 @@ from config import parse_settings, rebuilt, restored
 from datasets import Catalogue, Entry, choose_split, collate, evaluation_loader, load_batch, load_catalogue, loading_of
 from networks.outputs import ENSEMBLINGS
 from networks.system import System
+from networks.views import VIEWS, look_at_views
 from utils.checkpoint import CheckpointError, load_checkpoint, load_published
 from utils.command_line import Parser
 from utils.data.cropping import cut_out, seen_part
@@ -66,6 +67,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespace
     parser.add_argument(
         "--weights", choices=("plain", "ema"), help="of a run with ema_decay (default: ema, the average)"
     )
+    parser.add_argument("--views", nargs="+", choices=VIEWS, help="classify by these views of a picture, too; slower")
     early = parser.add_argument_group("early exit (sgkrl, sgkrl_published)")
     early.add_argument("--exit_threshold", type=float, metavar="P", help="surer images skip the windows (1: none does)")
     early.add_argument("--exit_curve", action="store_true", help="find the threshold that loses nothing on validation")
@@ -108,6 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shared = {"plan": plan, "execution": execution, "label_smoothing": settings.label_smoothing}
 
     # Evaluate.
+    views = look_at_views(network, options.views) if options.views else 1
     settings = let_exit_early(network, settings, catalogue, options, shared)
     exits = network.can_exit_early and network.exit_threshold < 1
     # where images exit, these repeat other branches, so that no figure is theirs
@@ -124,13 +127,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     # Report.
     names = network.prediction
+    ensembled = f"{ENSEMBLINGS[network.ensembling]} of {', '.join(names)}" if len(names) > 1 else names[0]
     report = {
         "checkpoint": str(options.checkpoint),
         "epoch": saved["epoch"],
         "weights": options.weights,
         "selected_on": saved["selected_on"],
         "order": f"shuffled with seed {settings.seed}" if options.shuffle else listing_order(listed),
-        "prediction": f"{ENSEMBLINGS[network.ensembling]} of {', '.join(names)}" if len(names) > 1 else names[0],
+        "prediction": ensembled + (f", over {views} views ({', '.join(options.views)})" if options.views else ""),
+        "views": views,
         **results.report(saved["class_names"]),
         "boxes": {n.removeprefix("box_iou/"): v for n, v in figures.items() if n.startswith("box_iou/")} or None,
         "images_per_second": figures["images_per_second"],
@@ -262,7 +267,8 @@ def ending_of(options: argparse.Namespace) -> str:
     """Return how the names of an evaluation's files end: nothing for best.pth."""
     stem = options.checkpoint.stem
     plain = "-plain" if options.weights == "plain" else ""
-    return ("" if stem == "best" else f"-{stem}") + plain + ("-shuffled" if options.shuffle else "")
+    views = "".join(f"-{view}" for view in VIEWS if view in (options.views or ()))
+    return ("" if stem == "best" else f"-{stem}") + plain + views + ("-shuffled" if options.shuffle else "")
 
 
 def write_files(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from networks.crops import boxes_in_image
 from networks.outputs import Features, NetworkOutput
+from networks.views import looks_at_other_view
 
 
 def forward_with_evidence(
@@ -30,15 +31,19 @@ def forward_with_evidence(
 
     The evidence is float32, not negative, and covers the whole picture; of all passes behind the prediction (picture,
     object, windows or parts) each counts where it looked, per area, with each of its maps that a branch classifies.
-    Only its proportions mean something.
+    Only its proportions mean something. Other views of the picture (`networks.views`) have a say in what is predicted,
+    and no evidence of their own.
     """
     passes: list[tuple[Tensor, ...]] = []
 
     def begin(*_: object) -> None:
-        torch.set_grad_enabled(False)
+        if not looks_at_other_view(network):
+            torch.set_grad_enabled(False)
 
     def end(backbone: nn.Module, inputs: object, features: Features) -> Features:
         """Let gradients go back to the maps of the pass that a system may classify, and no further."""
+        if looks_at_other_view(network):
+            return features
         torch.set_grad_enabled(True)
         maps = stage2, stage3, final = tuple(
             value.detach().requires_grad_() for value in (features.stage2, features.stage3, features.final)

@@ -21,7 +21,9 @@ def project(trained: Trained, loader: DataLoader, class_names: Sequence[str]) ->
             passes = []
             with torch.no_grad(), execution.autocast():
                 images = execution.images(batch.images)
-                network(images, mask_background=plan.mask_background, branches=network.prediction)
+                network.forward(
+                    images, mask_background=plan.mask_background, branches=network.prediction
+                )  # no other view
             # the pass over the object where there is one, over the picture where not
             seen = [embedding for embedding in passes[:2] if len(embedding) == len(images)]
             embeddings.append(seen[-1].float().cpu())
