@@ -18,7 +18,7 @@ from utils.older_runs import folder_of
 from utils.reporting.panels import draw_panel, spread_over
 from utils.run import Run
 from utils.training.allocator import keep_freed_memory
-from utils.training.averaging import build_average, network_of
+from utils.training.averaging import Average, network_of
 from utils.training.building import build_learning, build_to_train, weights_of_losses
 from utils.training.distributed import cleanup, print_once, rank, setup_distributed, unwrap, world_size
 from utils.training.engine import evaluate, train_one_epoch
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         labels = [entry.label for entry in train_entries]
         system.class_weights = class_weights_of(settings.class_weights, labels, classes, device)
         mix = build_mixing(classes, mixup=settings.mixup, cutmix=settings.cutmix)
-        average = build_average(system, settings.ema_decay) if settings.ema_decay > 0 else None
+        average = Average(system, settings.ema_decay) if settings.ema_decay > 0 else None
         run.attach(system, optimizer, schedule, average)
         cache = build_cache(settings, train_entries + selection_entries)
         train_loader.dataset.cache = selection_loader.dataset.cache = cache

@@ -8,7 +8,7 @@ from test_engine import CPU, EVERYTHING, make_loader, make_network, make_samples
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from utils.training.averaging import build_average, network_of
+from utils.training.averaging import Average, network_of
 from utils.training.engine import train_one_epoch
 
 
@@ -33,7 +33,7 @@ class Counting(nn.Module):
 @pytest.mark.parametrize("decay", [0.0, 0.6, 0.99])
 def test_an_average_equals_the_formula(decay):
     module = Counting()
-    average = build_average(module, decay)
+    average = Average(module, decay)
     weight, statistics = [], []
     for step in range(12):
         module.move(step)
@@ -51,7 +51,7 @@ def test_an_average_equals_the_formula(decay):
 
 def test_a_small_decay_is_torchs_average():
     module = Counting()
-    ours = build_average(module, 0.15)  # less than 2 / 11, so that it never rises
+    ours = Average(module, 0.15)  # less than 2 / 11, so that it never rises
     theirs = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(0.15), use_buffers=True)
     for step in range(5):
         module.move(step)
@@ -63,11 +63,11 @@ def test_a_small_decay_is_torchs_average():
 
 def test_a_saved_average_goes_on_bit_for_bit():
     modules = Counting(), Counting()
-    whole, begun = (build_average(module, 0.9) for module in modules)
+    whole, begun = (Average(module, 0.9) for module in modules)
     for step in range(10):
         if step == 4:
             state = begun.state_dict()
-            begun = build_average(modules[1], 0.9)
+            begun = Average(modules[1], 0.9)
             begun.load_state_dict(state)
         for module, average in zip(modules, (whole, begun), strict=True):
             module.move(step)
@@ -80,7 +80,7 @@ def test_every_optimizer_step_is_averaged_and_changes_nothing_else():
     """Two of each batch; the weights learn as without an average."""
     loader = make_loader(make_samples(10), batch_size=4)
     network, alone = make_stepping(), make_stepping()
-    average = build_average(network, 0.9)
+    average = Average(network, 0.9)
     options = {"plan": EVERYTHING, "execution": CPU}
     train_one_epoch(network, loader, *sgd(network), average=average, **options)
     train_one_epoch(alone, loader, *sgd(alone), **options)
@@ -91,6 +91,6 @@ def test_every_optimizer_step_is_averaged_and_changes_nothing_else():
 
 def test_an_average_is_evaluated_on_the_gpus_of_its_network():
     network = make_network()
-    average = build_average(network, 0.9)
+    average = Average(network, 0.9)
     assert network_of(average, network) is average.module
     assert network_of(average, nn.DataParallel(network)).module is average.module

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from datasets import Augmentation
 from networks import MODELS, build_network
 from networks.folding import fold_batch_norm
+from utils.training.averaging import Average
 from utils.training.compilation import compile_backbone
 from utils.training.execution import Execution
 from utils.training.precision import has_native_bf16
+from utils.training.targets import build_mixing
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -78,6 +80,23 @@ def test_the_host_does_not_wait_for_augmented_pictures() -> None:
         torch.cuda.set_sync_debug_mode("default")
     expected = Execution(torch.device("cpu")).images(images, rows)
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("alphas", ((0.2, 0.0), (0.0, 1.0), (0.2, 1.0)))
+def test_the_host_does_not_wait_for_mixed_pictures_nor_for_an_average(alphas: tuple[float, float]) -> None:
+    network, images, labels = build("resnet"), pictures(), torch.tensor([0, 3, 1, 1]).cuda()
+    mix, average = build_mixing(CLASSES, mixup=alphas[0], cutmix=alphas[1]), Average(network, 0.9)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for seed in range(4):  # the first update of the average copies
+            torch.manual_seed(seed)
+            found = mix(images, labels)
+            average.update_parameters(network)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.manual_seed(3)
+    expected = mix(images.cpu(), labels.cpu())
+    torch.testing.assert_close([value.cpu() for value in found], list(expected))
 
 
 @pytest.mark.skipif(not (torch.cuda.is_available() and has_native_bf16(torch.device("cuda"))), reason="needs bf16")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import chain, compress
+
+import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -10,24 +14,36 @@ from utils.checkpoint import CheckpointError
 from utils.training.distributed import share_buffers
 
 
-def build_average(system: System, decay: float) -> AveragedModel:
-    """Return the exponential moving average of a system, to be updated with it after every optimizer step.
+class Average(AveragedModel):
+    """The exponential moving average of a system, to be updated with it after every optimizer step.
 
     Batch-norm statistics are averaged as the weights are; counters and indices are the system's. After n updates the
     average decays by (1 + n) / (10 + n) as long as that is less than `decay`, as TensorFlow's ExponentialMovingAverage
     does with `num_updates`: a run that is short beside 1 / (1 - decay) steps does not keep the weights it began with.
     """
 
-    def average(averaged: list[Tensor], current: list[Tensor], _: Tensor) -> None:
-        updates = int(model.n_averaged)  # which is on the CPU
-        if averaged[0].is_floating_point():
-            get_ema_multi_avg_fn(min(decay, (1 + updates) / (10 + updates)))(averaged, current, None)
-        else:
-            for old, new in zip(averaged, current, strict=True):
-                old.copy_(new)
+    def __init__(self, system: System, decay: float) -> None:
+        super().__init__(system, use_buffers=True)
+        self.decay = decay
 
-    model = AveragedModel(system, multi_avg_fn=average, use_buffers=True)
-    return model
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Move the average towards the weights. The method of torch would make the host wait for a GPU."""
+        updates = int(self.n_averaged)  # it is on the CPU
+        averages, current = list(_tensors(self.module)), list(_tensors(model))
+        moving = [updates > 0 and average.is_floating_point() for average in averages]
+        if any(moving):
+            move = get_ema_multi_avg_fn(min(self.decay, (1 + updates) / (10 + updates)))
+            move(list(compress(averages, moving)), list(compress(current, moving)), None)
+        for average, value, is_moving in zip(averages, current, moving, strict=True):
+            if not is_moving:
+                average.copy_(value)
+        self.n_averaged += 1
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Return a module's parameters and buffers."""
+    return chain(module.parameters(), module.buffers())
 
 
 def network_of(average: AveragedModel, beside: nn.Module) -> nn.Module:
