@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,10 +14,15 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import RandomCrop, functional
 
 import predict
+import train
 from datasets import Entry, Pictures
+from networks.systems.resnet import ResNetClassifier
+from utils.checkpoint import load_checkpoint
 from utils.data.augmentation import Augmentation
 from utils.data.cropping import central_offset, cut_out, cut_square, draw_offset, seen_part
 from utils.data.pixels import LONGEST, load_pixels
+
+pytestmark = pytest.mark.usefixtures("thin_trunk")
 
 UNCHANGED = Augmentation(flip=0, brightness=0, contrast=0)
 
@@ -149,3 +155,38 @@ def test_a_strip_does_not_fill_the_memory(tmp_path) -> None:
     image, box = load_pixels(Entry(tmp_path / "strip.png", 0, (0, 0, 3, 1500)), 32, keep_aspect_ratio=True)
     assert tuple(image.shape[1:]) == (32 * LONGEST, 32)
     assert box.tolist() == [0, 0, 32, 64]
+
+
+def test_a_run_with_all_of_it_goes_on_exactly_and_is_used(tiny_run, tmp_path, evaluation_script, capsys) -> None:
+    """Stopped within an epoch; with the pictures out of files, and out of the cache."""
+    everything = "--resize_size 112 --keep_aspect_ratio --padding 6 --rotation 15 --saturation 0.3 --erasing 0.5"
+    everything = [*everything.split(), "--crop_scale", "0.6", "--normalization", "half", "--epochs", "2"]
+    whole = tiny_run(tmp_path / "whole", *everything, "--cache", "none")
+    stopped = tiny_run(tmp_path / "stopped", *everything, "--cache", "disk", "--save_every_steps", "1")
+    train.main(whole)
+    after_step, calls = ResNetClassifier.after_step, []
+
+    def interrupted(*arguments: object) -> None:
+        calls.append(1)
+        if len(calls) == 5:  # 3 batches an epoch: in the second one of epoch 2
+            raise KeyboardInterrupt
+        after_step(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ResNetClassifier, "after_step", interrupted)
+        train.main(stopped)
+    train.main(stopped)
+    folders = [tmp_path / name / "folder-resnet" for name in ("whole", "stopped")]
+    networks = [load_checkpoint(folder / "last.pth")["network"] for folder in folders]
+    assert all(torch.equal(value, networks[1][name]) for name, value in networks[0].items())
+
+    evaluation_script.main([str(folders[0] / "best.pth")])
+    report = json.loads((folders[0] / "report.json").read_text(encoding="utf-8"))
+    rows = (folders[0] / "predictions.csv").read_text(encoding="utf-8").splitlines()[1:]
+    picture = next(part for part in rows[0].split(",") if part.endswith(".png"))
+    capsys.readouterr()
+    words = ["--checkpoint", str(folders[0] / "best.pth"), "--out", str(tmp_path / "out"), "--json", "--device", "cpu"]
+    predict.main([*words, "--workers", "0", picture])
+    prediction = json.loads(capsys.readouterr().out)["predictions"][0]
+    assert report["images"] == len(rows) == 6
+    assert prediction["name"] in rows[0]
