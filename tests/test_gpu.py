@@ -69,7 +69,8 @@ def test_the_host_does_not_wait_for_augmented_pictures() -> None:
     execution = Execution(torch.device("cuda"), "bf16")
     images = torch.randint(0, 256, (4, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
     generator = np.random.default_rng(0)
-    rows = torch.stack([Augmentation(crop_scale=0.5).draw(generator) for _ in range(4)])
+    augment = Augmentation(crop_scale=0.5, rotation=20.0, saturation=0.3, erasing=1.0)
+    rows = torch.stack([augment.draw(generator) for _ in range(4)])
     pinned = images.pin_memory(), rows.pin_memory()
     execution.images(*pinned)  # constants are copied once
     torch.cuda.set_sync_debug_mode("error")

@@ -30,7 +30,8 @@ def normalised(images: Tensor, augmentation: Tensor | None = None, normalization
     scale, shift = _scale_and_shift(normalization, images.device)
     images = images.mul_(scale).add_(shift)
     if augmentation is not None and augmentation[:, ERASED].any():
-        images.masked_fill_(_inside(augmentation[:, ERASED].to(images.device, non_blocking=True), images), 0)
+        erased = augmentation.to(images.device, non_blocking=True)[:, ERASED]  # whole rows: a part would be waited for
+        images.masked_fill_(_inside(erased, images), 0)
     return images
 
 
