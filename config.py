@@ -133,7 +133,7 @@ class Settings:
     skip_nonfinite: CountOrZero = 0  # so many steps with a loss that is not finite are skipped before the run stops
 
     # ---- Machine --------------------------------------------------------------------------------------------------
-    device: Device = "auto"  # auto: the GPU where there is one; or cpu, cuda, cuda:1 ...
+    device: Device = "auto"  # auto: the GPU where there is one; or cpu, cuda, cuda:1 ..., mps (Apple's GPUs)
     data_parallel: bool = True  # several visible GPUs: share each batch among them (nn.DataParallel)
     sync_batch_norm: bool = False  # torchrun on GPUs: batch-norm statistics of all processes' images; slower
     precision: Literal["auto", "float32", "bf16"] = "auto"  # bf16: mixed, twice as fast; auto: where in hardware

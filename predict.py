@@ -49,7 +49,7 @@ def parse_arguments(arguments: Sequence[str] | None):
     parser.add_argument("--top", type=int, default=5, metavar="N", help="names per picture (%(default)s)")
     parser.add_argument("--batch_size", type=int, default=8, metavar="N", help="pictures at a time (%(default)s)")
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes that load them (%(default)s)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (%(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ..., mps (%(default)s)")
     options = parser.parse_args(arguments)
     for name in ("top", "batch_size"):
         if getattr(options, name) < 1:

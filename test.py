@@ -79,7 +79,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespace
     machine = parser.add_argument_group("machine (default: as in training)")
     machine.add_argument("--data_root", metavar="DIR", help="where the data set lies on this machine")
     machine.add_argument("--class_level", type=int, metavar="N", help="folders: the level of those that are classes")
-    machine.add_argument("--device", help="cpu, cuda, cuda:1 ...")
+    machine.add_argument("--device", help="cpu, cuda, cuda:1 ..., mps")
     machine.add_argument("--precision", choices=("auto", "float32", "bf16"))
     machine.add_argument("--evaluation_batch_size", type=int, metavar="N", help="images at a time")
     machine.add_argument("--workers", type=int, metavar="N", help="processes that load pictures")

@@ -27,7 +27,11 @@ def activation_map(features: Tensor) -> Tensor:
 
     Summed in float64, so that equal cells get equal sums: in float32 the order of adding can differ from cell to cell.
     """
-    return features.detach().sum(dim=1, dtype=torch.float64).float()
+    return features.detach().sum(dim=1, dtype=_widest(features)).float()
+
+
+def _widest(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
 
 
 def largest_component(mask: Tensor) -> Tensor:
@@ -83,7 +87,7 @@ def localize(activation: Tensor, penultimate_activation: Tensor, *, threshold: f
 
 def _above_mean(activation: Tensor, threshold: float) -> Tensor:
     # In float64 the mean of equal values is exactly that value, so that no cell of a constant map is above it.
-    return activation > threshold * activation.mean(dim=(1, 2), keepdim=True, dtype=torch.float64)
+    return activation > threshold * activation.mean(dim=(1, 2), keepdim=True, dtype=_widest(activation))
 
 
 def bounding_boxes(cells: Tensor) -> Tensor:

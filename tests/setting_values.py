@@ -39,7 +39,10 @@ TYPES: dict[object, tuple[list, list]] = {
     options.PositiveOrZero: ([0.0, 10.0], [-1e-4, NAN, INF]),
     shared_settings.Folder: (["runs", "a b/c", "."], ["", "a" * 300, "a\0b", "\ud800", "~nobody-of-that-name/x"]),
     shared_settings.SideOfInput: ([96, 224, 448], [0, 64, 95, 100, -96]),
-    shared_settings.Device: (["auto", "cpu", "cuda", "cuda:1"], ["abacus", "cuda:", "cuda:123", "cuda:\u0661"]),
+    shared_settings.Device: (
+        ["auto", "cpu", "mps", "cuda", "cuda:1"],
+        ["abacus", "cuda:", "cuda:123", "cuda:\u0661"],
+    ),
     shared_settings.Patterns: ([("*_Gull", "Crow"), ("a",)], [(), ("a*", "")]),
     shared_settings.Branches: ([("raw", "object"), ("raw",)], [(), ("raw", "raw")]),
     shared_settings.RunName: (["ok_1.2+b-c", "try1"], ["a/b", "", ".. ", "a\nb"]),

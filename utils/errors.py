@@ -69,11 +69,16 @@ def exit_with_one_sentence(*, training: bool = False) -> Iterator[None]:
 
 
 def _what_ended_the_run(error: RuntimeError) -> str | None:
-    """A sentence for what PyTorch raises where another process of the run is gone; None for any other error."""
+    """A sentence for what PyTorch raises for other processes that are gone, and on MPS; None for any other error."""
     from torch.distributed import DistError  # here: scripts that refuse their flags need no torch
 
     if isinstance(error, DistError) or "/gloo/" in str(error):
         return "another process of this run ended, or the connection to it broke: its own message, if any, says why"
+    if isinstance(error, NotImplementedError) and "MPS" in str(error):
+        return (
+            f"PyTorch cannot compute something on mps ({str(error).partition('. ')[0]}): set the environment variable "
+            "PYTORCH_ENABLE_MPS_FALLBACK=1, so that the CPU does it, or give --device cpu"
+        )
     if str(error).startswith("DataLoader worker (pid"):  # others are faults inside a worker
         return (
             "a process that loads pictures died, most likely for lack of memory: lower workers, image_size or "

@@ -28,8 +28,8 @@ SideOfInput = Annotated[
 Device = Annotated[
     str,
     Limit(
-        lambda name: re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,2})?", name) is not None,
-        "'auto', 'cpu', 'cuda', 'cuda:1' ...",
+        lambda name: re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,2})?", name) is not None,
+        "'auto', 'cpu', 'mps', 'cuda', 'cuda:1' ...",
     ),
 ]
 Patterns = Annotated[

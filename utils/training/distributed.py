@@ -38,13 +38,19 @@ def print_once(text: str) -> None:
 
 
 def choose_device(name: str) -> torch.device:
-    """Turn the setting into a device; "auto" is the GPU where there is one. Raises UserError for an absent GPU."""
+    """Turn the setting into a device; "auto" is the CUDA GPU where there is one. Raises UserError for an absent one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
             f"device is {name!r} and {torch.cuda.device_count()} GPUs are visible: set device to cpu or auto"
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device is 'mps' and PyTorch finds no Metal GPU here: set device to cpu or auto")
+    if device.type == "mps" and not torch.amp.is_autocast_available("mps"):
+        raise UserError(
+            f"device is 'mps', for which PyTorch {torch.__version__} lacks too much: use 2.5 or newer, or the cpu"
         )
     return device
 
@@ -56,11 +62,14 @@ def setup_distributed(name: str = "auto") -> torch.device:
         name: see `choose_device`. Under torchrun a CUDA device becomes the GPU numbered LOCAL_RANK.
 
     Raises:
-        UserError: no such GPU, or torchrun started more processes on this machine than it has GPUs.
+        UserError: no such GPU, one of Metal under torchrun, or torchrun started more processes on this machine than it
+            has GPUs.
     """
     device = choose_device(name)
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return device
+    if device.type == "mps":
+        raise UserError("device is 'mps', on which one process trains: leave torchrun out, or set device to cpu")
     if device.type != "cuda":
         torch.distributed.init_process_group("gloo")
         return device
