@@ -470,7 +470,7 @@ def test_a_run_stops_when_its_patience_ends_and_goes_on_with_more(tiny_run, tmp_
         interrupt_in_epoch(patch, 4)
         train_parts("--patience", "2")
     assert train_parts("--patience", "2") == [4]
-    sentence = "stopped after epoch 4: 2 epochs without a gain on validation, and patience is 2"
+    sentence = "stopped after epoch 4, 2 after the best one on validation, as patience is 2"
     printed = capsys.readouterr().out
     assert sentence in printed
     assert "done: 50.0% on validation at epoch 2" in printed

@@ -150,8 +150,8 @@ class Run:
             without_gain = epoch - 1 - self.best["epoch"]
             if 0 < self.settings.patience <= without_gain:
                 print_once(
-                    f"stopped after epoch {epoch - 1}: {without_gain} epochs without a gain on "
-                    f"{self.settings.select_on}, and patience is {self.settings.patience}"
+                    f"stopped after epoch {epoch - 1}, {without_gain} after the best one on "
+                    f"{self.settings.select_on}, as patience is {self.settings.patience}"
                 )
                 return
             yield epoch
