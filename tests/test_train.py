@@ -412,7 +412,9 @@ def test_a_run_stopped_in_every_epoch_equals_an_uninterrupted_one(short, tiny_ru
     assert rates == pytest.approx([0.05, 0.005])
 
 
-@pytest.mark.parametrize(("options", "more"), [(TWO_EPOCHS[2:], "3"), (["--schedule", "exponential"], "4")])
+@pytest.mark.parametrize(
+    ("options", "more"), [(["--schedule", "steps", "--milestones"], "3"), (["--schedule", "exponential"], "4")]
+)
 def test_a_run_goes_on_with_more_epochs_as_if_it_had_had_them_from_the_start(options, more, tiny_run, tmp_path):
     options = (*options, "--warmup_epochs", "1", "--ema_decay", "0.5")
     train.main(tiny_run(tmp_path / "whole", *options, "--epochs", more))

@@ -45,7 +45,7 @@ def _other_form(ours: object, theirs: object, place: str) -> str | None:
     if type(ours) is not type(theirs):
         return place
     if isinstance(ours, dict):
-        if not ours.keys() & theirs.keys():
+        if (ours or theirs) and not ours.keys() & theirs.keys():  # a schedule may have no milestones
             return place
         pairs = [(f"{place}/{name}", ours[name], theirs[name]) for name in ours if name in theirs]
     elif isinstance(ours, list | tuple):
