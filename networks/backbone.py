@@ -83,7 +83,7 @@ class Backbone(nn.Module):
             freeze_statistics(self.trunk)
         return self
 
-    def forward(self, images: Tensor, *, kind: str = "picture", dense: bool = False) -> Features:
+    def forward(self, images: Tensor, *, kind: str = "picture", dense: bool = False, until: str = "final") -> Features:
         """Map images [B, 3, H, W], normalised with ImageNet's mean and deviation, to their `Features`.
 
         `kind` of images, one of `networks.batch_norm.KINDS`: whose statistics are used where they are kept per pass.
@@ -92,10 +92,12 @@ class Backbone(nn.Module):
         C, H/16, W/16]: every other cell of every other row is what it is without (Yu & Koltun, "Multi-Scale Context
         Aggregation by Dilated Convolutions", ICLR 2016). Without the last stride they are that fine already, and it
         changes nothing.
+
+        `until` "stage2" or "stage3": the pass ends with that map, and later ones, the embedding among them, are None.
         """
         if dense and not self.family.dense:
             raise UserError("dense maps were asked for; only ResNets have them")
         if self.batch_norm == "per_pass":
             look_at(self.trunk, kind)
-        maps = self.family.look(self.trunk, images, frozen=self.batch_norm == "frozen", dense=dense)
-        return Features(*maps, embedding=maps.final.mean(dim=(2, 3)))
+        maps = self.family.look(self.trunk, images, frozen=self.batch_norm == "frozen", dense=dense, until=until)
+        return Features(*maps, embedding=None if maps.final is None else maps.final.mean(dim=(2, 3)))

@@ -16,7 +16,10 @@ from utils.errors import UserError
 
 
 class Features(NamedTuple):
-    """Feature maps of one backbone pass over pictures of H x W pixels; H/16 for H/32 where `last_stride` is 1."""
+    """Feature maps of one backbone pass over pictures of H x W pixels; H/16 for H/32 where `last_stride` is 1.
+
+    In a pass that was told to end earlier (see `Backbone.forward`), what comes after is None.
+    """
 
     stage2: Tensor  # [B, C2, H/8, W/8]
     stage3: Tensor  # [B, C3, H/16, W/16]

@@ -54,6 +54,8 @@ class CAL(System):
         "decay_rate": math.sqrt(0.9),
         "brightness": 0.126,
         "contrast": 0.0,
+        "saturation": 0.5,
+        "resize_size": lambda shared: round(shared.side_of_images * 512 / 448),
         "ensembling": "mean_logits",
         "last_stride": lambda shared: 1 if shared.can_leave_out_last_stride else 2,
     }

@@ -67,6 +67,8 @@ class DCL(System):
         "milestones": (60, 120),
         "brightness": 0.0,
         "contrast": 0.0,
+        "rotation": 15.0,
+        "resize_size": lambda shared: round(shared.side_of_images * 512 / 448),
         "ensembling": "sum_logits",
     }
     published_names = {

@@ -31,6 +31,7 @@ HIDDEN = 512  # units
 class Options:
     granularities: tuple[Count, Count, Count] = (8, 4, 2)  # blocks along a side, one optimizer step each, by stage
     order_per_image: bool = True  # every image's blocks in an order of its own; False: one for a batch, as published
+    whole_passes: bool = True  # as published: a step runs all stages and heads; False: only what its loss needs, faster
     zeroed_gradients: bool = True  # as published: what a step does not reach moves on by momentum and weight decay
 
     def check(self, shared: Shared) -> None:
@@ -129,7 +130,8 @@ class PMG(System):
         nothing. In training B is at least 2.
         """
         wanted = requested_branches(branches, self.branches)
-        features = self.backbone(resize_images(images, self.input_size))
+        ends = {} if self.options.whole_passes or not self.training else {"until": _deepest(wanted)}
+        features = self.backbone(resize_images(images, self.input_size), **ends)
         vectors = {
             stage: self.blocks[stage](getattr(features, stage)).amax(dim=(2, 3))
             for stage in STAGES
@@ -143,14 +145,24 @@ class PMG(System):
     def steps(self, images: Tensor, labels: Tensor) -> Iterator[Step]:
         """Jigsaws for each stage, from small blocks to large ones, then the picture: paper, section 3.2.
 
-        Every step runs the whole network, which updates all running statistics four times a batch, as published.
+        With `whole_passes` every step runs the whole network, which updates all running statistics four times a batch,
+        as published. Otherwise a step ends with its stage and computes its head alone, so that each layer's statistics
+        are of the inputs that it learns from. Losses and gradients are the same.
         """
         images = resize_images(images, self.input_size)
         for stage, blocks in zip(STAGES, self.options.granularities, strict=True):
             orders = len(images) if self.options.order_per_image else 1
             permutations = cyclic_permutations(orders, blocks**2, images.device)
-            yield Step(permute_blocks(images, permutations, blocks), labels, (stage,), self.branches)
-        yield Step(images, labels, ("concat",), self.branches)
+            yield self._step(permute_blocks(images, permutations, blocks), labels, stage)
+        yield self._step(images, labels, "concat")
+
+    def _step(self, images: Tensor, labels: Tensor, term: str) -> Step:
+        return Step(images, labels, (term,), self.branches if self.options.whole_passes else (term,))
 
     def heads(self) -> list[nn.Module]:
         return [self.blocks, self.classifiers]
+
+
+def _deepest(wanted: set[str]) -> str:
+    """Return the last stage that branches need."""
+    return "final" if "concat" in wanted else max(wanted, key=STAGES.index)

@@ -8,12 +8,15 @@ from torch import Tensor, nn
 
 
 class Maps(NamedTuple):
-    """The maps of one pass over pictures of H x W pixels; `last_stride` 1 makes the last two twice as fine."""
+    """The maps of one pass over pictures of H x W pixels; `last_stride` 1 makes the last two twice as fine.
+
+    A pass that ends earlier has None for those that come after.
+    """
 
     stage2: Tensor  # [B, C2, H/8, W/8]
-    stage3: Tensor  # [B, C3, H/16, W/16]
-    penultimate: Tensor | None  # [B, C, H/32, W/32] of the last stage's second-to-last block; None: it has only one
-    final: Tensor  # [B, C, H/32, W/32], not negative
+    stage3: Tensor | None = None  # [B, C3, H/16, W/16]
+    penultimate: Tensor | None = None  # [B, C, H/32, W/32] of the last stage's second-to-last block, if it has one
+    final: Tensor | None = None  # [B, C, H/32, W/32], not negative
 
 
 class Traits(NamedTuple):
@@ -56,8 +59,11 @@ class Family:
         raise NotImplementedError
 
     @staticmethod
-    def look(trunk: nn.Module, images: Tensor, *, frozen: bool, dense: bool) -> Maps:
-        """Map images [B, 3, H, W] to their maps; `frozen`: the batch norms use their running statistics."""
+    def look(trunk: nn.Module, images: Tensor, *, frozen: bool, dense: bool, until: str) -> Maps:
+        """Map images [B, 3, H, W] to their maps up to the one called `until`, `stage2`, `stage3` or `final`.
+
+        `frozen`: the batch norms use their running statistics.
+        """
         raise NotImplementedError
 
     @classmethod

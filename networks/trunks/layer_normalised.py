@@ -36,8 +36,8 @@ class ConvNeXts(Family):
         trunk.classifier = nn.Sequential(trunk.classifier[0])  # the normalisation
 
     @staticmethod
-    def look(trunk: nn.Module, images: Tensor, *, frozen: bool, dense: bool) -> Maps:
-        return _look(trunk.features, images, lambda x: x, trunk.classifier[0])
+    def look(trunk: nn.Module, images: Tensor, *, frozen: bool, dense: bool, until: str) -> Maps:
+        return _look(trunk.features, images, lambda x: x, trunk.classifier[0], until)
 
 
 class Swins(Family):
@@ -60,17 +60,21 @@ class Swins(Family):
         trunk.head = nn.Identity()
 
     @staticmethod
-    def look(trunk: nn.Module, images: Tensor, *, frozen: bool, dense: bool) -> Maps:
-        return _look(trunk.features, images, trunk.permute, lambda x: trunk.permute(trunk.norm(x)))
+    def look(trunk: nn.Module, images: Tensor, *, frozen: bool, dense: bool, until: str) -> Maps:
+        return _look(trunk.features, images, trunk.permute, lambda x: trunk.permute(trunk.norm(x)), until)
 
 
 Step = Callable[[Tensor], Tensor]
 
 
-def _look(features: nn.Sequential, images: Tensor, channels_first: Step, normalise: Step) -> Maps:
+def _look(features: nn.Sequential, images: Tensor, channels_first: Step, normalise: Step, until: str) -> Maps:
     """Run the stages; both steps return maps [B, C, h, w]."""
     stem, stage1, halve1, stage2, halve2, stage3, halve3, stage4 = features
     second = stage2(halve1(stage1(stem(images))))
+    if until == "stage2":
+        return Maps(channels_first(second))
     third = stage3(halve2(second))
+    if until == "stage3":
+        return Maps(channels_first(second), channels_first(third))
     penultimate, final = (F.relu(normalise(x)) for x in run_stage(stage4, halve3(third)))
     return Maps(channels_first(second), channels_first(third), penultimate, final)

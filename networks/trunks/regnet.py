@@ -30,9 +30,13 @@ class RegNets(Family):
         trunk.fc = nn.Identity()
 
     @staticmethod
-    def look(trunk: nn.Module, images: Tensor, *, frozen: bool, dense: bool) -> Maps:
+    def look(trunk: nn.Module, images: Tensor, *, frozen: bool, dense: bool, until: str) -> Maps:
         stage1, stage2, stage3, stage4 = trunk.trunk_output
         x = stage2(stage1(trunk.stem(images)))
+        if until == "stage2":
+            return Maps(x)
         deeper = stage3(x)
+        if until == "stage3":
+            return Maps(x, deeper)
         penultimate, final = run_stage(stage4, deeper)
         return Maps(x, deeper, penultimate if len(stage4) > 1 else None, final)

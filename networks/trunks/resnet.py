@@ -46,12 +46,16 @@ class ResNets(Family):
             stage[0].conv2.stride = (1, 1)
 
     @staticmethod
-    def look(trunk: nn.Module, images: Tensor, *, frozen: bool, dense: bool) -> Maps:
+    def look(trunk: nn.Module, images: Tensor, *, frozen: bool, dense: bool, until: str) -> Maps:
         """Frozen batch norms are computed inside the convolutions, without calling the blocks: hooks see nothing."""
         x = trunk.maxpool(F.relu(_convolve(trunk.conv1, trunk.bn1, images, frozen=frozen), inplace=True))
         _, stage1 = _stage(trunk.layer1, x, frozen=frozen)
         _, stage2 = _stage(trunk.layer2, stage1, frozen=frozen)
+        if until == "stage2":
+            return Maps(stage2)
         _, stage3 = _stage(trunk.layer3, stage2, frozen=frozen)
+        if until == "stage3":
+            return Maps(stage2, stage3)
         penultimate, final = _stage(trunk.layer4, stage3, frozen=frozen, dense=dense)
         return Maps(stage2, stage3, penultimate, final)
 

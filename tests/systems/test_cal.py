@@ -386,6 +386,7 @@ def test_its_recipe_is_the_published_one_as_far_as_it_goes():
     )
     assert (settings.schedule, settings.decay_rate**2) == ("exponential", pytest.approx(0.9))
     assert (settings.brightness, settings.contrast, settings.warmup_epochs) == (0.126, 0.0, 0)
+    assert (settings.saturation, settings.resize_size, settings.image_size) == (0.5, 512, 448)
     assert (settings.last_stride, settings.ensembling) == (1, "mean_logits")
     assert settings.options == {"attention_maps": 32, "lose_repeated_labels": False}
     network = build()

@@ -277,6 +277,7 @@ def test_its_recipe_is_the_published_one_as_far_as_it_goes():
     assert recipe == (180, 16, 8e-4, 10.0)
     assert (settings.weight_decay, settings.schedule, settings.milestones) == (0.0, "steps", (60, 120))
     assert (settings.brightness, settings.contrast, settings.warmup_epochs) == (0.0, 0.0, 0)
+    assert (settings.rotation, settings.resize_size, settings.image_size) == (15.0, 512, 448)
     options = {"regions": 7, "swap_classes": "each", "location_weight": 1.0, "guessed_places": False}
     assert settings.options == options
     assert parse(dataset="cars").options == options | {"location_weight": 0.01}
