@@ -26,13 +26,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from utils.data.augmentation import Augmentation
-from utils.data.catalogue import CHOICES, Catalogue, Entry, leave_out, split_validation
+from utils.data.catalogue import CHOICES, Catalogue, Entry, Source, leave_out, split_validation
 from utils.data.checking import find_bad_pictures
 from utils.data.cropping import central_offset, cut_square, draw_offset
 from utils.data.errors import DataError, describe
+from utils.data.evaluated import Labelled
 from utils.data.picture_cache import PictureCache, cache_in_memory, cache_on_disk
 from utils.data.pixels import load_pixels, shapes_of, source_code
-from utils.data.readers import read_catalogue
+from utils.data.readers import read_catalogue, read_labelled
 from utils.data.samplers import BalancedSampler, ShuffledSampler
 from utils.data.workers import leave_run_to_the_main_process
 from utils.errors import UserError
@@ -203,17 +204,38 @@ def load_catalogue(settings: DataSettings) -> tuple[Catalogue, dict[str, str]]:
         classes=settings.classes,
         **{name: getattr(settings, name) for name in CHOICES},
     )
+    bad = _unreadable(settings, catalogue.entries)
+    return (leave_out(catalogue, bad) if bad else catalogue), bad
+
+
+def load_labelled(settings: DataSettings) -> Labelled:
+    """Return every labelled picture where the settings' data lie, whatever its part: those of other data than a run's.
+
+    They are read as the run's own, or else as a folder of pictures for each class.
+    """
+    choices = {name: getattr(settings, name) for name in CHOICES}
+    try:
+        own_kind = settings.dataset if settings.dataset != "demo" else "folder"
+        catalogue = read_labelled(Source(own_kind, settings.data_root, **choices))
+    except DataError:
+        if settings.dataset in ("demo", "folder"):
+            raise
+        catalogue = read_labelled(Source("folder", settings.data_root, **choices))
+    bad = _unreadable(settings, catalogue.entries)
+    return Labelled([entry for entry in catalogue.entries if str(entry.source) not in bad], catalogue.class_names)
+
+
+def _unreadable(settings: DataSettings, entries: Sequence[Entry]) -> dict[str, str]:
+    """Return the unreadable pictures with the reason. Raises DataError where they may not be skipped."""
     skip = settings.on_bad_image == "skip"
-    bad = find_bad_pictures(catalogue.entries, thorough=skip)
-    if not bad:
-        return catalogue, bad
-    if not skip:
+    bad = find_bad_pictures(entries, thorough=skip)
+    if bad and not skip:
         path, reason = next(iter(bad.items()))
         raise DataError(
-            f"{len(bad)} of {len(catalogue.entries)} pictures cannot be read, the first is {path} "
+            f"{len(bad)} of {len(entries)} pictures cannot be read, the first is {path} "
             f"({reason}): repair them, or set on_bad_image to skip"
         )
-    return leave_out(catalogue, bad), bad
+    return bad
 
 
 def choose_split(settings: DataSettings, catalogue: Catalogue) -> tuple[list[Entry], list[Entry], str]:

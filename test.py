@@ -6,6 +6,7 @@ for last.pth, report-plain.html with --weights plain, report-mirror.html with --
 the data set lists them, mostly class by class; --shuffle mixes them, with the run's seed, for files that end in
 -shuffled: where a graph links the windows of a batch, the order changes predictions.
 
+    python test.py checkpoint/demo-sgkrl/best.pth --data_root DIR --out REPORT  # other labelled pictures
     python test.py --compare checkpoint/A checkpoint/B ...                      # evaluated runs in one table
     python test.py published.pth --model mmal --dataset cub --data_root DIR     # a checkpoint of the published code
 """
@@ -22,7 +23,17 @@ from typing import Any
 import numpy
 
 from config import parse_settings, rebuilt, restored
-from datasets import Catalogue, Entry, choose_split, collate, evaluation_loader, load_batch, load_catalogue, loading_of
+from datasets import (
+    DataError,
+    Entry,
+    choose_split,
+    collate,
+    evaluation_loader,
+    load_batch,
+    load_catalogue,
+    load_labelled,
+    loading_of,
+)
 from networks.outputs import ENSEMBLINGS
 from networks.system import System
 from networks.views import VIEWS, look_at_views
@@ -31,9 +42,12 @@ from utils.command_line import Parser
 from utils.data.cropping import cut_out, seen_part
 from utils.data.decoding import load_picture
 from utils.data.demo_birds import draw_demo_picture
+from utils.data.evaluated import Evaluated, choose_evaluated
+from utils.data.record import differing_names, unpack
 from utils.errors import exit_with_one_sentence
 from utils.files import show, write_text
 from utils.options import SettingsError, flat
+from utils.reporting.class_tables import write_classes, write_confusions
 from utils.reporting.compare import compare
 from utils.reporting.early_exit import ExitCollector, choose_threshold, curve_text
 from utils.reporting.embeddings import project
@@ -68,6 +82,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespace
         "--weights", choices=("plain", "ema"), help="of a run with ema_decay (default: ema, the average)"
     )
     parser.add_argument("--views", nargs="+", choices=VIEWS, help="classify by these views of a picture, too; slower")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the report (default: the checkpoint's)")
+    parser.add_argument("--include_trained", action="store_true", help="evaluate images of training as well, if met")
     early = parser.add_argument_group("early exit (sgkrl, sgkrl_published)")
     early.add_argument("--exit_threshold", type=float, metavar="P", help="surer images skip the windows (1: none does)")
     early.add_argument("--exit_curve", action="store_true", help="find the threshold that loses nothing on validation")
@@ -77,7 +93,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespace
         "--format", choices=("text", "csv", "markdown"), default="text", help="how to print the table (%(default)s)"
     )
     machine = parser.add_argument_group("machine (default: as in training)")
-    machine.add_argument("--data_root", metavar="DIR", help="where the data set lies on this machine")
+    machine.add_argument("--data_root", metavar="DIR", help="where the data lie: the run's, or other pictures by class")
     machine.add_argument("--class_level", type=int, metavar="N", help="folders: the level of those that are classes")
     machine.add_argument("--device", help="cpu, cuda, cuda:1 ..., mps")
     machine.add_argument("--precision", choices=("auto", "float32", "bf16"))
@@ -99,26 +115,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     keep_freed_memory()
 
     # Rebuild: network, settings, data.
-    trained, catalogue = rebuild(options, more)
+    trained, data = rebuild(options, more)
     network, settings, saved, plan, execution = trained
-    options.weights = saved.get("weights")
-    for note in catalogue.notes:
+    options.weights, class_names = saved.get("weights"), saved["class_names"]
+    for note in data.notes:
         show(f"note: {note}")
-    listed = catalogue.test
+    listed = entries = data.entries
     if options.shuffle:  # here, so that all below finds results and images in one order
-        catalogue = catalogue._replace(test=shuffled(listed, settings.seed))
+        entries = shuffled(listed, settings.seed)
     shared = {"plan": plan, "execution": execution, "label_smoothing": settings.label_smoothing}
 
     # Evaluate.
     views = look_at_views(network, options.views) if options.views else 1
-    settings = let_exit_early(network, settings, catalogue, options, shared)
+    settings = let_exit_early(network, settings, data, options, shared)
     exits = network.can_exit_early and network.exit_threshold < 1
     # where images exit, these repeat other branches, so that no figure is theirs
     copied = ("window", "graph") if exits else ()
     results = ResultCollector(network.input_size, leave_out=copied)
     figures = evaluate(
         network,
-        evaluation_loader(settings, catalogue.test),
+        evaluation_loader(settings, entries),
         branches=options.branches,
         on_batch=results,
         description="test",
@@ -133,32 +149,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "epoch": saved["epoch"],
         "weights": options.weights,
         "selected_on": saved["selected_on"],
+        "data": {"root": settings.data_root, "notes": list(data.notes)},
         "order": f"shuffled with seed {settings.seed}" if options.shuffle else listing_order(listed),
         "prediction": ensembled + (f", over {views} views ({', '.join(options.views)})" if options.views else ""),
         "views": views,
-        **results.report(saved["class_names"]),
+        **results.report(class_names),
         "boxes": {n.removeprefix("box_iou/"): v for n, v in figures.items() if n.startswith("box_iou/")} or None,
         "images_per_second": figures["images_per_second"],
         "settings": dataclasses.asdict(settings),
     }
     show(as_text(report))
     batch = load_batch(spread_over(listed), settings)
-    panel = draw_panel(network, batch, execution, plan, catalogue.class_names)
-    save_png(options.checkpoint.parent / "pictures" / f"test{ending_of(options)}.png", panel)
-    mistakes = mistaken_batches(settings, catalogue.test, results.surest_mistakes(), one_by_one=exits)
+    panel = draw_panel(network, batch, execution, plan, class_names)
+    folder, ending = folder_of_report(options, settings, data), ending_of(options)
+    save_png(folder / "pictures" / f"test{ending}.png", panel)
+    mistakes = mistaken_batches(settings, entries, results.surest_mistakes(), one_by_one=exits)
     drawn = draw_mistakes(trained, mistakes)
-    if (options.checkpoint.parent / "log.jsonl").exists():  # a run's folder, whose curves TensorBoard shows
+    if options.embeddings or (folder / "log.jsonl").exists():  # a run's folder, whose curves TensorBoard shows
         shown = {name: v for name, v in figures.items() if name.startswith(("accuracy/", "box_iou/"))}
         numbers = {name: v for name, v in shown.items() if name.removeprefix("accuracy/") not in copied}
         numbers["calibration_error"] = report["calibration"]["expected_error"]
-        loader = evaluation_loader(settings, catalogue.test)
-        projected = project(trained, loader, catalogue.class_names) if options.embeddings else {}
-        log_evaluation(options.checkpoint.parent / f"test{ending_of(options)}", saved["epoch"], numbers, **projected)
-    write_files(options, saved["class_names"], results, report, drawn)
+        loader = evaluation_loader(settings, entries)
+        projected = project(trained, loader, class_names) if options.embeddings else {}
+        log_evaluation(folder / f"test{ending}", saved["epoch"], numbers, **projected)
+    write_files(folder, ending, class_names, results, report, drawn)
 
 
-def rebuild(options: argparse.Namespace, more: Sequence[str]) -> tuple[Trained, Catalogue]:
-    """Return the checkpoint's network and its data set."""
+def rebuild(options: argparse.Namespace, more: Sequence[str]) -> tuple[Trained, Evaluated]:
+    """Return the checkpoint's network, and what to evaluate it on."""
     overrides = {name: getattr(options, name) for name in MACHINE if getattr(options, name) is not None}
     content = load_checkpoint(options.checkpoint)
     if "settings" not in content:
@@ -174,17 +192,44 @@ def rebuild(options: argparse.Namespace, more: Sequence[str]) -> tuple[Trained, 
             "for a published checkpoint they are given, --model among them)"
         )
     trained = load_trained(options.checkpoint, rebuilt, weights=options.weights, **overrides)
-    catalogue, _ = load_catalogue(trained.settings)
-    if list(catalogue.class_names) != trained.saved["class_names"]:
+    return trained, find_data(trained, options)
+
+
+def find_data(trained: Trained, options: argparse.Namespace) -> Evaluated:
+    """Return what to evaluate a run's checkpoint on: its own test images, or the data at --data_root.
+
+    Raises DataError where these cannot be read.
+    """
+    settings, saved = trained.settings, trained.saved
+    asked = options.data_root is not None
+    own = None
+    if not (asked and settings.dataset == "demo"):
+        try:
+            own, _ = load_catalogue(settings)
+        except DataError:
+            if not asked:
+                raise
+    try:
+        record = unpack(saved["pictures"]) if "pictures" in saved else None
+    except ValueError as error:
+        raise CheckpointError(f"{options.checkpoint} is refused: there is {error} in it") from None
+    if record is None and not asked and list(own.class_names) != saved["class_names"]:
         raise CheckpointError(
-            f"{options.checkpoint} knows {len(trained.saved['class_names'])} classes and the data in "
-            f"{trained.settings.data_root} has {len(catalogue.class_names)} or others: give the --data_root it was "
-            "trained on"
+            f"{options.checkpoint} knows {len(saved['class_names'])} classes and the data in {settings.data_root} has "
+            f"{len(own.class_names)} ({differing_names(saved['class_names'], own.class_names)}): give the --data_root "
+            "of the pictures to evaluate"
         )
-    return trained, catalogue
+    return choose_evaluated(
+        saved["class_names"],
+        record,
+        own,
+        lambda: load_labelled(settings),
+        selected_on_test=settings.select_on == "test",
+        include_trained=options.include_trained,
+    )
 
 
-def rebuild_published(path: Path, content: dict, overrides: dict, more: Sequence[str]) -> tuple[Trained, Catalogue]:
+def rebuild_published(path: Path, content: dict, overrides: dict, more: Sequence[str]) -> tuple[Trained, Evaluated]:
     """Return the network of a published checkpoint, which says little about itself, and the data set asked for."""
     words = [word for name, value in overrides.items() for word in (f"--{name}", str(value))]
     settings = parse_settings([*words, *more])
@@ -197,7 +242,7 @@ def rebuild_published(path: Path, content: dict, overrides: dict, more: Sequence
     }
     network = build_from_settings(settings, len(catalogue.class_names), load_weights=False)
     load_published(network, path)
-    return make_ready(network, settings, saved), catalogue
+    return make_ready(network, settings, saved), Evaluated(catalogue.test)
 
 
 def shuffled(entries: Sequence[Entry], seed: int) -> list[Entry]:
@@ -210,7 +255,7 @@ def listing_order(entries: Sequence[Entry]) -> str:
 
 
 def let_exit_early(
-    network: System, settings: Any, catalogue: Catalogue, options: argparse.Namespace, shared: Mapping
+    network: System, settings: Any, data: Evaluated, options: argparse.Namespace, shared: Mapping
 ) -> Any:
     """Set the network's threshold, if it has one, to what was asked for; return the settings with it."""
     asked = options.exit_threshold is not None or options.exit_curve
@@ -224,7 +269,7 @@ def let_exit_early(
     threshold = settings.options["exit_threshold"] if options.exit_threshold is None else options.exit_threshold
     if options.exit_curve:
         changed_threshold(settings, 0.0)  # refuses a graph that cannot do without
-        threshold = calibrated_exit(network, settings, catalogue, shared)
+        threshold = calibrated_exit(network, settings, data, shared)
     network.exit_threshold = threshold
     return changed_threshold(settings, threshold)
 
@@ -233,13 +278,20 @@ def changed_threshold(settings: Any, threshold: float) -> Any:
     return rebuilt(dataclasses.asdict(settings), exit_threshold=threshold)
 
 
-def calibrated_exit(network: System, settings: Any, catalogue: Catalogue, shared: Mapping) -> float:
+def calibrated_exit(network: System, settings: Any, data: Evaluated, shared: Mapping) -> float:
     """Print accuracy against compute on the run's validation images; return the threshold that loses nothing there."""
     if settings.select_on == "test":
         raise SettingsError(
             "--exit_curve needs validation images, and this run trained on all training images (select_on is test)"
         )
-    _, entries, name = choose_split(settings, catalogue)
+    if not data.own:
+        raise SettingsError(
+            "--exit_curve needs the run's own validation images, and these are other data: leave it out"
+        )
+    if data.selection is None:  # of an older version, which did not keep them
+        _, entries, name = choose_split(settings, load_catalogue(settings)[0])
+    else:
+        entries, name = data.selection, f"{len(data.selection)} validation images of the run"
     collector = ExitCollector(network)
     loader = evaluation_loader(settings, entries)
     evaluate(network, loader, branches=network.branches, on_batch=collector, description="validation", **shared)
@@ -271,24 +323,36 @@ def ending_of(options: argparse.Namespace) -> str:
     return ("" if stem == "best" else f"-{stem}") + plain + views + ("-shuffled" if options.shuffle else "")
 
 
+def folder_of_report(options: argparse.Namespace, settings: Any, data: Evaluated) -> Path:
+    """Return where a report goes: beside the checkpoint, or, of other data, into a folder of its own there."""
+    if options.out is not None:
+        return options.out
+    beside = options.checkpoint.parent
+    return beside if data.own else beside / f"on-{Path(settings.data_root).resolve().name}"
+
+
 def write_files(
-    options: argparse.Namespace, class_names: Sequence[str], results: ResultCollector, report: Mapping, mistakes: list
+    folder: Path, ending: str, class_names: Sequence[str], results: ResultCollector, report: Mapping, mistakes: list
 ) -> None:
-    """Write the report for people and for programs, and the table of predictions, beside the checkpoint."""
-    folder, ending = options.checkpoint.parent, ending_of(options)
+    """Write the report for people and for programs, and the tables of predictions and classes."""
+    folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / f"report{ending}.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     results.write(folder / f"predictions{ending}.csv", class_names)
     values = results.values()
+    matrix = confusion_matrix(values["prediction"], values["label"], len(class_names))
+    write_classes(folder / f"classes{ending}.csv", matrix, class_names)
+    write_confusions(folder / f"confusions{ending}.csv", matrix, class_names)
     write_report(
         folder / f"report{ending}.html",
         report,
         class_names=class_names,
-        matrix=confusion_matrix(values["prediction"], values["label"], len(class_names)),
+        matrix=matrix,
         overlaps=values.get("box_iou"),
         mistakes=mistakes,
     )
-    names = (f"report{ending}.html", f"report{ending}.json", f"predictions{ending}.csv", f"pictures/test{ending}.png")
-    show(f"written to {folder}: {', '.join(names)}")
+    files = ("report{}.html", "report{}.json", "predictions{}.csv", "classes{}.csv", "confusions{}.csv")
+    names = ", ".join(name.format(ending) for name in (*files, "pictures/test{}.png"))
+    show(f"written to {folder}: {names}")
 
 
 if __name__ == "__main__":

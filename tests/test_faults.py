@@ -721,11 +721,15 @@ def test_a_checkpoint_with_something_else_in_it_is_refused(
 
 
 def test_a_checkpoint_of_other_classes_is_refused_naming_both(finished_run, picture_tree, tmp_path, evaluation_script):
+    """One of an older version, which does not say what it was trained on."""
     tree = Path(shutil.copytree(picture_tree, tmp_path / "tree"))
     shutil.copytree(tree / "red", tree / "yellow")
-    shutil.copy(finished_run / "best.pth", tmp_path / "best.pth")
-    with pytest.raises(CheckpointError, match=r"knows 3 classes.*has 4"):
-        evaluation_script.main([str(tmp_path / "best.pth"), "--data_root", str(tree)])
+    content = load_checkpoint(finished_run / "best.pth")
+    del content["pictures"]
+    content["settings"]["data_root"] = str(tree)
+    torch.save(content, tmp_path / "best.pth")
+    with pytest.raises(CheckpointError, match=r"knows 3 classes.*has 4 \(1 new, the first is 'yellow'\)"):
+        evaluation_script.main([str(tmp_path / "best.pth")])
 
 
 # ---- Choices --------------------------------------------------------------------------------------------------------

@@ -135,6 +135,11 @@ def check_complete(dataset: str, catalogue: Catalogue) -> None:
             f" the first is {catalogue.class_names[min(empty)]!r}: add some, remove the class, or name those to train"
             " with --classes"
         )
+    check_on_disk(catalogue)
+
+
+def check_on_disk(catalogue: Catalogue) -> None:
+    """Raise DataError if listed files are not on disk."""
     files = [entry.source for entry in catalogue.entries if isinstance(entry.source, Path)]
     missing = find_missing(files)
     if missing:

@@ -10,7 +10,7 @@ import pkgutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.data.catalogue import Catalogue, Source, check_complete, drop_repeated, keep_classes
+from utils.data.catalogue import Catalogue, Source, check_complete, check_on_disk, drop_repeated, keep_classes
 from utils.data.errors import DataError, describe
 
 DATASETS = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
@@ -44,4 +44,16 @@ def read_catalogue(
         raise DataError(
             f"{error.filename or root} cannot be read ({describe(error)}): expected files of data set {dataset!r} there"
         ) from None
+    return catalogue
+
+
+def read_labelled(source: Source) -> Catalogue:
+    """List every labelled picture of a data set, whatever its parts and where some are empty, too. Raises DataError."""
+    try:
+        catalogue = drop_repeated(importlib.import_module(f"{__name__}.{source.dataset}").read(source))
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or source.root} cannot be read ({describe(error)}): expected pictures"
+        ) from None
+    check_on_disk(catalogue)
     return catalogue

@@ -1,0 +1,152 @@
+"""Which pictures a checkpoint is evaluated on: its run's own test images, or other data; never what it was trained on.
+
+A picture is known again by its content (`utils.data.record`), wherever it lies and whatever it is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from utils.data.catalogue import Catalogue, Entry
+from utils.data.errors import DataError, one_line
+from utils.data.record import Record, content_hashes
+
+NAMED = 3  # classes
+
+
+class Evaluated(NamedTuple):
+    """What is evaluated; labels index the checkpoint's class names.
+
+    selection: the run's images that chose its best epoch, as they are in the data; None: not known.
+    own: whether it is the run's own data, perhaps with changes, and not another tree.
+    notes: what a user should know, a sentence each.
+    """
+
+    entries: list[Entry]
+    selection: list[Entry] | None = None
+    own: bool = True
+    notes: tuple[str, ...] = ()
+
+
+class Labelled(NamedTuple):
+    """Pictures of a data set, whatever its parts; labels index `class_names`."""
+
+    entries: list[Entry]
+    class_names: Sequence[str]
+
+
+def choose_evaluated(
+    class_names: Sequence[str],
+    record: Record | None,
+    own: Catalogue | None,
+    read_all: Callable[[], Labelled],
+    *,
+    selected_on_test: bool,
+    include_trained: bool = False,
+) -> Evaluated:
+    """Return what to evaluate of the data that lie where they were asked for.
+
+    Test images that are as the run recorded them are evaluated as they are. Otherwise what the run was trained on is
+    left out, and, unless it selected on test images, what chose its best epoch: of the run's own data what remains of
+    its test images, and new ones; of other data every labelled picture.
+
+    Args:
+        class_names: the checkpoint's.
+        record: of its pictures; None: an older version wrote it.
+        own: the data, read as the run reads its own; None: they cannot be read so.
+        read_all: reads every labelled picture of the same data.
+
+    Raises:
+        DataError: nothing is left to evaluate.
+    """
+    notes: list[str] = []
+    if record is None:
+        if own is not None and list(own.class_names) == list(class_names):
+            return Evaluated(own.test)
+        notes.append("the checkpoint does not say which images it was trained on: some may be among these")
+    elif own is not None and _is_unchanged(class_names, record, own):
+        return Evaluated(own.test, _selection(record, own))
+    if record is not None and own is not None and _is_own(record, own):
+        labelled = Labelled(_own_test(record, own), own.class_names)
+        selection, _ = _of_known_classes(Labelled(_selection(record, own), own.class_names), class_names)
+        notes.append("the run's data have changed: what is left of its test images is evaluated, and new ones")
+    else:
+        labelled, selection = read_all(), None
+        notes.append("every labelled image is evaluated, as these are not the data of the run")
+    entries, said = _of_known_classes(labelled, class_names)
+    notes += said
+    if record is not None and not include_trained:
+        entries, said = _not_seen(entries, record.seen(selection=not selected_on_test))
+        notes += said
+    if not entries:
+        raise DataError(f"there is no image to evaluate: {'; '.join(notes)}")
+    return Evaluated(entries, selection, selection is not None, tuple(notes))
+
+
+def _is_unchanged(class_names: Sequence[str], record: Record, own: Catalogue) -> bool:
+    if list(own.class_names) != list(class_names) or len(own.test) != len(record.test):
+        return False
+    contents = content_hashes([entry.source for entry in own.test])
+    pairs = zip(own.test, record.test, strict=True)
+    return all((entry.label, contents[entry.source]) == (known.label, known.content) for entry, known in pairs)
+
+
+def _is_own(record: Record, own: Catalogue) -> bool:
+    """Whether most of the run's pictures are there."""
+    known = {picture.content for pictures in record for picture in pictures}
+    return 2 * len(known & set(_contents(own).values())) > len(known)
+
+
+def _contents(own: Catalogue) -> dict[Path | int, str]:
+    return content_hashes([entry.source for entry in own.entries])
+
+
+def _own_test(record: Record, own: Catalogue) -> list[Entry]:
+    """Today's test images, and those of the run that are to be trained on today: a split by a seed moves pictures."""
+    contents, tested = _contents(own), {picture.content for picture in record.test}
+    test = set(own.test)
+    return own.test + [entry for entry in own.entries if entry not in test and contents[entry.source] in tested]
+
+
+def _selection(record: Record, own: Catalogue) -> list[Entry]:
+    contents, selected = _contents(own), {picture.content for picture in record.selection}
+    return [entry for entry in own.entries if contents[entry.source] in selected]
+
+
+def _of_known_classes(labelled: Labelled, class_names: Sequence[str]) -> tuple[list[Entry], list[str]]:
+    """The pictures of classes that the checkpoint knows, with its labels, and what is to be said of the others."""
+    labels = {name: label for label, name in enumerate(class_names)}
+    names = labelled.class_names
+    entries = [e._replace(label=labels[names[e.label]]) for e in labelled.entries if names[e.label] in labels]
+    unknown = list(dict.fromkeys(names[e.label] for e in labelled.entries if names[e.label] not in labels))
+    absent = [name for label, name in enumerate(class_names) if label not in {entry.label for entry in entries}]
+    said = []
+    if unknown:
+        left_out = len(labelled.entries) - len(entries)
+        said.append(
+            f"{len(unknown)} classes that the checkpoint does not know are left out, with {left_out} images: "
+            f"{_first(unknown)}"
+        )
+    if absent:
+        said.append(f"{len(absent)} of the checkpoint's {len(class_names)} classes have no image: {_first(absent)}")
+    return entries, said
+
+
+def _not_seen(entries: list[Entry], seen: set[str]) -> tuple[list[Entry], list[str]]:
+    contents = content_hashes([entry.source for entry in entries])
+    left_out = [entry for entry in entries if contents[entry.source] in seen]
+    if not left_out:
+        return entries, []
+    first = one_line(str(left_out[0].source))
+    sentence = (
+        f"{len(left_out)} images are left out, as the run was trained on them or chose its best epoch by them, the "
+        f"first is {first} (--include_trained evaluates them, too)"
+    )
+    return [entry for entry in entries if contents[entry.source] not in seen], [sentence]
+
+
+def _first(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(repr(one_line(name)) for name in names[:NAMED]) + more
