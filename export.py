@@ -139,5 +139,5 @@ def stable_sort(values, *, stable: bool = True, dim: int = -1, descending: bool 
 
 
 if __name__ == "__main__":
-    with exit_with_one_sentence():
+    with exit_with_one_sentence(elsewhere="--out", less_memory="use a machine with more"):
         main()

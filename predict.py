@@ -201,5 +201,5 @@ def as_json(path: str, names: Sequence[str], values: Sequence[float], box: objec
 
 
 if __name__ == "__main__":
-    with exit_with_one_sentence():
+    with exit_with_one_sentence(elsewhere="--out", less_memory="lower --batch_size or --workers"):
         main()

@@ -45,7 +45,7 @@ from utils.data.demo_birds import draw_demo_picture
 from utils.data.evaluated import Evaluated, choose_evaluated
 from utils.data.record import differing_names, unpack
 from utils.errors import exit_with_one_sentence
-from utils.files import show, write_text
+from utils.files import make_output_folder, show, write_text
 from utils.options import SettingsError, flat
 from utils.reporting.class_tables import write_classes, write_confusions
 from utils.reporting.compare import compare
@@ -162,6 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     batch = load_batch(spread_over(listed), settings)
     panel = draw_panel(network, batch, execution, plan, class_names)
     folder, ending = folder_of_report(options, settings, data), ending_of(options)
+    make_output_folder(folder)
     save_png(folder / "pictures" / f"test{ending}.png", panel)
     mistakes = mistaken_batches(settings, entries, results.surest_mistakes(), one_by_one=exits)
     drawn = draw_mistakes(trained, mistakes)
@@ -335,7 +336,6 @@ def write_files(
     folder: Path, ending: str, class_names: Sequence[str], results: ResultCollector, report: Mapping, mistakes: list
 ) -> None:
     """Write the report for people and for programs, and the tables of predictions and classes."""
-    folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / f"report{ending}.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     results.write(folder / f"predictions{ending}.csv", class_names)
     values = results.values()
@@ -356,5 +356,5 @@ def write_files(
 
 
 if __name__ == "__main__":
-    with exit_with_one_sentence():
+    with exit_with_one_sentence(elsewhere="--out", less_memory="lower --evaluation_batch_size or --workers"):
         main()

@@ -104,16 +104,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 check_finite(evaluated)  # the last step may have broken the weights: they must not replace whole ones
                 of_average = evaluate(network_of(average, network), selection_loader, **shared) if average else None
                 check_finite(of_average or {})
-            if run.wants_pictures(epoch):
-                batch = load_batch(spread_over(selection_entries), settings)
-                result = average.module if average else system
-                run.show_pictures(epoch, draw_panel(result, batch, execution, plan, catalogue.class_names))
             run.finish_epoch(epoch, trained, evaluated, of_average)
+            if run.wants_pictures(epoch):
+                with run.pictures(epoch):
+                    batch = load_batch(spread_over(selection_entries), settings)
+                    result = average.module if average else system
+                    run.show_pictures(epoch, draw_panel(result, batch, execution, plan, catalogue.class_names))
     best = f"{run.best['accuracy']:.1%} on {settings.select_on} at epoch {run.best['epoch']}"
     print_once(f"done: {best}; next: python test.py {folder / 'best.pth'}")
     cleanup()
 
 
 if __name__ == "__main__":
-    with exit_with_one_sentence(training=True):
+    with exit_with_one_sentence(training=True, less_memory="lower batch_size, image_size or input_size"):
         main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -951,3 +952,119 @@ def test_forged_states_of_training_are_refused(case, finished_run, tiny_run, tmp
     (sentence,) = capsys.readouterr().err.splitlines()
     assert sentence.startswith("error: ")
     assert str(path) in sentence
+
+
+# ---- Faults while running -------------------------------------------------------------------------------------------
+
+
+def test_pictures_that_cannot_be_drawn_cost_no_epoch(tiny_run, tmp_path, capsys, monkeypatch):
+    """A file stands where their folder should be; then what they are drawn of is gone."""
+    folder = tmp_path / "folder-resnet"
+    folder.mkdir()
+    (folder / "pictures").touch()
+    arguments = tiny_run(tmp_path, "--epochs", "2", "--pictures_every", "1")
+    train.main(arguments)
+    assert load_checkpoint(folder / "last.pth")["epoch"] == 2
+    assert capsys.readouterr().err.count("warning: the pictures of epoch") == 2
+
+    def gone(*arguments, **options):
+        assert load_checkpoint(folder / "last.pth")["epoch"] == 1  # saved before
+        raise datasets.DataError("a picture is gone")
+
+    monkeypatch.setattr(train, "load_batch", gone)
+    train.main([*arguments, "--fresh", "--epochs", "1"])
+    assert "a picture is gone" in capsys.readouterr().err
+
+
+def test_a_loader_that_dies_while_a_checkpoint_is_written_is_not_taken_for_a_full_disk(tmp_path, monkeypatch, capsys):
+    class Dying:
+        def __reduce__(self):
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    class Full:
+        def __reduce__(self):
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    with pytest.raises(SystemExit) as ending, exit_with_one_sentence(training=True):
+        checkpoint.save_checkpoint(tmp_path / "last.pth", {"weights": torch.zeros(9), "late": Dying()})
+    assert ending.value.code == 1
+    sentence = capsys.readouterr().err
+    assert "loads pictures died" in sentence
+    assert "written" not in sentence
+    with pytest.raises(SavingError, match=r"\(Disk quota exceeded\): make room"):
+        checkpoint.save_checkpoint(tmp_path / "last.pth", {"weights": torch.zeros(9), "late": Full()})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_reason_of_a_failed_save_is_the_systems(tiny_run, tmp_path):
+    """A limit on files, as a full disk, comes out of torch's writer as "unexpected pos"."""
+    result = run_script("train.py", *tiny_run(tmp_path), thin=True, file_limit=1_000_000)
+    assert result.returncode == 2
+    assert "(File too large): let files be larger" in result.stderr
+    assert "unexpected" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.ENOSPC, "make room"),
+        (errno.EACCES, "allow writing"),
+        (errno.EISDIR, "in its place"),
+        (errno.EIO, "see to"),
+    ],
+)
+def test_advice_on_a_file_fits_the_reason_and_the_program(number, advice, tmp_path, capsys):
+    with pytest.raises(SystemExit), exit_with_one_sentence(elsewhere="--out"), files.written_whole(tmp_path / "a"):
+        raise OSError(number, os.strerror(number))
+    sentence = capsys.readouterr().err
+    assert advice in sentence
+    assert "--out" in sentence
+    assert "--checkpoint_dir" not in sentence
+
+
+def test_programs_that_write_one_file_at_once_do_not_meet(tmp_path):
+    path = tmp_path / ("n" * 250)  # as long as a name may be
+    with files.written_whole(path) as one, files.written_whole(path) as other, files.written_whole(path) as third:
+        for file, content in ((one, b"one"), (other, b"other"), (third, b"third")):
+            file.write(content)
+    assert path.read_bytes() == b"one"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (MemoryError("Unable to allocate 6.10 GiB for an array"), "on the machine"),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+            "on the machine",
+        ),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"),
+            "on the GPU for another 2.00",
+        ),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"), "on the GPU"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "on the GPU"),
+    ],
+)
+def test_too_little_memory_is_one_sentence_with_what_to_lower(error, words, capsys):
+    with pytest.raises(SystemExit) as ending, exit_with_one_sentence(less_memory="lower batch_size"):
+        raise error
+    assert ending.value.code == 1
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert sentence.startswith("error: there is not enough memory")
+    assert words in sentence
+    assert "lower batch_size" in sentence
+
+
+def test_too_little_memory_is_not_taken_for_a_damaged_checkpoint(tmp_path, monkeypatch):
+    checkpoint.save_checkpoint(tmp_path / "last.pth", {"epoch": 1})
+
+    def fail(*arguments, **options):
+        raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(checkpoint.torch, "load", fail)
+    with pytest.raises(RuntimeError, match="not enough memory"):
+        load_checkpoint(tmp_path / "last.pth")
+    with pytest.raises(RuntimeError, match="not enough memory"), checkpoint.fits(tmp_path, ""):
+        fail()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from utils.reporting.drawing import DIMMED, PREDICTED_BOX, RIGHT, TRUE_BOX, WINDOWS, WRONG
+from utils.reporting.drawing import DIMMED, PREDICTED_BOX, RIGHT, TRUE_BOX, WINDOWS, WRONG, load_font, shortened
 from utils.reporting.figures import GAP, PADDING, Caption
 from utils.reporting.pictures import localization_panel, save_png
 
@@ -155,3 +155,14 @@ def test_saved_picture_reads_back(tmp_path):
     loaded = numpy.array(Image.open(tmp_path / "new" / "picture.png"))
     assert torch.equal(torch.from_numpy(loaded).permute(2, 0, 1), image)
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["picture.png"]
+
+
+def test_names_of_any_length_are_shortened_as_letter_by_letter():
+    font = load_font(13)
+    for text in ("Crested Auklet", "W" * 40, "i" * 400, "a b " * 50):
+        expected = text
+        while font.getlength(expected + ("..." if expected != text else "")) > 120:
+            expected = expected[:-1]
+        assert shortened(text, font, 120) == (text if expected == text else expected.rstrip() + "...")
+    assert len(shortened("W" * 1_000_000, font, 120)) < 20  # in no time: of a million letters few are looked at
+    assert shortened("Wren", font, 0) == "..."

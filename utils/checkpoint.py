@@ -14,7 +14,7 @@ from torch import Tensor
 
 from networks.system import System
 from utils.checkpoint_content import NETWORK, TRAINING, problem_of
-from utils.errors import UserError
+from utils.errors import UserError, is_out_of_memory, tells_of_dead_loader
 from utils.files import SavingError, sync_folder, written_whole
 
 WRAPPED_AS = ("model_state_dict", "net_state_dict", "state_dict")  # where published code puts the weights in a file
@@ -32,12 +32,14 @@ def save_checkpoint(path: str | Path, content: Mapping[str, object]) -> None:
     try:
         with written_whole(path) as file:
             torch.save(dict(content), file)
-    except RuntimeError as error:  # torch's own writer turns a full disk into one
-        cause = error.__context__
-        while cause is not None:  # ... and a Ctrl-C as well
-            if isinstance(cause, KeyboardInterrupt):
-                raise cause from None
+    except RuntimeError as error:  # torch's own writer turns whatever happens in it into one
+        cause: BaseException = error
+        while cause.__context__ is not None:
             cause = cause.__context__
+        if isinstance(cause, OSError):
+            raise SavingError(path, cause) from error
+        if cause is not error or is_out_of_memory(error) or tells_of_dead_loader(error):
+            raise cause from None  # a Ctrl-C, or the news that a process which loads pictures has died
         raise SavingError(path, str(error).splitlines()[0]) from error
 
 
@@ -101,6 +103,8 @@ def fits(path: Path, remedy: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:  # PyTorch's, for a state dict
+        if is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{path} does not fit the network of its settings ({reason[:300]}): {remedy}") from error
 
@@ -125,11 +129,11 @@ def load_checkpoint(path: str | Path) -> dict:
             raise CheckpointError(f"checkpoint {path} is refused: it is damaged, its checksums do not agree")
     except CheckpointError:
         raise
-    except MemoryError:
-        raise
     except OSError as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from None
-    except Exception:  # in a damaged file torch stumbles over whatever it meets
+    except Exception as error:  # in a damaged file torch stumbles over whatever it meets
+        if is_out_of_memory(error):
+            raise
         raise CheckpointError(f"checkpoint {path} is refused: it is damaged, or holds more than tensors") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"checkpoint {path} holds a {type(content).__name__}; expected what train.py writes")

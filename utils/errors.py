@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import sys
 from collections.abc import Iterator
 from typing import ClassVar
@@ -26,17 +27,24 @@ class UserError(ValueError):
     exit_code: ClassVar[int] = 2  # bad input
     agreed: ClassVar[bool] = False  # whether all processes of a run raise it together, so that one of them reports it
 
+    def told(self, elsewhere: str) -> str:
+        """Return the sentence; `elsewhere`: the flag by which this program writes to another place."""
+        return str(self)
+
 
 class Stopped(Exception):
     """The run was asked to stop, has saved its state, and unwinds."""
 
 
 @contextlib.contextmanager
-def exit_with_one_sentence(*, training: bool = False) -> Iterator[None]:
+def exit_with_one_sentence(
+    *, training: bool = False, elsewhere: str = "--checkpoint_dir", less_memory: str = "lower batch_size"
+) -> Iterator[None]:
     """End the program with `error: <sentence>` and exit code 2 (bad input) or 1 (the run itself went wrong).
 
     Of several processes each reports its own error, since another may not have it; what all agreed on is reported once.
-    `training`: an interruption says how the run goes on.
+    `training`: an interruption says how the run goes on. `elsewhere`: the flag that lets the program write to another
+    place. `less_memory`: what to do where memory is not enough.
     """
     rank = int(os.environ.get("RANK", "0"))  # torchrun's
     process = f"[process {rank}] " if rank else ""
@@ -45,18 +53,19 @@ def exit_with_one_sentence(*, training: bool = False) -> Iterator[None]:
         yield
     except UserError as error:
         if rank == 0 or not error.agreed:
-            print(f"{process}error: {error}", file=sys.stderr)
+            print(f"{process}error: {error.told(elsewhere)}", file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:
         if error.errno not in MENDABLE:
             raise
         print(f"{process}error: {error}", file=sys.stderr)
         sys.exit(2)
-    except RuntimeError as error:
-        sentence = _what_ended_the_run(error)
+    except (RuntimeError, MemoryError) as error:
+        sentence = _out_of_memory(error, less_memory) or _what_ended_the_run(error)
         if sentence is None:
             raise
-        print(f"{process}error: {sentence}; a training run continues from its last checkpoint {again}", file=sys.stderr)
+        goes_on = f"; a training run continues from its last checkpoint {again}" if training else ""
+        print(f"{process}error: {sentence}{goes_on}", file=sys.stderr)
         sys.exit(1)
     except (KeyboardInterrupt, Stopped) as stop:
         goes_on = ""
@@ -66,6 +75,37 @@ def exit_with_one_sentence(*, training: bool = False) -> Iterator[None]:
         if rank == 0:
             print(f"interrupted{goes_on}", file=sys.stderr)
         sys.exit(130)
+
+
+# How messages of PyTorch and its libraries say that memory was not enough, beside errors of a type of their own
+OUT_OF_MEMORY = (
+    *("DefaultCPUAllocator:", "not enough memory", "Cannot allocate memory", "can't allocate memory", "std::bad_alloc"),
+    *("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"),
+    *("MPS backend out of memory", "could not create a memory object", "unable to mmap", "can't start new thread"),
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there was not enough memory, of the machine or of a GPU."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}  # by name: scripts that refuse their flags need no torch
+    if isinstance(error, MemoryError) or "OutOfMemoryError" in kinds:
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in OUT_OF_MEMORY)
+
+
+def tells_of_dead_loader(error: BaseException) -> bool:
+    """Whether PyTorch says, wherever the main process is, that one which loads pictures was killed."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")  # not: "Caught ... in"
+
+
+def _out_of_memory(error: BaseException, less_memory: str) -> str | None:
+    if not is_out_of_memory(error):
+        return None
+    text = str(error)
+    gpu = any(word in text for word in ("CUDA", "CUBLAS", "CUDNN", "MPS"))
+    asked = re.search(r"[Tt]ried to allocate ([\d.]+ ?\w+)", text)
+    wanted = f" for another {asked[1]}" if asked else ""
+    return f"there is not enough memory on the {'GPU' if gpu else 'machine'}{wanted}: {less_memory}"
 
 
 def _what_ended_the_run(error: RuntimeError) -> str | None:
@@ -79,7 +119,7 @@ def _what_ended_the_run(error: RuntimeError) -> str | None:
             f"PyTorch cannot compute something on mps ({str(error).partition('. ')[0]}): set the environment variable "
             "PYTORCH_ENABLE_MPS_FALLBACK=1, so that the CPU does it, or give --device cpu"
         )
-    if str(error).startswith("DataLoader worker (pid"):  # others are faults inside a worker
+    if tells_of_dead_loader(error):
         return (
             "a process that loads pictures died, most likely for lack of memory: lower workers, image_size or "
             "batch_size"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import secrets
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,13 +19,32 @@ except ImportError:  # Windows: two runs in one folder are not noticed there
     fcntl = None
 
 
-class SavingError(UserError, OSError):
-    """A file could not be written; what was there before is unharmed."""
+# What to do where the system refuses to write, by its reason
+ADVICE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "allow writing there"),
+    **dict.fromkeys((errno.EISDIR, errno.ENOTDIR, errno.EEXIST), "move away what is in its place"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "let programs open more files (ulimit -n)"),
+    errno.EFBIG: "let files be larger (ulimit -f)",
+    errno.ENAMETOOLONG: "give shorter names",
+}
 
-    def __init__(self, path: str | Path, reason: str) -> None:
-        super().__init__(
-            f"{path} could not be written ({reason}): make room or give another --checkpoint_dir; what was saved "
-            "before is unharmed"
+
+class SavingError(UserError, OSError):
+    """A file could not be written; what was there before is unharmed. `reason`: the system's error, or words."""
+
+    def __init__(self, path: str | Path, reason: OSError | str) -> None:
+        self.path, self.advice = path, "make room"
+        self.reason = reason
+        if isinstance(reason, OSError):
+            self.reason = reason.strerror or str(reason)
+            self.advice = ADVICE.get(reason.errno, "see to that")
+        super().__init__(self.told("--checkpoint_dir"))
+
+    def told(self, elsewhere: str) -> str:
+        return (
+            f"{self.path} could not be written ({self.reason}): {self.advice} or write elsewhere ({elsewhere}); what "
+            "was saved before is unharmed"
         )
 
 
@@ -31,10 +52,11 @@ class SavingError(UserError, OSError):
 def written_whole(path: str | Path) -> Iterator[BinaryIO]:
     """Open a file for writing that replaces `path` once the block has ended without an error and it is on the disk.
 
-    Raises SavingError where the system does not let it.
+    Its name until then is its own, so that programs which write the same file at once do not meet. Raises SavingError
+    where the system does not let it.
     """
     path = Path(path)
-    temporary = path.with_name(path.name + ".part")
+    temporary = path.with_name(f"{path.name[:60]}.{secrets.token_hex(4)}.part")
     try:
         with temporary.open("wb") as file:
             yield file
@@ -42,10 +64,13 @@ def written_whole(path: str | Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         temporary.replace(path)
         sync_folder(path.parent)
+    except SavingError:
+        raise
     except OSError as error:
-        raise SavingError(path, error.strerror or str(error)) from error
+        raise SavingError(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)  # half a file would only fill the disk
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)  # half a file would only fill the disk
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -82,7 +107,7 @@ def make_output_folder(folder: Path) -> None:
         if not any(folder.iterdir()):
             (folder / OUTPUT_MARK).write_text("What is in this folder was written by a program, and is no data.\n")
     except OSError as error:
-        raise SavingError(folder, error.strerror or str(error)) from error
+        raise SavingError(folder, error) from error
 
 
 class FolderInUseError(UserError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader
 from networks.outputs import NetworkOutput
 from networks.system import System
 from utils.checkpoint import fits, save_checkpoint, save_last
-from utils.errors import Stopped
+from utils.errors import Stopped, UserError
 from utils.files import locked, write_text
 from utils.options import flat
 from utils.reporting.metrics import EpochMeter
@@ -145,7 +146,10 @@ class Run:
     # ---- One epoch --------------------------------------------------------------------------------------------------
 
     def epochs(self) -> Iterator[int]:
-        """Yield the epochs that are left, counted from 1, until there is no gain any more."""
+        """Yield the epochs that are left, counted from 1, until there is no gain any more.
+
+        Raises Stopped between two of them where the run was asked to stop.
+        """
         for epoch in range(self.epochs_done + 1, self.settings.epochs + 1):
             without_gain = epoch - 1 - self.best["epoch"]
             if 0 < self.settings.patience <= without_gain:
@@ -155,6 +159,8 @@ class Run:
                 )
                 return
             yield epoch
+            if epoch < self.settings.epochs and self.stop.agree(self.device):
+                raise Stopped
 
     @contextlib.contextmanager
     def epoch(self, epoch: int, loader: DataLoader) -> Iterator[None]:
@@ -208,7 +214,7 @@ class Run:
         evaluated: dict[str, float],
         evaluated_average: dict[str, float] | None = None,
     ) -> None:
-        """Log the epoch's figures and save. Raises Stopped where the run was asked to stop.
+        """Log the epoch's figures and save.
 
         The best epoch is that of the average's best figures, where there is an average.
         """
@@ -229,12 +235,18 @@ class Run:
         self.log.log_epoch(epoch, groups)
         chosen_by = evaluated if evaluated_average is None else evaluated_average
         self._save_epoch(epoch, chosen_by["accuracy/prediction"])
-        if epoch < self.settings.epochs and self.stop.agree(self.device):
-            raise Stopped
 
     def wants_pictures(self, epoch: int) -> bool:
         every = self.settings.pictures_every
         return is_main() and every > 0 and (epoch in (1, self.settings.epochs) or epoch % every == 0)
+
+    @contextlib.contextmanager
+    def pictures(self, epoch: int) -> Iterator[None]:
+        """Draw in the block, after the epoch is saved: what cannot be drawn costs no epoch and ends no run."""
+        try:
+            yield
+        except (UserError, OSError) as error:
+            print(f"warning: the pictures of epoch {epoch} are left out: {error}", file=sys.stderr, flush=True)
 
     def show_pictures(self, epoch: int, panel: Tensor) -> None:
         self.log.log_pictures(f"{self.settings.select_on}/localization", panel, epoch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 from collections.abc import Sequence
 
@@ -38,6 +39,7 @@ HEAT: tuple[tuple[float, Colour], ...] = (
     (0.7, (255, 150, 0)),
     (1.0, (255, 250, 170)),
 )
+LONGEST = 1000  # letters of a name that are looked at: no picture has room for more
 DIMMED = 0.4  # brightness left outside the mask
 
 
@@ -132,12 +134,11 @@ def heated(picture: Image.Image, evidence: Tensor) -> Image.Image:
 
 def shortened(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
     """The text, or as much of its beginning as fits into a width in pixels, with an ellipsis."""
+    text = text[:LONGEST]
     if font.getlength(text) <= width:
         return text
-    length = len(text)
-    while length > 0 and font.getlength(text[:length] + "...") > width:
-        length -= 1
-    return text[:length].rstrip() + "..."
+    length = bisect.bisect_right(range(len(text)), width, key=lambda n: font.getlength(text[:n] + "...")) - 1
+    return text[: max(length, 0)].rstrip() + "..."
 
 
 @functools.cache

@@ -130,7 +130,7 @@ class RunLog:
         try:
             yield
         except OSError as error:
-            raise SavingError(self.path.parent, error.strerror or str(error)) from error
+            raise SavingError(self.path.parent, error) from error
 
     def __enter__(self) -> RunLog:
         return self
