@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from utils.command_line import first_value, parse_flags
+from utils.config_slips import check_edited, names_what_is_absent
 from utils.older_runs import BEFORE, UnknownSettingsError, in_current_form
 from utils.options import (
     Count,
@@ -56,6 +57,7 @@ from utils.shared_settings import (
 
 @dataclass(frozen=True)
 @with_lists_as_defaults
+@names_what_is_absent
 class Settings:
     # ---- What to train, and on what -----------------------------------------------------------------------------
     model: str = "sgkrl"  # the system: the name of a file in networks/systems/
@@ -244,17 +246,14 @@ def complete(settings: Settings) -> Settings:
     """
     from networks import Shared, build_options, check_trunk, defaults_of, find_system, owners_of
 
+    tables = {"PUBLISHED": PUBLISHED, **_titled(RECIPES, "recipe"), **_titled(DATASETS, "the table of")}
+    check_edited(Settings, tables, path=__file__, is_option=owners_of)
     settings = checked(settings)
     if settings.dataset not in DATASETS:
         raise SettingsError(f"unknown dataset {shown(settings.dataset)}; choose one of {', '.join(DATASETS)}")
     system, of_data = find_system(settings.model), DATASETS[settings.dataset]
-    for name in of_data:
-        if name not in hints(Settings) and not owners_of(name):
-            raise SettingsError(f"config.py's table of {settings.dataset} has {name}, which is no setting")
     given, shared = settings, None
     of_recipe = RECIPES[settings.recipe]
-    if not of_recipe.keys() <= hints(Settings).keys():
-        raise SettingsError(f"config.py's recipe {settings.recipe} has a name that is no shared setting")
     for _ in range(2):  # a system's values may follow from the others: those are there in the second round
         defaults = PUBLISHED | defaults_of(system, shared) | of_data | of_recipe
         missing = {n: value for n, value in defaults.items() if n in hints(Settings) and getattr(given, n) is None}
@@ -278,6 +277,10 @@ def complete(settings: Settings) -> Settings:
     options = {name: value for name, value in of_data.items() if name in known} | settings.options
     options = build_options(system, options, shared)
     return dataclasses.replace(settings, options={name: getattr(options, name) for name in sorted(known)})
+
+
+def _titled(tables: Mapping[str, object], kind: str) -> dict[str, object]:
+    return {f"{kind} {name}": table for name, table in tables.items()}
 
 
 def run_name(settings: Settings) -> str:

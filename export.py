@@ -16,13 +16,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from config import rebuilt
 from datasets import loading_of
 from utils.command_line import Parser
+from utils.config_slips import config_as_edited
 from utils.data.image_batches import NORMALIZATIONS
 from utils.errors import UserError, exit_with_one_sentence
 from utils.reporting.metrics import inclusive_to_edges
 from utils.training.building import load_trained
+
+with config_as_edited():
+    from config import rebuilt
 
 FORMATS = (".pt2", ".onnx")
 ONNX_PACKAGES = ("onnx", "onnxscript")

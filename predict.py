@@ -18,11 +18,11 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from config import rebuilt
 from datasets import DataError, Entry, Pictures, Sample, collate, loading_of
 from networks.evidence import forward_with_evidence
 from networks.views import VIEWS, look_at_views
 from utils.command_line import Parser
+from utils.config_slips import config_as_edited
 from utils.data.cropping import cut_out, seen_part
 from utils.data.decoding import Box, load_picture
 from utils.data.workers import leave_run_to_the_main_process
@@ -31,6 +31,9 @@ from utils.reporting.metrics import inclusive_to_edges
 from utils.reporting.panels import image_panel
 from utils.reporting.pictures import save_png
 from utils.training.building import load_trained
+
+with config_as_edited():
+    from config import rebuilt
 
 EVIDENCE_SIZE = 112  # points along a side; it is drawn smoothly
 

@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy
 
-from config import parse_settings, rebuilt, restored
 from datasets import (
     DataError,
     Entry,
@@ -39,6 +38,7 @@ from networks.system import System
 from networks.views import VIEWS, look_at_views
 from utils.checkpoint import CheckpointError, load_checkpoint, load_published
 from utils.command_line import Parser
+from utils.config_slips import config_as_edited
 from utils.data.cropping import cut_out, seen_part
 from utils.data.decoding import load_picture
 from utils.data.demo_birds import draw_demo_picture
@@ -62,6 +62,9 @@ from utils.reporting.runlog import log_evaluation
 from utils.training.allocator import keep_freed_memory
 from utils.training.building import Trained, build_from_settings, load_trained, make_ready
 from utils.training.engine import evaluate
+
+with config_as_edited():
+    from config import parse_settings, rebuilt, restored
 
 MACHINE = ("data_root", "class_level", "device", "precision", "evaluation_batch_size", "workers")
 

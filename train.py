@@ -10,8 +10,8 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from config import parse_settings, restored, run_name
 from datasets import build_cache, choose_split, evaluation_loader, load_batch, load_catalogue, training_loader
+from utils.config_slips import config_as_edited
 from utils.data.record import pack, record_pictures
 from utils.errors import exit_with_one_sentence
 from utils.older_runs import folder_of
@@ -29,6 +29,9 @@ from utils.training.schedule import freeze_trunk, plan_epoch
 from utils.training.seeding import seed_everything
 from utils.training.starting import start_from
 from utils.training.targets import build_mixing, class_weights_of
+
+with config_as_edited():
+    from config import parse_settings, restored, run_name
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -259,7 +259,7 @@ def test_an_edit_of_the_tables_is_checked_too(monkeypatch):
         parse_settings(CUB)
     parse_settings([*CUB, "--model", "resnet"])  # which has no windows
     monkeypatch.setitem(DATASETS, "cub", {"epoch": 3})
-    with pytest.raises(SettingsError, match="table of cub has epoch, which is no setting"):
+    with pytest.raises(SettingsError, match=r"epoch in the table of cub is no setting \(did you mean epochs\?\)"):
         parse_settings(CUB)
 
 

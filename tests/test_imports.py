@@ -20,7 +20,15 @@ PAGES = frozenset({"train", "test", "predict", "export"})
 SYSTEMS = frozenset(path.stem for path in (ROOT / "networks" / "systems").glob("*.py")) - {"__init__"}
 # The standard library is all that they need.
 LIGHT = frozenset(
-    {"utils.errors", "utils.options", "utils.shared_settings", "utils.flags", "utils.command_line", "utils.older_runs"}
+    {
+        "utils.config_slips",
+        "utils.errors",
+        "utils.options",
+        "utils.shared_settings",
+        "utils.flags",
+        "utils.command_line",
+        "utils.older_runs",
+    }
 )
 # Imported where they are needed, with a sentence where they are not installed.
 OPTIONAL = {"networks.pretrained": {"safetensors.torch"}}

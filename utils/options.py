@@ -9,13 +9,18 @@ their fields. Needs the standard library only.
 
 from __future__ import annotations
 
+import builtins
 import copy
 import dataclasses
+import difflib
 import functools
+import inspect
 import math
+import sys
 import types
 import typing
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, NamedTuple, TypeVar
 
 from utils.errors import UserError
@@ -70,8 +75,28 @@ def with_lists_as_defaults(settings: type) -> type:
 
 @functools.cache
 def hints(record: type) -> dict[str, object]:
-    """Return the annotation of every field of a dataclass."""
-    return typing.get_type_hints(record, include_extras=True)
+    """Return the annotation of every field of a dataclass. Raises SettingsError where one of them is no type."""
+    try:
+        return typing.get_type_hints(record, include_extras=True)
+    except Exception as error:  # whatever the words in an annotation lead to
+        raise SettingsError(_slip_in_annotations(record, error)) from error
+
+
+def _slip_in_annotations(record: type, error: Exception) -> str:
+    """Name the first annotation that is no type, with its file and line."""
+    module = sys.modules[record.__module__]
+    for name, annotation in record.__annotations__.items():
+        try:
+            typing.get_type_hints(types.SimpleNamespace(__annotations__={name: annotation}), vars(module))
+        except Exception as slip:
+            lines, start = inspect.getsourcelines(record)
+            line = next((n for n, text in enumerate(lines, start) if text.startswith(f"    {name}:")), start)
+            wrong = getattr(slip, "name", None)
+            near = difflib.get_close_matches(wrong or "", [*vars(module), *dir(builtins)], n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            place = f"{Path(inspect.getfile(record)).name} line {line}"
+            return f"{place}: {annotation!r} of {name} is no type: {slip}{hint}"
+    return f"the types of {record.__name__}'s fields cannot be read: {error}"
 
 
 def checked(record: Record) -> Record:
