@@ -983,6 +983,8 @@ def test_an_unknown_flag_ends_with_its_name(tiny_run, tmp_path):
     [
         pytest.param("resnet", partial(run_python, *TORCHRUN), id="resnet by torchrun", marks=pytest.mark.slow),
         ("scrim", partial(run_two_processes, thin=True)),
+        pytest.param("apinet", partial(run_two_processes, thin=True), marks=pytest.mark.slow),
+        pytest.param("ntsnet", partial(run_two_processes, thin=True), marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_train_and_evaluate_together(model, launch, tiny_run, picture_tree, tmp_path):
