@@ -62,10 +62,17 @@ class Settings:
     # ---- What to train, and on what -----------------------------------------------------------------------------
     model: str = "sgkrl"  # the system: the name of a file in networks/systems/
     options: dict[str, Any] = {}  # the system's own settings, such as {"graph_neighbours": 2}; each is a flag, too
-    dataset: str = "demo"  # demo, cub, cars, aircraft, dogs, nabirds or folder (pictures in a folder per class)
+    dataset: str = "demo"  # demo, cub, cars, aircraft, dogs, nabirds, flowers, pets, folder (per class) or csv
     data_root: str | None = None  # folder that holds the data set; the demo set is drawn in memory and needs none
     classes: Patterns | None = None  # only the classes whose names match, such as '*_Gull' '*_Wren'; None: all
     class_level: Count | None = None  # dataset=folder: classes are folders so many levels deep; None: found, if clear
+    labels: str | None = None  # dataset=csv: the table of pictures and classes; None: the only one there
+    validation_labels: str | None = None  # dataset=csv: a table for the validation part, if it has one of its own
+    test_labels: str | None = None  # dataset=csv: likewise for the test part
+    image_column: str | None = None  # dataset=csv: its column of pictures; None: by the usual names
+    label_column: str | None = None  # dataset=csv: its column of classes; None: by the usual names
+    split_column: str | None = None  # dataset=csv: its column of parts (train, validation, test), if there is one
+    aircraft_level: Literal["variant", "family", "manufacturer"] = "variant"  # dataset=aircraft: what the classes are
     name: RunName | None = None  # added to the run's folder, to keep several runs of one model and data set apart
     checkpoint_dir: Folder = "checkpoint"  # the run writes to <checkpoint_dir>/<dataset>-<model>[-<name>]/
     fresh: bool = False  # start anew: a run that is in the folder already is moved aside
@@ -232,7 +239,10 @@ DATASETS: dict[str, dict[str, object]] = {
     "aircraft": {"windows": "vehicles", "location_weight": 0.01, "regions": 2},
     "dogs": {},
     "nabirds": {},
+    "flowers": {},
+    "pets": {},
     "folder": {},
+    "csv": {},
 }
 
 

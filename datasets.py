@@ -171,6 +171,13 @@ class DataSettings(Protocol):
     data_root: str | None
     classes: tuple[str, ...] | None
     class_level: int | None
+    labels: str | None
+    validation_labels: str | None
+    test_labels: str | None
+    image_column: str | None
+    label_column: str | None
+    split_column: str | None
+    aircraft_level: str
     test_fraction: float
     seed: int
     on_bad_image: str

@@ -115,6 +115,10 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize(("dataset", "name"), EVERY_LIST)
 def test_damaged_lists_are_named(tmp_path: Path, dataset: str, name: str, damage: str) -> None:
+    if damage == "missing" and "box" in name:
+        DAMAGES[damage](MAKERS[dataset](tmp_path) / name)
+        assert not read_catalogue(dataset, tmp_path).has_boxes  # they serve a figure, not training
+        return
     DAMAGES[damage](MAKERS[dataset](tmp_path) / name)
     assert Path(name).name in refusal(dataset, tmp_path)
 

@@ -167,8 +167,8 @@ def test_empty_root(tmp_path: Path, dataset: str, missing: str) -> None:
 
 
 def test_unknown_data_set() -> None:
-    with pytest.raises(DataError, match="unknown data set 'flowers': expected one of aircraft, cars, cub"):
-        read_catalogue("flowers", None)
+    with pytest.raises(DataError, match="unknown data set 'fungi': expected one of aircraft, cars, csv, cub"):
+        read_catalogue("fungi", None)
 
 
 def test_validation_split() -> None:
@@ -228,7 +228,9 @@ def made_settings(picture_tree: Path, **changes: object) -> SimpleNamespace:
     """No more than what `DataSettings` names, so that a field read beside these would be missed."""
     values = {
         **{"dataset": "folder", "data_root": str(picture_tree), "classes": None, "test_fraction": 0.25, "seed": 3},
-        "class_level": None,
+        **dict.fromkeys(("class_level", "labels", "validation_labels", "test_labels")),
+        **dict.fromkeys(("image_column", "label_column", "split_column"), None),
+        "aircraft_level": "variant",
         **{"on_bad_image": "stop", "select_on": "validation", "validation": 0.34, "image_size": 32, "flip": 0.5},
         **{
             "resize_size": 32,

@@ -74,6 +74,7 @@ AS_PUBLISHED = {
 AS_BEFORE = {"scrim": ["--anchors", "former"]}
 # Settings that became ones while that version was in use, and what runs before them had
 YOUNG = {
+    "aircraft_level": "variant",
     "batch_norm": "shared",
     "crop_scale": 1.0,
     "normalization": "imagenet",

@@ -34,9 +34,7 @@ def test_malformed_lists(tmp_path: Path, file: str, line: str, message: str) -> 
         read_catalogue("cub", tmp_path)
 
 
-@pytest.mark.parametrize(
-    "file", ["classes.txt", "image_class_labels.txt", "bounding_boxes.txt", "train_test_split.txt"]
-)
+@pytest.mark.parametrize("file", ["classes.txt", "image_class_labels.txt", "train_test_split.txt"])
 def test_missing_list(tmp_path: Path, file: str) -> None:
     (make_cub(tmp_path) / file).unlink()
     with pytest.raises(DataError, match=f"{file} does not exist"):

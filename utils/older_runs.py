@@ -12,6 +12,7 @@ from utils.options import SettingsError
 # What runs that are older than a shared setting had. The defaults may have been edited since; no None where a table
 # would fill it.
 BEFORE: dict[str, object] = {
+    "aircraft_level": "variant",
     "batch_norm": "shared",
     "crop_scale": 1.0,
     "ensembling": "mean_probability",

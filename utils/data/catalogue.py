@@ -74,6 +74,13 @@ class Source(NamedTuple):
     seed: int = 0
     test_fraction: float = 0.2
     class_level: int | None = None
+    labels: str | None = None
+    validation_labels: str | None = None
+    test_labels: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    split_column: str | None = None
+    aircraft_level: str = "variant"
 
     def folder(self) -> Path:
         """The folder that the user named, `~` resolved. Raises DataError where there is none."""

@@ -61,6 +61,34 @@ def levels(root: Path, depth: int = MAX_DEPTH) -> Iterator[list[Path]]:
         level = [inner for folder in level for inner in subfolders(folder)]
 
 
+def find_file(root: Path, *patterns: str) -> Path | None:
+    """The file of one of these names (as in a shell) that lies highest in a folder or below it; None where none is.
+
+    Raises DataError where several do.
+    """
+    for level in levels(root):
+        found = [path for folder in level for pattern in patterns for path in sorted(folder.glob(pattern))]
+        found = [path for path in found if path.is_file()]
+        if len(found) > 1:
+            raise DataError(f"both {found[0]} and {found[1]} are there: set data_root to the folder of the one meant")
+        if found:
+            return found[0]
+    return None
+
+
+def find_folder(root: Path, *names: str) -> Path | None:
+    """The folder of one of these names, in any case, that lies highest below a folder; if it holds such a folder in
+    turn, as copies do, that one. None where none is."""
+    for level in levels(root, MAX_DEPTH - 1):
+        found = [inner for folder in level for inner in subfolders(folder) if inner.name.lower() in names]
+        while found:
+            deeper = [inner for inner in subfolders(found[0]) if inner.name.lower() in names]
+            if not deeper:
+                return found[0]
+            found = deeper
+    return None
+
+
 def find_root(root: Path, folder: str, marker: str) -> Path:
     """The folder that holds the file `marker`: `root`, `root/folder`, or the only one some levels below."""
     for candidate in (root, root / folder):

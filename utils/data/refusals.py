@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from utils.data.columns import TABLES
 from utils.data.errors import DataError
 from utils.data.folders import holds_pictures, levels
 
@@ -14,7 +15,6 @@ CONTAINERS = {
     **dict.fromkeys((".parquet", ".arrow"), "write its pictures into a folder per class first (docs/settings.md)"),
     **dict.fromkeys((".tfrecord", ".lmdb", ".h5", ".hdf5", ".npz"), "write its pictures into a folder per class first"),
 }
-TABLES = (".csv", ".tsv")
 
 
 def without_classes(root: Path, tree: Path, class_names: Sequence[str]) -> DataError:

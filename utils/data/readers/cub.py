@@ -26,7 +26,8 @@ def read_birds(root: Path, *, folder: str) -> Catalogue:
         look_up(place, class_id, names, "classes.txt")
         class_ids[image] = class_id
     boxes: dict[str, Box] = {}
-    for place, (image, *fields) in read_keyed(root / "bounding_boxes.txt", 5):
+    has_boxes = (root / "bounding_boxes.txt").exists()  # they serve a figure, not training
+    for place, (image, *fields) in read_keyed(root / "bounding_boxes.txt", 5) if has_boxes else ():
         x, y, width, height = read_numbers(place, fields)
         boxes[image] = box_from_edges(place, x, y, x + width, y + height)
     splits: dict[str, list[Entry]] = {"1": [], "0": []}
@@ -40,7 +41,7 @@ def read_birds(root: Path, *, folder: str) -> Catalogue:
     labels = {class_id: label for label, class_id in enumerate(key for key in names if key in used)}
     for place, (image, file) in read_keyed(root / "images.txt", 2):
         label = labels[look_up(place, image, class_ids, "image_class_labels.txt")]
-        box = look_up(place, image, boxes, "bounding_boxes.txt")
+        box = look_up(place, image, boxes, "bounding_boxes.txt") if has_boxes else None
         split = look_up(place, image, split_of, "train_test_split.txt")
         split.append(Entry(picture_path(place, root / "images", file), label, box))
     return Catalogue(splits["1"], splits["0"], [names[class_id] for class_id in labels])
