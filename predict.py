@@ -160,10 +160,21 @@ def find_pictures(given: Sequence[Path], *, leave_out: Path) -> list[Path]:
 
 
 def drawing_paths(pictures: Sequence[Path], out: Path) -> dict[Path, Path]:
-    """Return where to draw each picture: below `out` as the pictures lie below the folder that they share."""
+    """Return where to draw each picture: below `out` as the pictures lie below the folder that they share.
+
+    No drawing takes the place of another one or of a picture that was given.
+    """
     absolute = [Path.cwd() / picture for picture in pictures]  # links are not followed: their names tell them apart
     shared = os.path.commonpath([os.path.normpath(path.parent) for path in absolute])
-    return {p: out / f"{os.path.relpath(a, shared)}.png" for p, a in zip(pictures, absolute, strict=True)}
+    taken = {os.path.normpath(path) for path in absolute}
+    paths = {}
+    for picture, path in zip(pictures, absolute, strict=True):
+        drawing = out / f"{os.path.relpath(path, shared)}.png"
+        while (place := os.path.normpath(Path.cwd() / drawing)) in taken:
+            drawing = drawing.with_name(f"{drawing.stem}.drawing.png")
+        taken.add(place)
+        paths[picture] = drawing
+    return paths
 
 
 class ReadablePictures(Dataset):

@@ -313,3 +313,25 @@ def test_published_checkpoints_are_evaluated_directly(picture_tree, tmp_path, ev
         evaluation_script.main([str(path), "--model", "resnet", *words])
     with pytest.raises(CheckpointError, match="does not fit"):
         evaluation_script.main([str(path), "--model", "mmal", *words])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda report: report.pop("images"),
+        lambda report: report.update(images_per_second="fast"),
+        lambda report: report["branches"]["prediction"].pop("top1_interval_95"),
+        lambda report: report["branches"].update(raw={}),
+        lambda report: report.update(branches=[]),
+        lambda report: report.update(boxes={"mean": 1}),
+        lambda report: report.update(settings="resnet"),
+    ],
+)
+def test_a_report_that_lacks_something_is_refused_by_name(evaluated, tmp_path, change):
+    report = json.loads((evaluated["resnet"] / "report.json").read_text("utf-8"))
+    change(report)
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(report))
+    with pytest.raises(ComparisonError) as refusal:
+        compare([evaluated["mmal"], path])
+    assert str(path) in str(refusal.value)

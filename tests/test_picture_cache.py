@@ -174,7 +174,7 @@ def test_no_code_that_makes_pixels_is_forgotten() -> None:
 
 def test_a_damaged_file_is_built_anew(entries: list[Entry], tmp_path: Path) -> None:
     on_disk(entries, tmp_path / "cache")
-    (path,) = (tmp_path / "cache").glob("*.pictures")
+    (path,) = tmp_path.rglob("*.pictures")
     whole = path.read_bytes()
     for content in (b"", whole[:-1], whole + b"0", bytes(len(whole))):
         path.write_bytes(content)
@@ -196,14 +196,14 @@ def test_pictures_of_different_shapes_are_kept(cache: str, entries: list[Entry],
         for one, other in zip(plain, cached, strict=True):
             assert torch.equal(one.image, other.image) and torch.equal(one.augmentation, other.augmentation)
             assert (one.box is None and other.box is None) or torch.equal(one.box, other.box)
-    files = {path.name for path in (tmp_path / "cache").glob("*.pictures")}
+    files = {path.name for path in tmp_path.rglob("*.pictures")}
     build_cache(SimpleNamespace(**vars(settings) | {"keep_aspect_ratio": False}), entries)
-    assert len({path.name for path in (tmp_path / "cache").glob("*.pictures")} - files) == (cache == "disk")
+    assert len({path.name for path in tmp_path.rglob("*.pictures")} - files) == (cache == "disk")
 
 
 def test_a_damaged_table_of_shapes_is_built_anew(entries: list[Entry], tmp_path: Path) -> None:
     on_disk(entries, tmp_path / "cache")
-    (path,) = (tmp_path / "cache").glob("*.pictures")
+    (path,) = tmp_path.rglob("*.pictures")
     whole = path.read_bytes()
     for damaged in (whole[:40], whole[:32] + bytes(8) + whole[40:]):
         path.write_bytes(damaged)
@@ -308,3 +308,24 @@ def test_a_run_is_the_same_with_any_cache_and_may_change_it(tiny_run, tmp_path: 
         assert all(torch.equal(runs["none"][name], value) for name, value in runs[cache].items())
     assert len(list((tmp_path / "disk" / "cache").glob("folder-96-*.pictures"))) == 1
     train.main(tiny_run(tmp_path / "ram", "--epochs", "2", "--cache", "none"))  # is not refused as another run
+
+
+def test_changed_pixels_are_not_trained_on(entries: list[Entry], tmp_path: Path) -> None:
+    on_disk(entries, tmp_path)
+    (path,) = tmp_path.rglob("*.pictures")
+    content = bytearray(path.read_bytes())
+    content[-100:] = bytes(100)
+    path.write_bytes(content)
+    cache = on_disk(entries, tmp_path)
+    assert torch.equal(cache[entries[0].source][0], load_pixels(entries[0], SIZE)[0])
+    with pytest.raises(CacheError, match="damaged.*remove it"):
+        cache[entries[-1].source]
+
+
+def test_a_pipe_in_its_place_is_refused(entries: list[Entry], tmp_path: Path) -> None:
+    on_disk(entries, tmp_path)
+    (path,) = tmp_path.rglob("*.pictures")
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(CacheError, match="not a file"):
+        on_disk(entries, tmp_path)

@@ -244,3 +244,12 @@ def test_names_that_are_no_text_are_written_out(checkpoints, tmp_path, form):
     assert ended.returncode == 0, ended.stderr
     assert r"\udcf8d.png" in ended.stdout
     assert len(list((tmp_path / "predictions").iterdir())) == 1
+
+
+def test_no_drawing_takes_the_place_of_a_picture_or_of_another(tmp_path):
+    """Drawn into the folder of the pictures, one of which is called as another one's drawing."""
+    names = ("a.jpg", "a.jpg.png", "a.jpg.drawing.png", "b.jpg")
+    pictures = [tmp_path / name for name in names]
+    drawings = predict.drawing_paths(pictures, tmp_path)
+    assert len({*drawings.values(), *pictures}) == 8
+    assert drawings[tmp_path / "b.jpg"].name == "b.jpg.png"

@@ -9,6 +9,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 
+from utils.errors import UserError
 from utils.reporting.runlog import RunLog, describe, log_evaluation
 
 
@@ -168,3 +169,13 @@ def test_an_evaluation_replaces_the_one_before_it(tmp_path):
     (names,) = (tmp_path / "test").rglob("metadata.tsv")
     assert names.read_text().splitlines() == ["a", "b", "c"]
     assert "tensors.tsv" in (tmp_path / "test" / "projector_config.pbtxt").read_text()
+
+
+def test_a_log_that_is_no_text_is_refused_and_kept(tmp_path):
+    (tmp_path / "log.jsonl").write_bytes(b'{"epoch": 1}\n\xff\xfe\n')
+    with pytest.raises(UserError, match=r"log\.jsonl is not UTF-8 text"):
+        RunLog(tmp_path, resume_epoch=1)
+    assert (tmp_path / "log.jsonl").read_bytes().endswith(b"\xff\xfe\n")
+    (tmp_path / "log.jsonl").write_text('{"epoch": "one"}\n{"epoch": 1}\n')
+    RunLog(tmp_path, resume_epoch=1).close()
+    assert (tmp_path / "log.jsonl").read_text() == '{"epoch": 1}\n'

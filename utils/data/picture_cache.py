@@ -7,6 +7,7 @@ on the same pictures, too:
     32 bytes        SHA-256 of all that the pixels depend on, see `datasets.fingerprint`
     n x 8           heights and widths, int32
     n x 16          boxes, float32 (x0, y0, x1, y1); NaN where there is none
+    n x 4           CRC-32 of each picture's pixels, uint32: looked at whenever a picture is read
     n x H x W x 3   pixels, uint8, picture by picture
 
 It gets its name when it is whole and on the disk, so a builder that was killed leaves nothing that another would take
@@ -18,7 +19,9 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import stat
 import warnings
+import zlib
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
@@ -39,7 +42,7 @@ except ImportError:  # Windows: processes that start at the same time each build
     fcntl = None
 
 DECODED_AT_ONCE = 256  # so many wait for the disk at most
-DIGEST_BYTES, SHAPE_BYTES, BOX_BYTES = 32, 8, 16
+DIGEST_BYTES, SHAPE_BYTES, BOX_BYTES, CHECKSUM_BYTES = 32, 8, 16, 4
 Shape = tuple[int, int]  # height and width
 Decode = Callable[[int], tuple[Tensor, Tensor | None]]
 
@@ -52,6 +55,7 @@ class PictureCache(Mapping[Hashable, tuple[Tensor, Tensor | None]]):
     """key -> (image [3, H, W] uint8, box [4] float32 or None), out of all pixels in a row and boxes [n, 4].
 
     path: the file that the pixels are mapped from, or None: another process that gets this object maps it anew.
+    checksums: CRC-32 of each picture's pixels in that file. Raises CacheError for a picture that is not as it says.
     """
 
     def __init__(
@@ -61,7 +65,9 @@ class PictureCache(Mapping[Hashable, tuple[Tensor, Tensor | None]]):
         pixels: Tensor,
         boxes: Tensor,
         path: Path | None = None,
+        checksums: Sequence[int] | None = None,
     ) -> None:
+        self.checksums = checksums
         self.rows = {key: row for row, key in enumerate(keys)}
         self.shapes, self.pixels, self.boxes, self.path = list(shapes), pixels, boxes, path
         self.starts = [0, *accumulate(3 * height * width for height, width in shapes)]
@@ -69,11 +75,16 @@ class PictureCache(Mapping[Hashable, tuple[Tensor, Tensor | None]]):
     def __getitem__(self, key: Hashable) -> tuple[Tensor, Tensor | None]:
         row = self.rows[key]
         box = self.boxes[row]
+        if self.checksums is not None and zlib.crc32(self._pixels(row).numpy()) != self.checksums[row]:
+            raise CacheError(f"{self.path} is damaged, it is not what was written there: remove it, and start again")
         return self.image(row), None if box[0].isnan() else box
 
     def image(self, row: int) -> Tensor:
         """Return a view of the pixels of a picture, [3, H, W]."""
-        return self.pixels[self.starts[row] : self.starts[row + 1]].view(*self.shapes[row], 3).permute(2, 0, 1)
+        return self._pixels(row).view(*self.shapes[row], 3).permute(2, 0, 1)
+
+    def _pixels(self, row: int) -> Tensor:
+        return self.pixels[self.starts[row] : self.starts[row + 1]]
 
     def __iter__(self) -> Iterator[Hashable]:
         return iter(self.rows)
@@ -90,7 +101,7 @@ class PictureCache(Mapping[Hashable, tuple[Tensor, Tensor | None]]):
 
 def bytes_needed(shapes: Sequence[Shape]) -> int:
     """Return the bytes of pictures of these heights and widths, with what is kept beside the pixels."""
-    return sum(3 * height * width + SHAPE_BYTES + BOX_BYTES for height, width in shapes)
+    return sum(3 * height * width + SHAPE_BYTES + BOX_BYTES + CHECKSUM_BYTES for height, width in shapes)
 
 
 def cache_in_memory(keys: Sequence[Hashable], shapes: Sequence[Shape], decode: Decode) -> PictureCache:
@@ -151,14 +162,17 @@ def map_pictures(path: Path, keys: Sequence[Hashable]) -> PictureCache:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tensors are meant to be written to; nobody does
         content = torch.from_numpy(np.memmap(path, mode="r"))
-    beside = (DIGEST_BYTES, SHAPE_BYTES * len(keys), BOX_BYTES * len(keys))
-    _, shapes, boxes, pixels = content.split([*beside, len(content) - sum(beside)])
+    beside = (DIGEST_BYTES, *(size * len(keys) for size in (SHAPE_BYTES, BOX_BYTES, CHECKSUM_BYTES)))
+    _, shapes, boxes, checksums, pixels = content.split([*beside, len(content) - sum(beside)])
     shapes = [tuple(shape) for shape in shapes.view(torch.int32).view(-1, 2).tolist()]
-    return PictureCache(keys, shapes, pixels, boxes.view(torch.float32).view(-1, 4), path)
+    checksums = checksums.numpy().view(np.uint32).tolist()
+    return PictureCache(keys, shapes, pixels, boxes.view(torch.float32).view(-1, 4), path, checksums)
 
 
 def _is_whole(path: Path, digest: bytes, count: int) -> bool:
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe would wait for ever
+            raise CacheError(f"{path} is not a file: move it away, or give another checkpoint_dir")
         with path.open("rb") as file:
             if file.read(DIGEST_BYTES) != digest:
                 return False
@@ -189,18 +203,21 @@ def _turn_to_build(path: Path) -> Iterator[None]:
 def _build(path: Path, digest: bytes, shapes: Sequence[Shape], decode: Decode) -> None:
     count = len(shapes)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    boxes = torch.full((count, 4), float("nan"))
+    boxes, checksums = torch.full((count, 4), float("nan")), np.zeros(count, dtype=np.uint32)
     try:
         with temporary.open("wb") as file:
-            file.write(digest + np.array(shapes, dtype=np.int32).tobytes() + bytes(BOX_BYTES * count))
+            head = digest + np.array(shapes, dtype=np.int32).tobytes()
+            file.write(head + bytes((BOX_BYTES + CHECKSUM_BYTES) * count))
             for row, (image, box) in enumerate(_decode_all(count, decode)):
                 if tuple(image.shape[1:]) != tuple(shapes[row]):  # its header promised another
                     raise CacheError(f"picture {row} of {path} changed while it was decoded: start again")
-                file.write(image.permute(1, 2, 0).contiguous().numpy())
+                pixels = image.permute(1, 2, 0).contiguous().numpy()
+                file.write(pixels)
+                checksums[row] = zlib.crc32(pixels)
                 if box is not None:
                     boxes[row] = box
-            file.seek(DIGEST_BYTES + SHAPE_BYTES * count)
-            file.write(boxes.numpy())
+            file.seek(len(head))
+            file.write(boxes.numpy().tobytes() + checksums.tobytes())
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

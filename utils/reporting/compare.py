@@ -25,6 +25,33 @@ UNIMPORTANT = frozenset(
 RESAMPLES = 10_000
 
 
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float)
+
+
+def _has_numbers(value: object, *names: str) -> bool:
+    return isinstance(value, dict) and all(_is_number(value.get(name)) for name in names)
+
+
+def _are_two_numbers(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_number, value))
+
+
+# What is read of a report, and whether it is there
+EXPECTED: dict[str, Callable[[Mapping], bool]] = {
+    "settings": lambda report: isinstance(report["settings"], dict) and "model" in report["settings"],
+    "branches": lambda report: all(_has_numbers(branch, "top1") for branch in report["branches"].values()),
+    "prediction": lambda report: "prediction" in report["branches"],
+    "top1_interval_95": lambda report: (
+        [*map(type, report["branches"]["prediction"]["top1_interval_95"])] == [float] * 2
+    ),
+    "images": lambda report: _is_number(report.get("images")),
+    "mean_per_class_accuracy": lambda report: _is_number(report.get("mean_per_class_accuracy")),
+    "images_per_second": lambda report: _is_number(report.get("images_per_second")),
+    "boxes": lambda report: not report.get("boxes") or _has_numbers(report["boxes"], "share_at_0.5", "mean"),
+}
+
+
 class ComparisonError(UserError):
     """Runs that cannot be compared, said in one sentence."""
 
@@ -104,9 +131,11 @@ def _read_run(place: Path) -> EvaluatedRun:
         branches = report["branches"]
         if "answer" in branches:  # of an older version
             report["branches"] = branches = {"prediction": branches.pop("answer"), **branches}
-        branches["prediction"]["top1"], report["settings"]["model"]  # noqa: B018
-    except (ValueError, KeyError, TypeError):
+        missing = [name for name, holds in EXPECTED.items() if not holds(report)]
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ComparisonError(f"{path} is no report of test.py: write it again") from None
+    if missing:
+        raise ComparisonError(f"{path} is no whole report of test.py, it lacks {', '.join(missing)}: write it again")
     table = path.with_name(path.name.replace("report", "predictions", 1)).with_suffix(".csv")
     correct = None
     if table.is_file():
@@ -140,7 +169,7 @@ def _table(runs: Sequence[EvaluatedRun], restore: Callable[[Mapping], Mapping]) 
     for run, values in zip(runs, settings, strict=True):
         report, prediction = run.report, run.report["branches"]["prediction"]
         low, high = prediction["top1_interval_95"]
-        boxes = report["boxes"] or {}
+        boxes = report.get("boxes") or {}
         row = [run.name, *(_shown(values.get(name, "")) for name in differing), str(report["images"])]
         row += [f"{100 * prediction['top1']:.1f}", f"{100 * low:.1f} to {100 * high:.1f}"]
         row += [f"{100 * report['branches'][b]['top1']:.1f}" if b in report["branches"] else "" for b in branches[1:]]

@@ -112,8 +112,11 @@ class ResultCollector:
 
 def read_predictions(path: Path) -> list[Mapping[str, str]]:
     """Read what `ResultCollector.write` wrote, line by line. Raises UserError for another file."""
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (UnicodeDecodeError, csv.Error):
+        rows = []
     for row in rows:
         if "answer" in row:  # of an older version
             row["correct"] = row.pop("answer")

@@ -18,6 +18,7 @@ from tensorboard.plugins.hparams import summary_v2 as hparams
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from utils.errors import UserError
 from utils.files import SavingError, write_text
 
 # What a curve means, by the beginning or the end of its name without the group; shown beside it in TensorBoard.
@@ -178,13 +179,17 @@ def describe(name: str) -> str:
 
 def _drop_later_epochs(path: Path, last_epoch: int | None) -> None:
     """Rewrite a log with the lines up to `last_epoch` (None: no line) and without a line that was cut short."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason}): move it away to go on without it") from None
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in lines:
         try:
             epoch = json.loads(line)["epoch"]
         except (ValueError, KeyError, TypeError):
             continue
-        if last_epoch is not None and epoch <= last_epoch:
+        if isinstance(epoch, int) and last_epoch is not None and epoch <= last_epoch:
             kept.append(line + "\n")
     write_text(path, "".join(kept))
 
