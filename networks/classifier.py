@@ -23,3 +23,14 @@ class Classifier(nn.Linear):
             return F.linear(embedding, self.weight, self.bias)
         with torch.autocast(kind, enabled=False):
             return F.linear(embedding, self.weight, self.bias)
+
+
+def build_two_layer_classifier(in_features: int, num_classes: int, hidden: int = 512) -> nn.Sequential:
+    """Return the two layers by which PMG (ECCV 2020) and MC-Loss (IEEE TIP 2020) classify a vector [B, in_features]."""
+    return nn.Sequential(
+        nn.BatchNorm1d(in_features),
+        nn.Linear(in_features, hidden),
+        nn.BatchNorm1d(hidden),
+        nn.ELU(),
+        Classifier(hidden, num_classes),
+    )

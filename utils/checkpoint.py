@@ -17,7 +17,9 @@ from utils.checkpoint_content import NETWORK, TRAINING, problem_of
 from utils.errors import UserError, is_out_of_memory, tells_of_dead_loader
 from utils.files import SavingError, sync_folder, written_whole
 
-WRAPPED_AS = ("model_state_dict", "net_state_dict", "state_dict")  # where published code puts the weights in a file
+# Where published code puts the weights in a file, and those of a classifier that it keeps apart
+WRAPPED_AS = ("model_state_dict", "net_state_dict", "state_dict", "net")
+CLASSIFIER_AS = "metric"
 
 
 class CheckpointError(UserError):
@@ -181,6 +183,8 @@ def load_published(network: System, path: str | Path) -> None:
         raise CheckpointError(
             f"{path} is no published checkpoint: it holds no tensors by name, nor such under {', '.join(WRAPPED_AS)}"
         )
+    if isinstance(classifier := content.get(CLASSIFIER_AS), dict):
+        state = {**state, **{name: value for name, value in classifier.items() if isinstance(value, Tensor)}}
     beside = {published.get(name) for name in network.absent_when_published} & content.keys()
     state = {**state, **{name: content[name] for name in beside if isinstance(content[name], Tensor)}}
     # A part that was spread over GPUs by itself has the prefix behind its own name.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from networks.backbone import Backbone
-from networks.classifier import Classifier
+from networks.classifier import build_two_layer_classifier
 from networks.crops import resize_images
 from networks.jigsaw import cyclic_permutations, permute_blocks
 from networks.outputs import NetworkOutput, requested_branches
@@ -56,17 +56,6 @@ class ConvolutionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(self.bn(self.conv(x)))
-
-
-def build_classifier(in_features: int, num_classes: int) -> nn.Sequential:
-    """Return the two layers that classify a vector [B, in_features]."""
-    return nn.Sequential(
-        nn.BatchNorm1d(in_features),
-        nn.Linear(in_features, HIDDEN),
-        nn.BatchNorm1d(HIDDEN),
-        nn.ELU(),
-        Classifier(HIDDEN, num_classes),
-    )
 
 
 class PMG(System):
@@ -113,8 +102,8 @@ class PMG(System):
                 for stage in STAGES
             }
         )
-        self.classifiers = nn.ModuleDict({stage: build_classifier(width, num_classes) for stage in STAGES})
-        self.classifiers["concat"] = build_classifier(width * len(STAGES), num_classes)
+        self.classifiers = nn.ModuleDict({stage: build_two_layer_classifier(width, num_classes) for stage in STAGES})
+        self.classifiers["concat"] = build_two_layer_classifier(width * len(STAGES), num_classes)
 
     def forward(
         self,
