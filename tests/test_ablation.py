@@ -24,6 +24,22 @@ def broken() -> set[str]:
     return set()
 
 
+def test_the_averaged_weights_are_the_result_of_a_run_that_has_them(monkeypatch, tmp_path):
+    figures = {"validation/accuracy/prediction": 0.5, "validation_ema/accuracy/prediction": 0.75}
+    boxes = {"validation/box_iou/share_at_0.5": 0.1, "validation_ema/box_iou/share_at_0.5": 0.2}
+
+    def script(name, flags, environment):
+        assert ("--ema_decay", "0.999") in itertools.pairwise(flags)
+        (tmp_path / "cub-resnet-ema-0").mkdir()
+        line = {"epoch": 1, **figures, **boxes, "speed/train_images_per_second": 9.0}
+        (tmp_path / "cub-resnet-ema-0" / "log.jsonl").write_text(json.dumps(line) + "\n")
+
+    monkeypatch.setattr(ablation, "script", script)
+    result = ablation.run("resnet-ema", 0, ablation.COMMON, tmp_path, test=False, threads=0)
+    assert result["validation"] == {"accuracy/prediction": 0.75, "box_iou/share_at_0.5": 0.2}
+    assert result["boxes_by_epoch"] == [0.2]
+
+
 @pytest.fixture
 def scripts(monkeypatch, broken) -> list[tuple[str, list[str]]]:
     """What train.py and test.py would leave, without them; returns the calls."""
