@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
 import torchvision
 from torch import Tensor, nn
 
-from utils.errors import UserError
+from utils.errors import UserError, is_out_of_memory
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
 WRAPPED_AS = ("state_dict", "model", "network")  # where files keep the weights beside other things
@@ -70,10 +71,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def _read_torch(path: Path) -> object:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong is said below
+            return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # what the bytes of other files make an unpickler raise is listed nowhere
+        if is_out_of_memory(error):
+            raise
         kind = type(error).__name__
         raise UserError(f"pretrained weights {path} are not a plain file of tensors ({kind})") from None
 

@@ -1043,6 +1043,7 @@ def test_programs_that_write_one_file_at_once_do_not_meet(tmp_path):
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"),
             "on the GPU for another 2.00",
         ),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "on the machine"),
         (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"), "on the GPU"),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "on the GPU"),
     ],

@@ -11,6 +11,7 @@ import torch
 
 import train
 from config import Settings, parse_settings, restored
+from networks.pretrained import read_weights
 from networks.system import System
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from utils.errors import UserError
@@ -172,3 +173,11 @@ def test_frozen_statistics_may_come_from_another_run():
     assert parse_settings([*words, "--initial_weights", "best.pth"]).batch_norm == "frozen"
     with pytest.raises(UserError, match="batch_norm is 'frozen'"):
         parse_settings(words)
+
+
+def test_a_program_in_place_of_weights_is_refused_without_a_warning(tmp_path, recwarn):
+    torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "model.pth"))
+    recwarn.clear()
+    with pytest.raises(UserError, match="not a plain file of tensors"):
+        read_weights(tmp_path / "model.pth")
+    assert not recwarn.list

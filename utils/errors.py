@@ -58,8 +58,9 @@ def exit_with_one_sentence(
     except OSError as error:
         if error.errno not in MENDABLE:
             raise
-        print(f"{process}error: {error}", file=sys.stderr)
-        sys.exit(2)
+        memory = _out_of_memory(error, less_memory)
+        print(f"{process}error: {memory or error}", file=sys.stderr)
+        sys.exit(1 if memory else 2)
     except (RuntimeError, MemoryError) as error:
         sentence = _out_of_memory(error, less_memory) or _what_ended_the_run(error)
         if sentence is None:
@@ -90,6 +91,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     kinds = {kind.__name__ for kind in type(error).__mro__}  # by name: scripts that refuse their flags need no torch
     if isinstance(error, MemoryError) or "OutOfMemoryError" in kinds:
         return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM  # such as of a process that cannot be started
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in OUT_OF_MEMORY)
 
 
