@@ -17,7 +17,7 @@ from utils.training.schedule import EpochPlan
 from utils.training.targets import build_mixing, class_weights_of
 
 RAW = EpochPlan({"raw": 1.0}, ("raw",), mask_background=False)
-NO_CROSS_ENTROPIES = {"ranking", "contrastive", "centre", "priority"}  # whatever the classes count
+NO_CROSS_ENTROPIES = {"ranking", "contrastive", "centre", "priority", "location", "diversity"}  # unweighted
 
 
 # ---- Weights of classes ---------------------------------------------------------------------------------------------

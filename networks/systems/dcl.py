@@ -146,11 +146,13 @@ class DCL(System):
         terms = super().losses(output, targets, label_smoothing=label_smoothing)
         swap, extras = output.extras["swap"], output.extras
         version = torch.arange(swap.shape[1], device=targets.device)
+        shared = {"label_smoothing": label_smoothing}
         if self.options.swap_classes == "each":
             wanted = targets[:, None] + version * (swap.shape[2] // 2)  # [B, versions]
+            shared["weight"] = None if self.class_weights is None else self.class_weights.repeat(2)
         else:
             wanted = (1 - version).expand(len(targets), -1)
-        terms["swap"] = F.cross_entropy(swap.flatten(0, 1), wanted.flatten(), label_smoothing=label_smoothing)
+        terms["swap"] = F.cross_entropy(swap.flatten(0, 1), wanted.flatten(), **shared)
         if "locations" in extras:
             count = extras["places"].shape[1]
             in_order = torch.arange(count, device=targets.device).expand_as(extras["places"])

@@ -17,7 +17,6 @@ from networks.backbone import Backbone
 from networks.channel_groups import channel_overlap, draw_masks, logits_of_groups
 from networks.classifier import build_two_layer_classifier
 from networks.crops import resize_images
-from networks.losses import classification_losses
 from networks.outputs import NetworkOutput, requested_branches
 from networks.system import Shared, System
 from utils.errors import UserError
@@ -114,7 +113,7 @@ class MCLoss(System):
 
     def losses(self, output: NetworkOutput, targets: Tensor, *, label_smoothing: float = 0.0) -> dict[str, Tensor]:
         """Return the cross-entropies of the branches and, in training, `diversity`; `targets` [B] int64."""
-        terms = classification_losses(output, targets, label_smoothing=label_smoothing)
+        terms = super().losses(output, targets, label_smoothing=label_smoothing)
         if output.extras is not None:
             terms["diversity"] = output.extras["channel_overlap"].mean()
         return terms
