@@ -60,8 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     device = choose_device(settings.device)
     plain = plain.to(device).eval()
     folded = fold_batch_norm(plain).to(memory_format=torch.channels_last)
-    reference = Execution(device, "float32", channels_last=False)
-    ways = {f"folded, channels_last, {name}": Execution(device, name) for name in ("float32", "bf16")}
+    scale = {"normalization": settings.normalization}
+    reference = Execution(device, "float32", channels_last=False, **scale)
+    ways = {f"folded, channels_last, {name}": Execution(device, name, **scale) for name in ("float32", "bf16")}
     agreements: dict[str, list[dict[str, Tensor]]] = {name: [] for name in ways}
     for batch in tqdm(evaluation_loader(settings, entries), disable=None):
         expected = outcome(plain, batch.images, reference)
