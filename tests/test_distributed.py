@@ -68,7 +68,7 @@ def test_a_process_that_is_killed_ends_the_other_with_a_sentence(launch, tiny_ru
     [
         (torch.distributed.DistBackendError("NCCL error in: ProcessGroupNCCL.cpp:1"), True),
         (RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer"), True),
-        (RuntimeError("CUDA error: out of memory"), False),
+        (RuntimeError("CUDA error: device-side assert triggered"), False),
     ],
 )
 def test_lost_connections_are_told_from_faults(error, ours, capsys):
