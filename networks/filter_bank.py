@@ -32,7 +32,7 @@ class FilterBank(nn.Module):
     def of_class(self, values: Tensor, classes: Tensor) -> Tensor:
         """Pick the values of the filters of each image's class: [B, filters], classes [B] to [B, per_class]."""
         by_class = values.unflatten(1, (self.num_classes, self.per_class))
-        return by_class.take_along_dim(classes[:, None, None], dim=1).squeeze(1)
+        return by_class.gather(1, classes[:, None, None].expand(-1, 1, self.per_class)).squeeze(1)
 
     def mean_by_class(self, responses: Tensor) -> Tensor:
         """Average the responses [B, filters] over the filters of each class: [B, classes]."""
