@@ -54,6 +54,7 @@ RESNET = ("--model", "resnet")
 UNMASKED = ("--mask_from_epoch", "100")
 # the object box as MMAL-Net draws it, round what is above the mean of the trunk's own grid
 COARSE = ("--localization_stride", "32", "--localization_threshold", "1.0")
+COLOCALIZATION = ("--localization", "colocalization")
 NO_WINDOWS = ("--loss_weights", "window=0", "graph=0", "--prediction", "raw", "fused", "object")
 # our SG-KRL as it was before: its graph by itself, spatial weights as CBAM has them
 FORMER = (*UNMASKED, "--no-graph_residual", "--spatial_weights", "absolute")
@@ -71,6 +72,10 @@ ROWS: dict[str, tuple[str, ...]] = {
     "resnet-cutmix": (*RESNET, "--cutmix", "1.0"),
     # the whole recipe, in place of the common rates
     "resnet-modern": (*RESNET, "--recipe", "modern", "--learning_rate", "1e-4", "--head_learning_rate_factor", "10"),
+    # the object found by a frozen copy of the pretrained trunk
+    "resnet-colocalization": (*RESNET, *COLOCALIZATION),
+    "mmal-colocalization": ("--model", "mmal", *COLOCALIZATION),
+    "trained-colocalization": (*UNMASKED, *COLOCALIZATION),
     "mmal": ("--model", "mmal"),
     "flrdf": ("--model", "flrdf"),
     "scrim": ("--model", "scrim"),

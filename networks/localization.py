@@ -107,7 +107,7 @@ def _extent(line: Tensor, length: int) -> tuple[Tensor, Tensor]:
     return torch.where(empty, 0, start), torch.where(empty, length, end)
 
 
-def cell_boxes_to_pixels(boxes: Tensor, stride: int) -> Tensor:
+def cell_boxes_to_pixels(boxes: Tensor, stride: float) -> Tensor:
     """Turn boxes [B, 4] in cells (ends exclusive) into float32 pixel boxes (ends inclusive), as published.
 
     A box starts one pixel before its first cell (unless at the border) and ends with the last pixel of its last cell.

@@ -49,11 +49,13 @@ OPTIONS_BEFORE: dict[str, object] = {
     "graph_edges": "equal",
     "graph_neighbours": 3,
     "graph_residual": False,
+    "localization": "channel_sum",
     "localization_stride": 32,
     "localization_threshold": 1.0,
     "spatial_weights": "absolute",
     "without": (),
 }
+OPTIONS_BEFORE_OF_SYSTEM: dict[str, dict[str, object]] = {"resnet": {"localization": "none"}}
 
 # When every setting stood in one list, whatever the system was
 OF_SYSTEMS = {
@@ -83,7 +85,8 @@ def in_current_form(saved: Mapping[str, object], own: Mapping[str, Collection[st
         apart = {name: values.pop(name) for name in saved if name in OF_SYSTEMS}
         options = {name: value for name, value in apart.items() if name in own.get(values.get("model"), ())}
         values |= {"prediction": values.pop("answer", None), "options": options}
-    younger = {name: value for name, value in OPTIONS_BEFORE.items() if name in own.get(values.get("model"), ())}
+    younger = OPTIONS_BEFORE | OPTIONS_BEFORE_OF_SYSTEM.get(values.get("model"), {})
+    younger = {name: value for name, value in younger.items() if name in own.get(values.get("model"), ())}
     if "image_size" in values:  # nothing was cropped
         values.setdefault("resize_size", values["image_size"])
     return BEFORE_OF_SYSTEM.get(values.get("model"), {}) | values | {"options": younger | values["options"]}

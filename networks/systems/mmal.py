@@ -6,6 +6,7 @@ MMM 2021. Behaviour follows the published code, batched.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from networks.backbone import Backbone
 from networks.classifier import Classifier
+from networks.colocalization import Colocalization, check_colocalization
 from networks.crops import crop_objects, crop_windows, resize_images
 from networks.localization import activation_map, cell_boxes_to_pixels, localize
 from networks.outputs import NetworkOutput, requested_branches
@@ -24,11 +26,13 @@ from utils.options import Positive
 @dataclass(frozen=True)
 class Options:
     windows: Windows = "birds"  # which windows of the object are looked at: birds, vehicles, or groups of one's own
+    localization: Literal["channel_sum", "colocalization"] = "channel_sum"  # what finds the object; docs/settings.md
     localization_stride: Literal[32, 16] = 32  # pixels of the input for each cell of the map of the object
     localization_threshold: Positive = 1.0  # cells belong to the object above so many times the map's mean
 
     def check(self, shared: Shared) -> None:
-        shared.check_localization(self.localization_stride)
+        shared.check_localization(self.localization_stride, confirmed=self.localization == "channel_sum")
+        check_colocalization(self.localization, self.localization_stride, shared)
 
 
 class MMALNet(System):
@@ -53,6 +57,9 @@ class MMALNet(System):
         self.classifier = Classifier(backbone.embedding_channels, num_classes)
         stride = backbone.stride
         self.window_selector = WindowSelector(options.windows, grid_size=self.input_size // stride, stride=stride)
+        self.colocalization = None
+        if options.localization == "colocalization":
+            self.colocalization = Colocalization(backbone, self.input_size)
 
     def forward(
         self,
@@ -75,10 +82,12 @@ class MMALNet(System):
         if wanted <= {"raw"}:
             return NetworkOutput(logits)
 
-        localization = localize(
-            activation_map(raw.final), activation_map(raw.penultimate), threshold=self.localization_threshold
-        )
-        object_boxes = cell_boxes_to_pixels(localization.boxes, self.localization_stride)
+        if self.colocalization is not None:
+            object_boxes = cell_boxes_to_pixels(self.colocalization(images).boxes, self.colocalization.stride)
+        else:
+            activations = activation_map(raw.final), activation_map(raw.penultimate)
+            cells = localize(*activations, threshold=self.localization_threshold).boxes
+            object_boxes = cell_boxes_to_pixels(cells, self.localization_stride)
         crops = crop_objects(images, object_boxes, input_size=self.input_size)
         cropped = self.backbone(resize_images(crops, self.input_size), kind="object")
         logits["object"] = self.classifier(self.dropout(cropped.embedding))
@@ -90,3 +99,8 @@ class MMALNet(System):
         embeddings = windows.embedding.unflatten(0, (-1, self.window_selector.count))  # [B, N, C]
         logits["window"] = self.classifier(self.dropout(embeddings))
         return NetworkOutput(logits, object_boxes, window_boxes)
+
+    def prepare(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Fit the colocalization, where it finds the object."""
+        if self.colocalization is not None:
+            self.colocalization.fit(images for images, _ in batches)

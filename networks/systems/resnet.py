@@ -1,30 +1,51 @@
 """The plain ResNet: what every other system has to beat at equal budget.
 
 He, Zhang, Ren & Sun, "Deep Residual Learning for Image Recognition", CVPR 2016. The dropout before the classifier is
-MMAL-Net's, so that the raw branches of all systems are the same.
+MMAL-Net's, so that the raw branches of all systems are the same. With `localization` it sees the object only, as a
+frozen copy of the pretrained trunk finds it: what every system that looks for the object has to beat.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
 from networks.backbone import Backbone
 from networks.classifier import Classifier
-from networks.crops import resize_images
+from networks.colocalization import Colocalization, check_colocalization
+from networks.crops import crop_objects, resize_images
+from networks.localization import cell_boxes_to_pixels
 from networks.outputs import NetworkOutput, requested_branches
-from networks.system import NoOptions, Shared, System
+from networks.system import Shared, System
+
+
+@dataclass(frozen=True)
+class Options:
+    localization: Literal["none", "colocalization"] = "none"  # what cuts the object out first; see docs/settings.md
+
+    def check(self, shared: Shared) -> None:
+        check_colocalization(self.localization, shared.stride, shared)
 
 
 class ResNetClassifier(System):
-    """Backbone and linear classifier: branch `raw`, which is also the prediction."""
+    """Backbone and linear classifier: branch `raw`, or `object` with a localization, which is also the prediction."""
+
+    Options = Options
 
     branches = ("raw",)
     evaluated = branches
     prediction = ("raw",)
 
-    def __init__(self, backbone: Backbone, num_classes: int, options: NoOptions, shared: Shared):
+    def __init__(self, backbone: Backbone, num_classes: int, options: Options, shared: Shared):
         super().__init__(backbone, options, shared)
-        self.loss_weights = {"raw": 1.0}
+        self.colocalization = None
+        if options.localization == "colocalization":
+            self.branches = self.evaluated = self.prediction = self.warmup_branches = ("object",)
+            self.colocalization = Colocalization(backbone, self.input_size)
+        self.loss_weights = dict.fromkeys(self.branches, 1.0)
         self.classifier = Classifier(backbone.embedding_channels, num_classes)
 
     def forward(
@@ -35,10 +56,19 @@ class ResNetClassifier(System):
         mask_background: bool = False,
         branches: tuple[str, ...] | None = None,
     ) -> NetworkOutput:
-        """Map normalised images [B, 3, S, S], S >= input_size, to logits `raw` [B, classes]; no boxes.
+        """Map normalised images [B, 3, S, S], S >= input_size, to logits [B, classes] of the only branch.
 
         `labels` and `mask_background` are part of the common call and change nothing here.
         """
-        requested_branches(branches, self.branches)  # there is only one
+        requested_branches(branches, self.branches)
+        boxes = None
+        if self.colocalization is not None:
+            boxes = cell_boxes_to_pixels(self.colocalization(images).boxes, self.colocalization.stride)
+            images = crop_objects(images, boxes, input_size=self.input_size)
         features = self.backbone(resize_images(images, self.input_size))
-        return NetworkOutput({"raw": self.classifier(self.dropout(features.embedding))})
+        return NetworkOutput({self.branches[0]: self.classifier(self.dropout(features.embedding))}, boxes)
+
+    def prepare(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Fit the colocalization, where it finds the object."""
+        if self.colocalization is not None:
+            self.colocalization.fit(images for images, _ in batches)

@@ -9,6 +9,7 @@ one picture only, so that no prediction depends on the batch. Each part starts b
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from networks.attention import SemanticFusion, SemanticWeighting
 from networks.backbone import Backbone
 from networks.classifier import Classifier
+from networks.colocalization import Colocalization, check_colocalization
 from networks.crops import crop_objects, crop_windows, resize_images
 from networks.early_exit import look_where_unsure
 from networks.graph import GraphHead
@@ -38,6 +40,7 @@ Without = Annotated[
 @dataclass(frozen=True)
 class Options:
     windows: Windows = "birds"  # which windows of the object are looked at: birds, vehicles, or groups of one's own
+    localization: Literal["channel_sum", "colocalization"] = "channel_sum"  # what finds the object; docs/settings.md
     localization_stride: Literal[32, 16] | None = None  # pixels a cell of the object's map; None: docs/settings.md
     localization_threshold: Positive | None = None  # cells of the object are above so many means; None: likewise
     graph_neighbours: Count = 3  # how many of the nearest windows a window is linked to, if there are as many
@@ -53,7 +56,7 @@ class Options:
         """As published (32, 1) on random weights; on pretrained ones what finds birds better, see docs/settings.md."""
         pretrained = shared.has_pretrained_weights
         stride, threshold = shared.stride, 1.2 if pretrained else 1.0
-        if pretrained and shared.input_size < 448:
+        if pretrained and shared.input_size < 448 and self.localization == "channel_sum":
             stride = min(shared.localization_strides)
         return replace(
             self,
@@ -63,7 +66,14 @@ class Options:
         )
 
     def check(self, shared: Shared) -> None:
-        shared.check_localization(self.localization_stride)
+        shared.check_localization(self.localization_stride, confirmed=self.localization == "channel_sum")
+        check_colocalization(self.localization, self.localization_stride, shared)
+        require(
+            not self.crop_gradient or self.localization == "channel_sum",
+            "crop_gradient",
+            self.crop_gradient,
+            "False where localization is 'colocalization', whose boxes no map that learns has made",
+        )
         require(
             "weighting" not in self.without or self.spatial_weights != "absolute",
             "without",
@@ -127,6 +137,9 @@ class SGKRL(System):
             dropout=shared.dropout,
             zero_start=options.graph_residual,
         )
+        self.colocalization = None
+        if options.localization == "colocalization":
+            self.colocalization = Colocalization(backbone, self.input_size)
 
     def forward(
         self,
@@ -159,11 +172,14 @@ class SGKRL(System):
             fused = self.fusion(raw)
             logits["fused"] = self.classifier(self.dropout(fused.mean(dim=(2, 3))))
 
-        # 3. Find the object in the fused map.
-        localization = localize(
-            activation_map(fused), activation_map(raw.penultimate), threshold=self.localization_threshold
-        )
-        object_boxes = cell_boxes_to_pixels(localization.boxes, self.localization_stride)
+        # 3. Find the object in the fused map, or in what the trunk saw before it was trained.
+        if self.colocalization is not None:
+            localization, stride = self.colocalization(images), self.colocalization.stride
+        else:
+            activations = activation_map(fused), activation_map(raw.penultimate)
+            localization = localize(*activations, threshold=self.localization_threshold)
+            stride = self.localization_stride
+        object_boxes = cell_boxes_to_pixels(localization.boxes, stride)
         object_masks = adaptive_mask(localization)
         if not wanted & {"object", "window", "graph"}:
             return NetworkOutput(logits, object_boxes, None, object_masks)
@@ -198,6 +214,11 @@ class SGKRL(System):
         nodes = self.dropout(windows.embedding.unflatten(0, (-1, self.window_selector.count)))  # [B, N, C]
         by_window, by_graph = self.classifier(nodes), self.graph(nodes, window_boxes)
         return by_window, by_graph + by_window.mean(dim=1) if self.graph_residual else by_graph
+
+    def prepare(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Fit the colocalization, where it finds the object."""
+        if self.colocalization is not None:
+            self.colocalization.fit(images for images, _ in batches)
 
     def masks_background(self, epoch: int) -> bool:
         return epoch >= self.options.mask_from_epoch

@@ -1,0 +1,102 @@
+"""Where the object is, from the pretrained features of all training pictures together, without labels.
+
+Deep descriptor transforming of Wei, Zhang, Wu, Shen & Zhou, "Unsupervised Object Discovery and Co-Localization by Deep
+Descriptor Transforming", Pattern Recognition 2019, section 3. What the classes have in common varies most from cell to
+cell, object against background: it is the first principal component of the cells' features. The features are those of
+the trunk before any training, in a copy that never learns; a trunk that learns comes to look at details of the object
+only, so that boxes from its own maps shrink.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from networks.backbone import Backbone
+from networks.localization import Localization, bounding_boxes, largest_component
+from networks.system import Shared
+from utils.options import require
+
+SMALLEST_SIDE = 448  # pixels at which the copy sees a picture at least, enlarged where it has less: a grid of 14 x 14
+SHARE_OF_MAXIMUM = 0.1  # cells are the object's above so much of the picture's highest indicator
+
+
+def check_colocalization(localization: str, localization_stride: int, shared: Shared) -> None:
+    """Refuse a system's options under which colocalization has nothing to go by, or is not what they are about."""
+    if localization == "colocalization":
+        require(
+            shared.has_pretrained_weights,
+            "localization",
+            localization,
+            "another one where pretrained is 'none': random features do not tell objects from background",
+        )
+        expected = f"{shared.stride} where localization is 'colocalization', which has a grid of its own"
+        require(localization_stride == shared.stride, "localization_stride", localization_stride, expected)
+
+
+class Colocalization(nn.Module):
+    """Finds the object in pictures with a frozen copy of a trunk, once `fit` has seen the training pictures.
+
+    `stride`: pixels of the network's input for each cell of what it finds.
+    """
+
+    def __init__(self, backbone: Backbone, input_size: int):
+        super().__init__()
+        self.size = max(input_size, SMALLEST_SIDE)
+        self.stride = backbone.stride * input_size / self.size
+        self.trunk = copy.deepcopy(backbone).requires_grad_(False).eval()
+        self.register_buffer("mean", torch.zeros(backbone.embedding_channels))
+        self.register_buffer("component", torch.zeros(backbone.embedding_channels))
+
+    def train(self, mode: bool = True) -> Colocalization:
+        """Stay as in evaluation."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Localization:
+        """Find the object in normalised images [B, 3, S, S]: the largest component of the cells that indicate it.
+
+        Cells of `stride` pixels of the input; everything where no cell indicates an object.
+        """
+        indicator = self.indicator(self._features(images))
+        highest = indicator.amax(dim=(1, 2), keepdim=True)
+        cells = largest_component(indicator > SHARE_OF_MAXIMUM * highest.clamp(min=0))
+        return Localization(cells, bounding_boxes(cells))
+
+    def indicator(self, features: Tensor) -> Tensor:
+        """Return how much each cell of features [B, C, H, W] looks like the object, [B, H, W]; above 0: it does."""
+        centred = features.float() - self.mean[:, None, None]
+        return (centred * self.component[:, None, None]).sum(dim=1, dtype=torch.float64).float()
+
+    def _features(self, images: Tensor) -> Tensor:
+        if images.shape[-1] != self.size:
+            shape = (self.size, self.size)
+            enlarged = F.interpolate(images.float(), size=shape, mode="bilinear", antialias=True)
+            images = enlarged.to(images.dtype)
+        return self.trunk(images).final
+
+    @torch.no_grad()
+    def fit(self, batches: Iterable[Tensor]) -> None:
+        """Take mean and first principal component of all cells of images [B, 3, S, S]; those of all processes.
+
+        The sign is that with which the indicator goes along with the sum of the channels, which is high on objects.
+        """
+        channels = len(self.mean)
+        sums = torch.zeros(channels + 1, channels + 1, dtype=torch.float64, device=self.mean.device)
+        for images in batches:
+            cells = self._features(images).movedim(1, -1).flatten(0, -2).double()
+            cells = F.pad(cells, (0, 1), value=1.0)  # so that the sums and the count are the last row
+            sums += cells.T @ cells
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(sums)
+        mean = sums[-1, :-1] / sums[-1, -1]
+        covariance = sums[:-1, :-1] / sums[-1, -1] - mean.outer(mean)
+        component = torch.linalg.eigh(covariance).eigenvectors[:, -1]
+        agrees = component @ covariance.sum(dim=1) >= 0  # the covariance of the indicator and the sum of the channels
+        self.mean.copy_(mean)
+        self.component.copy_(component if agrees else -component)

@@ -1,0 +1,165 @@
+"""Colocalization: the object of all pictures together, against NumPy's principal component and scikit-image."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import numpy as np
+import pytest
+import reference
+import torch
+from skimage.measure import label
+from small_systems import SIZE, Variant, make_images
+from torch import nn
+
+from networks.colocalization import SHARE_OF_MAXIMUM, Colocalization
+from networks.outputs import Features
+from networks.system import System
+from utils.options import SettingsError
+
+SYSTEMS = {
+    model: Variant(model, pretrained=None, localization="colocalization") for model in ("resnet", "mmal", "sgkrl")
+}
+GRID = 6  # cells along a side, where a system looks for the object
+pytestmark = pytest.mark.usefixtures("thin_trunk")
+
+
+class Cells(nn.Module):
+    """A trunk whose final map is the picture's three colours and their squares, cell by cell."""
+
+    embedding_channels, stride = 6, 32
+
+    def forward(self, images: torch.Tensor) -> Features:
+        cells = nn.functional.avg_pool2d(images, 32)
+        final = torch.cat([cells, cells.square()], dim=1)
+        return Features(final, final, final, final, final.mean(dim=(2, 3)))
+
+
+def fitted(batches: list[torch.Tensor]) -> Colocalization:
+    colocalization = Colocalization(Cells(), input_size=448)
+    colocalization.fit(batches)
+    return colocalization
+
+
+@pytest.fixture(scope="module")
+def batches() -> list[torch.Tensor]:
+    """Blobs that differ from cell to cell, seven pictures in batches of unequal size."""
+    images = make_images(448, batch=7, seed=3) + torch.tensor([0.3, -0.1, 0.2])[:, None, None]
+    return list(images.split([4, 2, 1]))
+
+
+def test_finds_mean_and_first_principal_component_of_all_cells(batches: list[torch.Tensor]) -> None:
+    colocalization = fitted(batches)
+    cells = np.concatenate(
+        [Cells()(batch).final.permute(0, 2, 3, 1).reshape(-1, 6).double().numpy() for batch in batches]
+    )
+    mean = cells.mean(axis=0)
+    _, _, directions = np.linalg.svd(cells - mean, full_matrices=False)
+    component = directions[0]
+    if np.corrcoef((cells - mean) @ component, cells.sum(axis=1))[0, 1] < 0:
+        component = -component
+    np.testing.assert_allclose(colocalization.mean.numpy(), mean, atol=1e-5)
+    np.testing.assert_allclose(colocalization.component.numpy(), component, atol=1e-4)
+
+
+def test_finds_the_largest_component_of_cells_that_indicate_the_object(batches: list[torch.Tensor]) -> None:
+    colocalization, images = fitted(batches), torch.cat(batches)
+    found = colocalization(images)
+    mean, component = (buffer.double().numpy() for buffer in (colocalization.mean, colocalization.component))
+    several = 0
+    for index, final in enumerate(Cells()(images).final.double().numpy()):
+        indicator = np.einsum("chw,c->hw", final - mean[:, None, None], component)
+        mask = indicator > SHARE_OF_MAXIMUM * max(indicator.max(), 0)
+        labels = label(mask, connectivity=2)
+        sizes = np.bincount(labels.flat)[1:]
+        several += len(sizes) > 1
+        expected = labels == 1 + sizes.argmax()
+        np.testing.assert_array_equal(found.cells[index].numpy(), expected)
+        rows, columns = expected.any(axis=1).nonzero()[0], expected.any(axis=0).nonzero()[0]
+        assert found.boxes[index].tolist() == [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+    assert several > 0
+
+
+def test_finds_everything_where_no_cell_indicates_an_object(batches: list[torch.Tensor]) -> None:
+    colocalization = fitted(batches)
+    colocalization.component.neg_()
+    darkest = torch.cat(batches)[:1].amax(dim=(2, 3), keepdim=True).expand(1, 3, 448, 448)
+    found = colocalization(darkest)
+    assert not found.cells.any() or found.boxes[0].tolist() == [0, 0, 14, 14]
+    assert found.boxes[0].tolist() == [0, 0, 14, 14]
+
+
+def test_looks_at_small_pictures_enlarged() -> None:
+    colocalization = Colocalization(Cells(), input_size=224)
+    colocalization.fit([make_images(224, batch=3)])
+    assert colocalization.stride == 16
+    assert colocalization(make_images(224)).cells.shape == (2, 14, 14)
+    assert colocalization(make_images(448)).cells.shape == (2, 14, 14)
+    assert Colocalization(Cells(), input_size=512).stride == 32
+
+
+@functools.cache
+def prepared(model: str) -> System:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("networks.colocalization.SMALLEST_SIDE", 32 * GRID)
+        network = SYSTEMS[model].build()
+    network.prepare((make_images(SIZE, 4, seed), torch.arange(4)) for seed in (1, 2))
+    return network.eval()
+
+
+@pytest.mark.parametrize("model", SYSTEMS)
+def test_boxes_stay_while_the_network_learns(model: str) -> None:
+    network, images = copy.deepcopy(prepared(model)), make_images(SIZE, 3)
+    before, state = network.eval()(images), copy.deepcopy(network.colocalization.state_dict())
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(0.9)
+    network.train()(images)
+    after = network.eval()(images)
+    assert torch.equal(before.object_boxes, after.object_boxes)
+    for branch, logits in before.logits.items():
+        assert not torch.allclose(logits, after.logits[branch]), branch
+    for name, value in network.colocalization.state_dict().items():
+        assert torch.equal(value, state[name]), name
+
+
+@pytest.mark.parametrize("model", SYSTEMS)
+def test_crops_what_it_finds(model: str) -> None:
+    network, images = prepared(model), make_images(SIZE, 2)
+    found = network.colocalization(images)
+    with reference.recorded_passes(network) as given:
+        output = network(images)
+    stride = SIZE / GRID
+    for index, cells in enumerate(found.boxes.tolist()):
+        starts, ends = ([edge * stride - 1 for edge in edges] for edges in (cells[:2], cells[2:]))
+        expected = [max(start, 0.0) for start in starts] + ends
+        torch.testing.assert_close(output.object_boxes[index], torch.tensor(expected))
+    first_crop = given[0 if model == "resnet" else 1]
+    assert first_crop.shape == images.shape
+    assert not torch.equal(first_crop, images)
+
+
+@pytest.mark.parametrize("model", SYSTEMS)
+def test_a_prediction_does_not_depend_on_the_batch(model: str) -> None:
+    network, images = prepared(model), make_images(SIZE, 3)
+    together = network.predict_logits(network(images))
+    alone = torch.cat([network.predict_logits(network(image)) for image in images.split(1)])
+    torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-4)
+
+
+def test_the_copy_of_the_trunk_learns_nothing() -> None:
+    network = prepared("resnet")
+    groups = {id(parameter) for group in network.parameter_groups().values() for parameter in group}
+    assert not groups & {id(parameter) for parameter in network.colocalization.parameters()}
+    assert not copy.deepcopy(network).train().colocalization.trunk.training
+
+
+@pytest.mark.parametrize("model", SYSTEMS)
+def test_needs_pretrained_weights_and_has_a_grid_of_its_own(model: str) -> None:
+    with pytest.raises(SettingsError, match="localization is 'colocalization'; expected another one where pretrained"):
+        Variant(model, localization="colocalization").build()
+    if model != "resnet":
+        with pytest.raises(SettingsError, match="localization_stride"):
+            Variant(model, pretrained=None, localization="colocalization", localization_stride=16).build()
