@@ -40,6 +40,7 @@ class ColourBackbone(nn.Module):
 
     channels = {"stage2": CHANNELS, "stage3": CHANNELS, "final": CHANNELS}
     embedding_channels = CHANNELS
+    stride = 32
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,6 +58,7 @@ class GivenBackbone(nn.Module):
     """A trunk that looks its first pass up; every other picture gives zeros."""
 
     channels = {"stage2": 1, "stage3": 1, "final": 1}
+    stride = 32
 
     def __init__(self, images: Tensor, penultimate: Tensor, final: Tensor) -> None:
         super().__init__()
