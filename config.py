@@ -312,9 +312,13 @@ def restored(saved: Mapping[str, object]) -> Settings:
     values = dataclasses.asdict(Settings()) | BEFORE | in_current_form(saved, own)
     if values["model"] not in own:
         raise UnknownSettingsError(f"a model that this version does not know: {shown(values['model'])}")
-    unknown = {*values, *values["options"]} - {*hints(Settings), *own[values["model"]]}
+    unknown = sorted(values.keys() - hints(Settings).keys())
     if unknown:
-        raise UnknownSettingsError(f"settings that this version does not know: {', '.join(sorted(unknown))}")
+        raise UnknownSettingsError(f"settings that this version does not know: {', '.join(unknown)}")
+    unknown = sorted(values["options"].keys() - own[values["model"]])
+    if unknown:
+        name = values["model"]
+        raise UnknownSettingsError(f"settings of {name} that this version does not know: {', '.join(unknown)}")
     return Settings(**values)
 
 
