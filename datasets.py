@@ -235,7 +235,7 @@ def load_labelled(settings: DataSettings) -> Labelled:
 def _unreadable(settings: DataSettings, entries: Sequence[Entry]) -> dict[str, str]:
     """Return the unreadable pictures with the reason. Raises DataError where they may not be skipped."""
     skip = settings.on_bad_image == "skip"
-    bad = find_bad_pictures(entries, thorough=skip)
+    bad = find_bad_pictures(entries, thorough=skip, at_least=2 * settings.resize_size)
     if bad and not skip:
         path, reason = next(iter(bad.items()))
         raise DataError(

@@ -7,20 +7,22 @@ of torch.export, `model.onnx` one of ONNX (needs `pip install onnx onnxscript`).
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import logging
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
 
 from datasets import loading_of
-from utils.command_line import Parser
+from utils.command_line import Parser, named
 from utils.config_slips import config_as_edited
 from utils.data.image_batches import NORMALIZATIONS
 from utils.errors import UserError, exit_with_one_sentence
+from utils.files import written_whole
 from utils.reporting.metrics import inclusive_to_edges
 from utils.training.building import load_trained
 
@@ -58,11 +60,11 @@ class Pipeline(nn.Module):
 
 def parse_arguments(arguments: Sequence[str] | None):
     parser = Parser(description="Turn a checkpoint into one file that runs without this code.", allow_abbrev=False)
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="best.pth or last.pth of a run")
+    parser.add_argument("--checkpoint", type=named, required=True, metavar="FILE", help="best.pth or last.pth of a run")
     parser.add_argument(
         "--weights", choices=("plain", "ema"), help="of a run with ema_decay (default: ema, the average)"
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="model.pt2, or model.onnx")
+    parser.add_argument("--out", type=named, required=True, metavar="FILE", help="model.pt2, or model.onnx")
     parser.add_argument("--device", default="cpu", help="what the file will run on: cpu, cuda ... (%(default)s)")
     options = parser.parse_args(arguments)
     if options.out.suffix not in FORMATS:
@@ -85,17 +87,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     pipeline = Pipeline(trained.network, mask_background=trained.plan.mask_background, normalization=normalization)
     pipeline = pipeline.eval().to(trained.execution.device)
     facts = {"class_names": trained.saved["class_names"], **loading_of(trained.settings)}
+    # In memory first: PyTorch's writer ends the whole program where the disk is full.
+    content = io.BytesIO()
+    if options.out.suffix == ".pt2":
+        program = trace(pipeline, facts["image_size"])
+        torch.export.save(program, content, extra_files={"facts.json": json.dumps(facts)})
+    else:
+        save_onnx(pipeline, content, facts)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    waiting = options.out.with_name(f"{options.out.stem}.part{options.out.suffix}")
-    try:
-        if options.out.suffix == ".pt2":
-            program = trace(pipeline, facts["image_size"])
-            torch.export.save(program, waiting, extra_files={"facts.json": json.dumps(facts)})
-        else:
-            save_onnx(pipeline, waiting, facts)
-        waiting.replace(options.out)
-    finally:
-        waiting.unlink(missing_ok=True)
+    with written_whole(options.out) as file:
+        file.write(content.getbuffer())
     size = facts["image_size"]
     print(
         f"{options.out}: {options.out.stat().st_size / 2**20:.0f} MB, takes RGB images [B, 3, {size}, {size}] uint8, "
@@ -110,7 +111,7 @@ def trace(pipeline: Pipeline, image_size: int) -> torch.export.ExportedProgram:
         return torch.export.export(pipeline, (images,), dynamic_shapes=({0: BATCH},))
 
 
-def save_onnx(pipeline: Pipeline, path: Path, facts: dict[str, object]) -> None:
+def save_onnx(pipeline: Pipeline, file: BinaryIO, facts: dict[str, object]) -> None:
     """Write the pipeline as an ONNX model with its class names as metadata."""
     import onnx
 
@@ -129,7 +130,7 @@ def save_onnx(pipeline: Pipeline, path: Path, facts: dict[str, object]) -> None:
     model = program.model_proto
     for name, value in facts.items():
         model.metadata_props.add(key=name, value=json.dumps(value))
-    onnx.save(model, path)
+    onnx.save(model, file)
 
 
 def stable_sort(values, *, stable: bool = True, dim: int = -1, descending: bool = False):

@@ -6,7 +6,6 @@ looked: the object and its mask, the crop with its windows, what speaks for the 
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -15,21 +14,25 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from datasets import DataError, Entry, Pictures, Sample, collate, loading_of
 from networks.evidence import forward_with_evidence
 from networks.views import VIEWS, look_at_views
-from utils.command_line import Parser
+from utils.command_line import Parser, named
 from utils.config_slips import config_as_edited
+from utils.data import folders
+from utils.data.checking import NEVER_WRITTEN, ends_in_zeros
 from utils.data.cropping import cut_out, seen_part
 from utils.data.decoding import Box, load_picture
+from utils.data.kinds import LeftOut, is_picture
 from utils.data.workers import leave_run_to_the_main_process
 from utils.errors import UserError, exit_with_one_sentence
+from utils.files import make_output_folder
 from utils.reporting.metrics import inclusive_to_edges
 from utils.reporting.panels import image_panel
 from utils.reporting.pictures import save_png
+from utils.text import json_line, let_every_name_pass, one_line
 from utils.training.building import load_trained
 
 with config_as_edited():
@@ -40,13 +43,13 @@ EVIDENCE_SIZE = 112  # points along a side; it is drawn smoothly
 
 def parse_arguments(arguments: Sequence[str] | None):
     parser = Parser(description="Name what is on pictures, and draw where the network looked.", allow_abbrev=False)
-    parser.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE_OR_FOLDER", help="folders with all below")
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="best.pth or last.pth of a run")
+    parser.add_argument("pictures", nargs="+", type=named, metavar="PICTURE_OR_FOLDER", help="folders with all below")
+    parser.add_argument("--checkpoint", type=named, required=True, metavar="FILE", help="best.pth or last.pth of a run")
     parser.add_argument(
         "--weights", choices=("plain", "ema"), help="of a run with ema_decay (default: ema, the average)"
     )
     parser.add_argument("--views", nargs="+", choices=VIEWS, help="name by these views of a picture, too; slower")
-    parser.add_argument("--out", type=Path, default=Path("predictions"), metavar="DIR", help="drawings (%(default)s)")
+    parser.add_argument("--out", type=named, default=Path("predictions"), metavar="DIR", help="drawings (%(default)s)")
     parser.add_argument("--no_drawings", action="store_true", help="names only, which is faster")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of text")
     parser.add_argument("--top", type=int, default=5, metavar="N", help="names per picture (%(default)s)")
@@ -62,7 +65,7 @@ def parse_arguments(arguments: Sequence[str] | None):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names may be of bytes that are no text
+    let_every_name_pass()
     pictures = find_pictures(options.pictures, leave_out=options.out)
     drawings = drawing_paths(pictures, options.out)
 
@@ -85,6 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     # Predict, and say it as it comes.
     bad = 0
+    if not options.no_drawings:
+        make_output_folder(options.out)
     bar = tqdm(total=len(pictures), unit=" pictures", desc="predict", disable=None, leave=False)
     for samples in loader:
         good = [sample for sample in samples if isinstance(sample, Sample)]
@@ -127,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             tqdm.write(
                 as_json(sample.path, names, values[index], box, drawing)
                 if options.json
-                else f"{sample.path}: {', '.join(f'{n} {v:.1%}' for n, v in zip(names, values[index], strict=True))}"
+                else f"{one_line(sample.path)}: {', '.join(map(share, names, values[index]))}"
             )
             sys.stdout.flush()
     bar.close()
@@ -141,21 +146,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def find_pictures(given: Sequence[Path], *, leave_out: Path) -> list[Path]:
     """Return the pictures named, and those in the folders named and below them, each once, by name.
 
-    What is hidden and what lies in `leave_out`, where earlier drawings may be, is left out of folders. Raises DataError
-    where something named is not there and where nothing is found.
+    What is hidden and what lies in `leave_out`, where earlier drawings may be, is left out of folders; of files, named
+    or in folders, what is no picture, with a note. Raises DataError where something named is not there and where
+    nothing is found.
     """
     found: list[Path] = []
+    left_out = LeftOut()
+    out = leave_out.resolve()
     for path in given:
         if path.is_dir():
-            below = (p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and p.is_file())
-            hidden = (p for p in below if not any(part.startswith(".") for part in p.relative_to(path).parts))
-            found += sorted(p for p in hidden if not p.resolve().is_relative_to(leave_out.resolve()))
-        elif path.exists():
+            below = sorted(folders.find_pictures(path.parent, path, left_out=left_out))
+            holds_all = path.resolve().is_relative_to(out)  # then drawings are known by what they hold
+            found += [p for p in below if holds_all or not p.resolve().is_relative_to(out)]
+        elif not path.exists():
+            raise DataError(f"there is no picture or folder {path}: give the path of one")
+        elif len(given) == 1 or is_picture(path):
             found.append(path)
         else:
-            raise DataError(f"there is no picture or folder {path}: give the path of one")
+            left_out.add(path)
     if not found:
         raise DataError(f"no picture in {', '.join(map(str, given))}: expected files such as *.jpg or *.png there")
+    for sentence in left_out.sentences():
+        print(f"note: {sentence}", file=sys.stderr)
     return list(dict.fromkeys(found))
 
 
@@ -187,7 +199,10 @@ class ReadablePictures(Dataset):
         return len(self.pictures)
 
     def __getitem__(self, index: int) -> Sample | str:
+        path = str(self.pictures.entries[index].source)
         try:
+            if ends_in_zeros(path):  # training refuses it, too: what decoders make of it is no picture
+                return f"{path} cannot be read as a picture ({NEVER_WRITTEN}): replace it"
             return self.pictures[index]
         except DataError as error:
             return str(error)
@@ -211,7 +226,11 @@ def box_in(seen: Box, output, index: int, network) -> list[float] | None:
 def as_json(path: str, names: Sequence[str], values: Sequence[float], box: object, drawing: Path | None) -> str:
     predictions = [{"name": name, "probability": value} for name, value in zip(names, values, strict=True)]
     line = {"picture": path, "predictions": predictions, "object_box": box, "drawing": drawing and str(drawing)}
-    return json.dumps(line, ensure_ascii=False)
+    return json_line(line)
+
+
+def share(name: str, value: float) -> str:
+    return f"{one_line(name)} {value:.1%}"
 
 
 if __name__ == "__main__":

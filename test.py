@@ -37,10 +37,10 @@ from networks.outputs import ENSEMBLINGS
 from networks.system import System
 from networks.views import VIEWS, look_at_views
 from utils.checkpoint import CheckpointError, load_checkpoint, load_published
-from utils.command_line import Parser
+from utils.command_line import Parser, named
 from utils.config_slips import config_as_edited
 from utils.data.cropping import cut_out, seen_part
-from utils.data.decoding import load_picture
+from utils.data.decoding import DRAWN_AT_LEAST, load_picture
 from utils.data.demo_birds import draw_demo_picture
 from utils.data.evaluated import Evaluated, choose_evaluated
 from utils.data.record import differing_names, unpack
@@ -77,7 +77,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespace
         usage="test.py CHECKPOINT [--option value ...] | test.py --compare RUN RUN ...",
         allow_abbrev=False,
     )
-    parser.add_argument("checkpoint", type=Path, nargs="?", help="best.pth or last.pth of a run, or a published file")
+    parser.add_argument("checkpoint", type=named, nargs="?", help="best.pth or last.pth of a run, or a published file")
     parser.add_argument("--branches", nargs="+", help="report these beside the prediction (default: all that matter)")
     parser.add_argument("--embeddings", action="store_true", help="write TensorBoard's projector of the test images")
     parser.add_argument("--shuffle", action="store_true", help="read the test images in random order (the run's seed)")
@@ -91,7 +91,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespace
     early.add_argument("--exit_threshold", type=float, metavar="P", help="surer images skip the windows (1: none does)")
     early.add_argument("--exit_curve", action="store_true", help="find the threshold that loses nothing on validation")
     comparison = parser.add_argument_group("compare")
-    comparison.add_argument("--compare", type=Path, nargs="+", metavar="RUN", help="folders of runs, or report files")
+    comparison.add_argument("--compare", type=named, nargs="+", metavar="RUN", help="folders of runs, or report files")
     comparison.add_argument(
         "--format", choices=("text", "csv", "markdown"), default="text", help="how to print the table (%(default)s)"
     )
@@ -106,7 +106,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespace
     if (options.checkpoint is None) == (options.compare is None):
         parser.error("give one checkpoint, or --compare and the folders of runs")
     if more and options.compare:
-        parser.error(f"unrecognized arguments: {' '.join(more)}")
+        parser.refuse(more)
     return options, more
 
 
@@ -305,6 +305,10 @@ def calibrated_exit(network: System, settings: Any, data: Evaluated, shared: Map
     return chosen.threshold
 
 
+def load_upright(path: Path):
+    return load_picture(path, at_least=DRAWN_AT_LEAST, memory=None)[0]
+
+
 def mistaken_batches(
     settings: Any, entries: Sequence[Entry], positions: Sequence[int], *, one_by_one: bool
 ) -> Iterator[tuple[Any, list, list[int]]]:
@@ -314,7 +318,7 @@ def mistaken_batches(
         chosen = [entries[position] for position in positions[start : start + step]]
         batch = collate(list(evaluation_loader(settings, chosen).dataset))
         sources = [entry.source for entry in chosen]
-        pictures = [draw_demo_picture(s) if isinstance(s, int) else load_picture(s)[0] for s in sources]
+        pictures = [draw_demo_picture(s) if isinstance(s, int) else load_upright(s) for s in sources]
         pictures = [cut_out(picture, seen_part(*picture.size, **loading_of(settings))) for picture in pictures]
         yield batch, pictures, [entry.label for entry in chosen]
 

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 import datasets
 from datasets import DataError, Entry, Pictures, read_catalogue
 from utils.data.checking import find_bad_pictures
-from utils.data.decoding import load_picture
+from utils.data.decoding import load_picture, read_size
 
 HTML = "<!DOCTYPE html>\n<html><body>404: not found</body></html>\n"
 
@@ -620,13 +620,40 @@ def test_every_picture_that_cannot_be_loaded_is_one_sentence(bad_pictures: dict[
         assert sentence.isprintable() and sentence.count(name) == 1
 
 
-def test_a_limit_that_was_lifted_is_heeded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a.jpg").write_bytes(JPEG)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2399)
+def test_the_limit_in_memory_is_heeded(tmp_path: Path) -> None:
+    Image.new("RGB", (60, 40)).save(tmp_path / "a.png")
     with pytest.raises(DataError, match="2400 pixels"):
-        load_picture(tmp_path / "a.jpg")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    load_picture(tmp_path / "a.jpg")
+        load_picture(tmp_path / "a.png", memory=4 * 2399)
+    load_picture(tmp_path / "a.png", memory=4 * 2400)
+    load_picture(tmp_path / "a.png", memory=None)
+
+
+def test_a_jpeg_that_takes_too_much_memory_is_decoded_smaller(tmp_path: Path) -> None:
+    Image.new("RGB", (640, 480), "red").save(tmp_path / "a.jpg")
+    picture, box = load_picture(tmp_path / "a.jpg", (64, 48, 640, 480), memory=4 * 640 * 480 / 5)
+    assert picture.size == (160, 120) and box == (16, 12, 160, 120)
+    assert find_bad_pictures([Entry(tmp_path / "a.jpg", 0)], thorough=True, memory=4 * 640 * 480 / 60) == {}
+    assert "307200 pixels" not in str(find_bad_pictures([Entry(tmp_path / "a.jpg", 0)], thorough=False, memory=4))
+    assert find_bad_pictures([Entry(tmp_path / "a.jpg", 0)], thorough=False, memory=4)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_tiff_is_turned_once(tmp_path: Path, orientation: int) -> None:
+    pixels = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3) * 3
+    exif = Image.Exif()
+    exif[274] = orientation
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    Image.fromarray(pixels).save(tmp_path / "a.tiff", exif=exif)
+    (png, box), (tiff, same) = (load_picture(tmp_path / f"a.{kind}", (1, 0, 5, 2)) for kind in ("png", "tiff"))
+    assert np.array_equal(np.asarray(tiff), np.asarray(png)) and box == same
+    assert read_size(tmp_path / "a.tiff") == read_size(tmp_path / "a.png") == tiff.size
+
+
+def test_a_changed_byte_in_a_png_is_found(tmp_path: Path) -> None:
+    content = bytearray(encoded(noise(40, 40), "PNG"))
+    content[content.index(b"IDAT") + 40] ^= 1
+    (tmp_path / "a.png").write_bytes(content)
+    assert list(find_bad_pictures([Entry(tmp_path / "a.png", 0)], thorough=True)) == [str(tmp_path / "a.png")]
 
 
 def test_a_sentence_out_of_a_worker_stays_one(tmp_path: Path, bad_pictures: dict[str, str]) -> None:

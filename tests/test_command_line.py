@@ -252,3 +252,28 @@ def test_what_is_refused_ends_the_program_with_one_line(words, capsys):
     (line,) = captured.err.splitlines()
     assert line.startswith("error: ")
     assert words[0].strip("-") in line
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--resume", "continues a run by itself"),
+        ("--lr", "it is --learning_rate here"),
+        ("--learning-rate", "mean --le"),
+    ]
+    + [
+        ("--arch", "it is --backbone here"),
+        ("--num_classes", "counted in the data"),
+        ("--data-dir", "--data_root here"),
+    ],
+)
+def test_flags_of_other_tools_lead_to_ours(flag, words):
+    with pytest.raises(SettingsError, match=words):
+        parse_settings([*CUB, flag, "1"])
+
+
+@pytest.mark.parametrize("flag", ["--fox", "--archive", "--lrx", "--xyz"])
+def test_far_names_are_not_guessed(flag):
+    with pytest.raises(SettingsError) as refusal:
+        parse_settings([*CUB, flag, "1"])
+    assert "did you mean" not in str(refusal.value)

@@ -870,7 +870,7 @@ FORGED = {
     ),
     "more names than outputs": (lambda c: c["class_names"].append("yellow"), "classifier"),
     "names that are numbers": (lambda c: c.update(class_names=[1, 2, 3]), "class_names"),
-    "settings of another system": (lambda c: c["settings"].update(model="scrim"), "scrim"),
+    "settings of another system": (lambda c: c["settings"].update(model="scrim", options={}), "scrim"),
     "settings as text": (lambda c: c.update(settings="resnet18"), "settings"),
     "a number as text": (lambda c: c["settings"].update(input_size="96"), "input_size"),
     "an impossible number": (lambda c: c["settings"].update(dropout=7.0), "dropout"),

@@ -28,6 +28,8 @@ LIGHT = frozenset(
         "utils.flags",
         "utils.command_line",
         "utils.older_runs",
+        "utils.other_flags",
+        "utils.text",
     }
 )
 # Imported where they are needed, with a sentence where they are not installed.

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import functools
 import inspect
 import re
 import textwrap
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from utils.flags import add_flags, from_words
 from utils.options import SettingsError, hints, shortened, shown
+from utils.other_flags import advice
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,6 +24,25 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         printable = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
         raise SettingsError(f"{shortened(printable.removeprefix('argument '))} (--help lists all settings)") from None
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+        """Parse, and say what an unknown flag is called here, or what it may have been meant for."""
+        given, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.refuse(unknown)
+        return given
+
+    def refuse(self, unknown: Sequence[str]) -> typing.NoReturn:
+        """Raise SettingsError for words that this parser does not know."""
+        flag = next((word.partition("=")[0] for word in unknown if word.startswith("--")), "")
+        self.error(f"unrecognized arguments: {' '.join(unknown)}{advice(flag, self._option_string_actions)}")
+
+
+def named(word: str) -> Path:
+    """A path from the command line; an empty one would be the current folder."""
+    if not word.strip() or "\0" in word:
+        raise argparse.ArgumentTypeError(f"{shown(word)}; expected a path")
+    return Path(word)
 
 
 def first_value(arguments: Sequence[str] | None, name: str, default: object) -> Any:
@@ -67,8 +87,7 @@ def parse_flags(
         sentence = explain(flag.removeprefix("--").removeprefix("no-")) if flag.startswith("--") else None
         if sentence is not None:
             raise SettingsError(sentence)
-        near = difflib.get_close_matches(flag, parser._option_string_actions, n=1)
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{f'; did you mean {near[0]}?' if near else ''}")
+        parser.refuse(unknown)
     return [
         {name: from_words(record, name, value) for name, value in vars(given).items() if name in hints(record)}
         for record in records.values()

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterator
 from typing import ClassVar
 
+from utils.text import let_every_name_pass, one_line
+
 # What the system refuses for reasons that lie outside this code
 MENDABLE = {
     *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),
@@ -49,17 +51,18 @@ def exit_with_one_sentence(
     rank = int(os.environ.get("RANK", "0"))  # torchrun's
     process = f"[process {rank}] " if rank else ""
     again = "with the same command" + (", without --fresh" if "--fresh" in sys.argv else "")
+    let_every_name_pass()
     try:
         yield
     except UserError as error:
         if rank == 0 or not error.agreed:
-            print(f"{process}error: {error.told(elsewhere)}", file=sys.stderr)
+            print(f"{process}error: {one_line(error.told(elsewhere))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:
         if error.errno not in MENDABLE:
             raise
         memory = _out_of_memory(error, less_memory)
-        print(f"{process}error: {memory or error}", file=sys.stderr)
+        print(f"{process}error: {one_line(memory or str(error))}", file=sys.stderr)
         sys.exit(1 if memory else 2)
     except (RuntimeError, MemoryError) as error:
         sentence = _out_of_memory(error, less_memory) or _what_ended_the_run(error)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from utils.errors import UserError
+from utils.text import visible
 
 try:
     import fcntl
@@ -76,7 +77,7 @@ def written_whole(path: str | Path) -> Iterator[BinaryIO]:
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file, UTF-8, whole or not at all."""
     with written_whole(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="backslashreplace"))  # names may be of bytes that are no text
 
 
 def sync_folder(folder: Path) -> None:
@@ -159,7 +160,7 @@ def locked(folder: Path) -> Iterator[None]:
 def show(text: str) -> None:
     """Print what is told on the way to files: a reader that leaves early, like `head`, costs none of them."""
     try:
-        print(text, flush=True)
+        print(visible(text), flush=True)
     except BrokenPipeError:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())  # for what Python still holds back and for what follows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Sequence
@@ -12,16 +13,24 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from utils.data.decoding import decode, open_picture
+from utils.data.decoding import MEMORY, decode, open_picture, refuse_above
 from utils.data.errors import describe
 from utils.data.pixels import Listed
 
 # How files end; cameras and editors may write a little more behind it. To open WebP already checks the length.
 END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "WEBP": b""}
 TAIL = 1024  # bytes
+NEVER_WRITTEN = "its end was never written: there are only zeros"
 
 
-def find_bad_pictures(entries: Sequence[Listed], *, thorough: bool, silent: bool = False) -> dict[str, str]:
+def find_bad_pictures(
+    entries: Sequence[Listed],
+    *,
+    thorough: bool,
+    silent: bool = False,
+    at_least: int | None = None,
+    memory: float = MEMORY,
+) -> dict[str, str]:
     """Look for pictures that `load_picture` would refuse, and for two kinds that show nothing though it loads them:
     those with a side below 2 pixels, and files whose end is filled up with zeros.
 
@@ -29,6 +38,8 @@ def find_bad_pictures(entries: Sequence[Listed], *, thorough: bool, silent: bool
         thorough: decode every picture. If not, of JPEG, PNG and WebP only the header and the last bytes are read;
             what ends otherwise than it should, and other formats, are decoded. This finds what was cut off, not
             damage inside.
+            Of PNG, the check sum of every chunk is compared, too.
+        at_least, memory: as of `load_picture`: what would take more memory is bad.
         silent: never show a bar; otherwise there is one on a terminal.
 
     Returns:
@@ -41,7 +52,7 @@ def find_bad_pictures(entries: Sequence[Listed], *, thorough: bool, silent: bool
     Image.init()  # here, as Pillow does not guard its first use against several threads
     pool = ThreadPoolExecutor()
     try:
-        reasons = pool.map(partial(_find_fault, thorough=thorough), paths)
+        reasons = pool.map(partial(find_fault, thorough=thorough, at_least=at_least, memory=memory), paths)
         checked = zip(paths, reasons, strict=True)
         bar = tqdm(checked, desc="checking pictures", total=len(paths), leave=False, disable=True if silent else None)
         return {path: reason for path, reason in bar if reason is not None}
@@ -49,22 +60,37 @@ def find_bad_pictures(entries: Sequence[Listed], *, thorough: bool, silent: bool
         pool.shutdown(cancel_futures=True)  # so that an interruption does not wait for all the pictures
 
 
-def _find_fault(path: str, thorough: bool) -> str | None:
+def find_fault(path: str, *, thorough: bool = False, at_least: int | None = None, memory: float = MEMORY) -> str | None:
+    """What is wrong with one picture, in a few words, or None. Raises OSError as `find_bad_pictures` does."""
     try:
         with open_picture(path) as image:
             (width, height), kind = image.size, image.format
+            refuse_above(memory, image, at_least)
         if min(width, height) < 2:
             return f"only {width} x {height} pixels"
         ended = _ends_as_it_should(path, kind)
         if thorough or not ended:
-            decode(path)
+            decode(path, at_least, memory)
+        if thorough and kind == "PNG":
+            with open_picture(path) as image, contextlib.suppress(OSError):  # a missing end is no damage to the pixels
+                image.verify()
         if not ended and kind in END_MARKS and _is_filled_up(path, END_MARKS[kind]):
-            return "its end was never written: there are only zeros"
+            return NEVER_WRITTEN
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
             raise
         return describe(error)
     return None
+
+
+def ends_in_zeros(path: str) -> bool:
+    """Whether zeros stand for the end of a file that is there and has a picture's header."""
+    try:
+        with open_picture(path) as image:
+            kind = image.format
+        return not _ends_as_it_should(path, kind) and kind in END_MARKS and _is_filled_up(path, END_MARKS[kind])
+    except Exception:  # whoever decodes it says what is wrong
+        return False
 
 
 def _is_filled_up(path: str, mark: bytes) -> bool:

@@ -7,8 +7,8 @@ Boxes are (x0, y0, x1, y1), continuous edges in pixels. A change to this file ha
 from __future__ import annotations
 
 import stat
-import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -28,12 +28,23 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# Pillow warns of pictures that `load_picture` refuses in a sentence of its own.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+BYTES_PER_PIXEL = 4  # of Pillow's, whatever the mode is, roughly
+MEMORY = 360e6  # bytes that one decoded picture may take: Pillow's own limit, in bytes
+DRAWN_AT_LEAST = 1024  # pixels of a side that a drawing has a use for
+Image.MAX_IMAGE_PIXELS = None  # it would refuse what can be decoded smaller; `refuse_above` is in its place
+
+
+class Decoded(NamedTuple):
+    """picture: RGB. orientation: EXIF's. turned: it is upright already. shrunk: so many times smaller than stored."""
+
+    picture: Image.Image
+    orientation: int
+    turned: bool
+    shrunk: int
 
 
 def load_picture(
-    path: str | Path, box: Box | None = None, *, at_least: int | None = None
+    path: str | Path, box: Box | None = None, *, at_least: int | None = None, memory: float | None = MEMORY
 ) -> tuple[Image.Image, Box | None]:
     """Load a picture file of any mode as upright RGB, with its box.
 
@@ -43,18 +54,22 @@ def load_picture(
     Args:
         at_least: a large JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, which is several times faster, while its
             sides keep so many pixels; the box is in pixels of what is returned. None: as stored.
+        memory: bytes that the decoded picture may take. A JPEG that would take more is decoded smaller. None: any.
 
     Raises:
         DataError: the file cannot be read as a picture.
     """
     try:
-        picture, orientation, shrunk = decode(path, at_least)
+        picture, orientation, turned, shrunk = decode(path, at_least, memory)
     except Exception as error:  # on a broken file Pillow raises whatever it stumbles over
         raise _unreadable(path, error) from error
     if box is not None and shrunk > 1:
         box = tuple(edge / shrunk for edge in box)
     if orientation not in UPRIGHT:
         return picture, box
+    if turned:
+        stored = picture.size[::-1] if orientation in (5, 6, 7, 8) else picture.size
+        return picture, box and _turn_box(box, stored, orientation)
     return picture.transpose(UPRIGHT[orientation]), box and _turn_box(box, picture.size, orientation)
 
 
@@ -62,24 +77,59 @@ def read_size(path: str | Path) -> tuple[int, int]:
     """Read a picture's upright width and height out of its header. Raises DataError where it cannot be read."""
     try:
         with open_picture(path) as image:
-            size, turned = image.size, _orientation(image) in (5, 6, 7, 8)
+            (width, height), turned = stored_size(image), _orientation(image) in (5, 6, 7, 8)
     except Exception as error:
         raise _unreadable(path, error) from error
-    return size[::-1] if turned else size
+    return (height, width) if turned else (width, height)
+
+
+def stored_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height as the file stores them; of a TIFF, Pillow may say those after its turn."""
+    tags = getattr(image, "tag_v2", None) or {}
+    return tags.get(256, image.width), tags.get(257, image.height)
 
 
 def _unreadable(path: str | Path, error: Exception) -> DataError:
     return DataError(f"{path} cannot be read as a picture ({describe(error)}): replace it, or take it off the list")
 
 
-def decode(path: str | Path, at_least: int | None = None) -> tuple[Image.Image, int, int]:
-    """The picture as RGB, its EXIF orientation, and how many times smaller than stored it is. Raises anything."""
+def decode(path: str | Path, at_least: int | None = None, memory: float | None = None) -> Decoded:
+    """The picture as RGB; a JPEG perhaps smaller, see `load_picture`. Raises anything."""
     with open_picture(path) as image:
-        orientation, shrunk = _orientation(image), 1
-        if at_least is not None and image.format == "JPEG":
-            width, drafted = image.width, image.draft(None, (at_least, at_least))
-            shrunk = round(width / drafted[1][2]) if drafted else 1
-        return _to_rgb(image), orientation, shrunk
+        orientation = _orientation(image)
+        shrunk = refuse_above(memory, image, at_least)
+        picture = _to_rgb(image)
+        return Decoded(picture, orientation, orientation in UPRIGHT and _orientation(image) == 1, shrunk)
+
+
+def refuse_above(memory: float | None, image: Image.Image, at_least: int | None = None) -> int:
+    """Let a JPEG be decoded as small as it may and has to be; return how many times smaller. Raises ValueError for a
+    picture that takes more memory all the same.
+    """
+    shrunk = 1
+    if at_least is not None and image.format == "JPEG":
+        shrunk = _draft(image, (at_least, at_least))
+    if memory is None or bytes_of(image) <= memory:
+        return shrunk
+    if image.format in ("JPEG", "MPO"):
+        smaller = next((n for n in (2, 4, 8) if bytes_of(image) <= memory * n * n), 8)
+        shrunk *= _draft(image, (image.width // smaller, image.height // smaller))
+    if bytes_of(image) > memory:
+        pixels = image.width * image.height
+        raise ValueError(
+            f"{pixels} pixels, which take {bytes_of(image) / 1e9:.2g} GB, above the limit of {memory / 1e9:g}"
+        )
+    return shrunk
+
+
+def _draft(image: Image.Image, size: tuple[int, int]) -> int:
+    """Let a JPEG be decoded at 1/2, 1/4 or 1/8, with sides of `size` or more; return how many times smaller."""
+    width, drafted = image.width, image.draft(None, size)
+    return round(width / drafted[1][2]) if drafted else 1
+
+
+def bytes_of(image: Image.Image) -> int:
+    return image.width * image.height * BYTES_PER_PIXEL
 
 
 def open_picture(path: str | Path) -> Image.Image:
@@ -99,9 +149,6 @@ def open_picture(path: str | Path) -> Image.Image:
 
 
 def _check_header(image: Image.Image) -> None:
-    pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
-    if limit is not None and pixels > limit:
-        raise ValueError(f"{pixels} pixels, above the limit of {limit} against decompression bombs")
     if image.format == "EPS":
         raise ValueError("it is PostScript, which is a program to be run")
     if image.mode == "F":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from PIL import UnidentifiedImageError
 
 from utils.errors import UserError
+from utils.text import one_line
 
 
 class DataError(UserError):
@@ -20,11 +21,6 @@ class DataError(UserError):
             last_line = sentence.rstrip("\n").rpartition("\n")[2]
             sentence = last_line.partition(f"{name}: ")[2]
         super().__init__(one_line(sentence))
-
-
-def one_line(text: str) -> str:
-    """The text with line ends, and what else would move a terminal's cursor, written out."""
-    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
 def describe(error: Exception) -> str:

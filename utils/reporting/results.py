@@ -23,6 +23,7 @@ from utils.reporting.metrics import (
     wilson_interval,
     worst_confusions,
 )
+from utils.text import cell
 
 
 class ResultCollector:
@@ -102,7 +103,7 @@ class ResultCollector:
         named[named.index("prediction")] = "correct"  # `prediction` is the class
         table.writerow(["picture", "label", "prediction", "probability", *named, *overlap])
         for index, picture in enumerate(self.paths):
-            row = [picture, *(class_names[values[name][index]] for name in ("label", "prediction"))]
+            row = [cell(picture), *(cell(class_names[values[name][index]]) for name in ("label", "prediction"))]
             row.append(f"{values['probability'][index]:.6f}")
             row += [int(values[name][index]) for name in branches]
             row += [f"{values[name][index]:.4f}" for name in overlap]

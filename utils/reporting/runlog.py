@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from utils.errors import UserError
 from utils.files import SavingError, write_text
+from utils.text import visible
 
 # What a curve means, by the beginning or the end of its name without the group; shown beside it in TensorBoard.
 DESCRIPTIONS = {
@@ -69,6 +71,7 @@ class RunLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             _drop_later_epochs(self.path, resume_epoch)
+        threading.excepthook = _except_of_writers
         self.first_epoch = 0 if resume_epoch is None else resume_epoch + 1
         with self._saying_where():
             self.writer = SummaryWriter(str(folder), purge_step=self.first_epoch)
@@ -105,7 +108,7 @@ class RunLog:
         A mapping is also the run's row under HParams, beside its final figures.
         """
         if self.enabled:
-            text = settings if isinstance(settings, str) else _markdown_table(settings)
+            text = settings if isinstance(settings, str) else visible(_markdown_table(settings))
             with self._saying_where():
                 self.writer.add_text("settings", text, self.first_epoch)
                 if not isinstance(settings, str):
@@ -113,7 +116,7 @@ class RunLog:
                 self.writer.flush()
 
     def _log_row(self, settings: Mapping[str, object]) -> None:
-        values = {name: v if isinstance(v, bool | int | float | str) else str(v) for name, v in settings.items()}
+        values = {name: v if isinstance(v, bool | int | float) else visible(str(v)) for name, v in settings.items()}
         columns = [hparams.HParam(name) for name in values]
         figures = [hparams.Metric(tag, group=group, display_name=name) for group, tag, name in FINAL_FIGURES]
         self.writer.file_writer.add_summary(hparams.hparams_config_pb(hparams=columns, metrics=figures))
@@ -139,6 +142,12 @@ class RunLog:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         with contextlib.suppress(OSError) if error else contextlib.nullcontext():  # that error is the one to tell
             self.close()
+
+
+def _except_of_writers(fault: threading.ExceptHookArgs) -> None:
+    """Report what ended a thread, unless it is one of TensorBoard's, which has kept it for the main thread to raise."""
+    if getattr(fault.thread, "exception", None) is not fault.exc_value:
+        threading.__excepthook__(fault)
 
 
 def log_evaluation(folder: str | Path, epoch: int, numbers: Mapping[str, float], **embeddings: object) -> None:

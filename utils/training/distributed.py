@@ -9,6 +9,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from utils.errors import UserError
+from utils.text import visible
 
 
 def is_distributed() -> bool:
@@ -34,7 +35,7 @@ def is_main() -> bool:
 def print_once(text: str) -> None:
     """Print, once for all processes."""
     if is_main():
-        print(text, flush=True)
+        print(visible(text), flush=True)
 
 
 def choose_device(name: str) -> torch.device:

@@ -21,7 +21,14 @@ TRAINING_STATE = ("optimizer", "schedule", "progress", "skipped_steps")
 # These may differ when a run is continued: they change where and how it is computed, not what.
 FREE_ON_RESUME = {
     *("data_root", "checkpoint_dir", "device", "data_parallel", "workers", "prefetch", "cache", "pictures_every"),
-    *("save_every_steps", "keep_checkpoints", "on_bad_image", "skip_nonfinite", "fresh", "exit_threshold"),
+    *(
+        "save_every_steps",
+        "keep_checkpoints",
+        "on_bad_image",
+        "skip_nonfinite",
+        "fresh",
+        "exit_threshold",
+    ),
     "patience",  # how far, not how: one that stopped goes on with more
     *("class_level", "labels", "validation_labels", "test_labels", "image_column", "label_column", "split_column"),
     # (what these make of the data is compared, not how it was asked for)
