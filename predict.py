@@ -24,7 +24,7 @@ from utils.config_slips import config_as_edited
 from utils.data import folders
 from utils.data.checking import NEVER_WRITTEN, ends_in_zeros
 from utils.data.cropping import cut_out, seen_part
-from utils.data.decoding import Box, load_picture
+from utils.data.decoding import Box, load_picture, read_size
 from utils.data.kinds import LeftOut, is_picture
 from utils.data.workers import leave_run_to_the_main_process
 from utils.errors import UserError, exit_with_one_sentence
@@ -113,13 +113,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             names = [class_names[label] for label in labels[index]]
             drawing = None if options.no_drawings else drawings[Path(sample.path)]
             box = None
-            if drawing is not None or options.json:
-                picture, _ = load_picture(sample.path)  # again, for its own size and all its detail
-                seen = seen_part(*picture.size, **loading)
-                box = box_in(seen, output, index, network)
+            if options.json:  # in pixels of the file, which may be larger than what is decoded of it
+                box = box_in(seen_part(*read_size(sample.path), **loading), output, index, network)
             if drawing is not None:
+                picture, _ = load_picture(sample.path)  # again, for all its detail
                 panel = image_panel(
-                    cut_out(picture, seen),
+                    cut_out(picture, seen_part(*picture.size, **loading)),
                     output,
                     index,
                     names,

@@ -5,13 +5,28 @@ import sys
 
 import numpy
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
+
+
+def load(path, at_least):
+    """Upright RGB: a large JPEG decoded smaller, 16 bits as 8, what is transparent on white."""
+    picture = Image.open(path)
+    picture.draft(None, (at_least, at_least))
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):
+        picture = Image.fromarray((numpy.asarray(picture).clip(0, 65535) / 257).round().astype("uint8"))
+    if picture.has_transparency_data:
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture.convert("RGBA"))
+    return picture.convert("RGB")
+
 
 facts = {"facts.json": ""}
 model = torch.export.load(sys.argv[1], extra_files=facts).module()
 facts = json.loads(facts["facts.json"])
 for path in sys.argv[2:]:
-    picture, shorter, seen = Image.open(path).convert("RGB"), facts["resize_size"], facts["image_size"]
+    shorter, seen = facts["resize_size"], facts["image_size"]
+    picture = load(path, 2 * shorter)
     sides = picture.size if facts["keep_aspect_ratio"] else (1, 1)
     size = [min(int(shorter * side / min(sides)), 4 * shorter) for side in sides]
     left, top = (round((side - seen) / 2) for side in size)  # the middle is what the network was trained to see
