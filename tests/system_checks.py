@@ -315,7 +315,7 @@ def weights_are_checked_before_a_save_within_an_epoch(variant: Variant) -> None:
     Where the weights are whole, that raises nothing; a broken one is told.
     """
     images, names = make_images(96, batch=4), [str(number) for number in range(4)]
-    network = variant.build(input_size=96)
+    network = variant.build_scripted(input_size=96)
     for trained in (network.loss_weights, *({name: 1.0} for name in network.loss_weights)):
         plan = plan_epoch(network, 1, trained, warmup_epochs=0)
         objective = Objective(plan, Execution(torch.device("cpu")), 0.0)
@@ -354,9 +354,9 @@ def dropout_acts_on_every_branch(variant: Variant) -> None:
 
 @torch.no_grad()
 def batched_equals_one_by_one_and_shuffled(variant: Variant) -> None:
-    network, images = variant.evaluated, make_images(batch=5)
+    network, images = variant.evaluated, make_images(batch=3)
     together = network(images, mask_background=True)
-    for order in ([0], [1], [2], [3], [4], [3, 0, 4, 2, 1]):
+    for order in ([0], [1], [2], [2, 0, 1]):
         got, expected = network(images[order], mask_background=True), _indexed(together, order)
         assert_same(got, expected, except_for=variant.depends_on_batch)
 
@@ -377,7 +377,7 @@ def larger_images_are_scaled_down_for_the_first_pass(variant: Variant) -> None:
     passes = {branch: len(run(network, make_images(), branches=(branch,))[1]) for branch in network.evaluated}
     of_first_pass = {"object_boxes", "object_masks", "part_boxes"}
     of_first_pass |= {f"logits.{branch}" for branch, count in passes.items() if count == 1}
-    for size in (160, 192, 256):
+    for size in (160, 256):
         images = make_images(size)
         small = F.interpolate(images, size=(SIZE, SIZE), mode="bilinear", antialias=True)
         output, given = run(network, images, branches=network.evaluated)
@@ -449,16 +449,16 @@ def outputs_survive_the_gather_of_data_parallel(variant: Variant) -> None:
         def apply(device: object, dim: int, *tensors: Tensor) -> Tensor:
             return torch.cat(tensors, dim=dim)
 
-    network, images = variant.evaluated, make_images(batch=5)
+    network, images = variant.evaluated, make_images(batch=3)
     for branches in (None, network.evaluated[:1]):
         whole = network(images, branches=branches)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(scatter_gather, "Gather", GatherOnTheHost)
-            parts = [network(part, branches=branches) for part in (images[:3], images[3:])]
+            parts = [network(part, branches=branches) for part in (images[:2], images[2:])]
             gathered = scatter_gather.gather(parts, "cpu")
         assert type(gathered) is NetworkOutput
         assert_same(gathered, whole, except_for=variant.depends_on_batch)
-        assert_contract(gathered, network, batch=5)
+        assert_contract(gathered, network, batch=3)
 
 
 Check = Callable[[Variant], None]

@@ -43,7 +43,10 @@ def fake_tensors_need_a_driver() -> bool:
     return False
 
 
-pytestmark = pytest.mark.skipif(fake_tensors_need_a_driver(), reason="this PyTorch needs a driver for fake tensors")
+pytestmark = [
+    pytest.mark.skipif(fake_tensors_need_a_driver(), reason="this PyTorch needs a driver for fake tensors"),
+    pytest.mark.usefixtures("thin_trunk"),
+]
 
 System = tuple[str, dict[str, object]]
 SYSTEMS: tuple[System, ...] = (
@@ -158,10 +161,18 @@ def assert_step_runs(network: nn.Module, step: Step, *, autocast: bool) -> None:
 
 @pytest.mark.parametrize("system", SYSTEMS, ids=str)
 def test_system_runs(fake: None, system: System) -> None:
+    """With mixed precision; the two tests below run every system without it."""
     network = build(system)
     for training in (True, False):
-        for autocast in (True, False):
-            assert_runs(network, training=training, autocast=autocast)
+        assert_runs(network, training=training, autocast=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system", SYSTEMS, ids=str)
+def test_system_runs_without_mixed_precision(fake: None, system: System) -> None:
+    network = build(system)
+    for training in (True, False):
+        assert_runs(network, training=training, autocast=False)
 
 
 @pytest.mark.parametrize("system", SYSTEMS, ids=str)

@@ -221,6 +221,8 @@ def test_unknown_settings_are_refused_in_one_sentence(new_form):
         with pytest.raises(SettingsError, match="a model that this version does not know: 'transformer'"):
             restore(saved | {"model": "transformer"})
         if new_form:
+            with pytest.raises(SettingsError, match="does not know: localization_stride$"):  # among the shared ones
+                restore(saved | {"localization_stride": 16})
             with pytest.raises(SettingsError, match="does not know: zeal$"):
                 restore(saved | {"options": saved["options"] | {"zeal": 3}})
 
@@ -325,7 +327,7 @@ SOME_PICTURE, DRAWN = (
 )  # a picture of the demo set, and what its pixels were when the runs were begun
 
 
-@pytest.mark.parametrize("data", RUNS)
+@pytest.mark.parametrize("data", ["sgkrl", pytest.param("published", marks=pytest.mark.slow)])
 def test_a_run_is_finished_as_the_version_that_began_it_would_have(data, thin_parts, tmp_path):
     model, own, name = RUNS[data]
     folder = f"demo-sgkrl-{name}"
@@ -362,7 +364,7 @@ def test_a_run_is_finished_as_the_version_that_began_it_would_have(data, thin_pa
         assert (last["network"][weights] - expected).norm() < 0.3 * way, weights
 
 
-@pytest.mark.parametrize("data", RUNS)
+@pytest.mark.parametrize("data", ["sgkrl", pytest.param("published", marks=pytest.mark.slow)])
 def test_an_old_checkpoint_is_evaluated(data, thin_parts, tmp_path, evaluation_script, capsys):
     folder = tmp_path / "run"
     shutil.copytree(DATA / f"older_run_{data}", folder)

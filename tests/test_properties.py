@@ -184,7 +184,7 @@ def words_of(values: dict[str, object]) -> list[str]:
     return words
 
 
-@examples(60)
+@examples(30)
 @given(possible_settings())
 def test_settings_come_back_from_the_command_line(chosen):
     assert parse_settings(words_of(flat(chosen))) == chosen
@@ -212,7 +212,7 @@ JUNK = st.recursive(
 )
 
 
-@examples(400)
+@examples(200)
 @given(
     st.sampled_from(MODELS),
     st.dictionaries(st.sampled_from(sorted(HINTS)), JUNK, max_size=3),
@@ -304,7 +304,7 @@ def can_be_a_data_set(tables: dict[str, list[tuple[str, ...]]]) -> bool:
     return in_use and len(test) > 0 and len(files) == len(tables["images"])
 
 
-@examples(60)
+@examples(30)
 @given(st.data(), birds().filter(can_be_a_data_set))
 def test_lists_of_any_spelling_give_the_same_catalogue(data, tables):
     with tempfile.TemporaryDirectory() as folder:

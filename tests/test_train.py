@@ -276,7 +276,7 @@ LOGGED = {
 }
 
 
-@pytest.fixture(scope="module", params=LOGGED)
+@pytest.fixture(scope="module", params=["mmal", *(pytest.param(m, marks=pytest.mark.slow) for m in ("flrdf", "scrim"))])
 def other_system(request, tiny_run, runs) -> tuple[str, Path]:
     """The name of a system and the folder of its run over two epochs, the first of which trains `raw` only."""
     train.main(tiny_run(runs, *TWO_EPOCHS, "--warmup_epochs", "1", "--pictures_every", "1", model=request.param))

@@ -725,6 +725,7 @@ def covered(predicted: Tensor, true: Tensor) -> float:
     return float(np.mean(shares))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_boxes_cover_more_of_real_birds(birds: tuple[GivenBackbone, Tensor]) -> None:
     """Than MMAL-Net's on the same maps, and than boxes of the last map alone, for which nothing is suppressed."""
