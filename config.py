@@ -1,6 +1,6 @@
 """Every setting of a run. Edit the values here, or override any of them on the command line.
 
-    python train.py                                                        # the drawn demo birds, ResNet-18, CPU, 3 min
+    python train.py                                                        # the drawn demo birds, ResNet-18, 3-8 min
     python train.py --dataset cub --data_root DIR                          # SG-KRL on CUB-200-2011, ResNet-50 at 448
     python train.py --dataset cub --data_root DIR --model mmal --name try1 # another system, a folder of its own
     python train.py --help                                                 # all settings and their values

@@ -57,10 +57,8 @@ def refusal_of_option(name: str, system: type[System]) -> str:
     """Say why a setting is none of this system: it is another one's, or nobody's."""
     owners, name = owners_of(name), shortened(name) if name.isidentifier() else shown(name)
     if owners:
-        return (
-            f"{name} is a setting of {' and '.join(owners)}, not of {name_of(system)}: leave it out, or choose "
-            "another model"
-        )
+        listed = " and ".join(filter(None, (", ".join(owners[:-1]), owners[-1])))
+        return f"{name} is a setting of {listed}, not of {name_of(system)}: leave it out, or choose another model"
     own = ", ".join(_names(system.Options)) or "none"
     return f"{name} is no setting of {name_of(system)}: its own are {own}"
 

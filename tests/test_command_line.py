@@ -277,3 +277,10 @@ def test_far_names_are_not_guessed(flag):
     with pytest.raises(SettingsError) as refusal:
         parse_settings([*CUB, flag, "1"])
     assert "did you mean" not in str(refusal.value)
+
+
+def test_a_data_set_without_a_folder_is_told_the_flag():
+    with pytest.raises(
+        SettingsError, match="data_root is None; expected the folder of .* data set folder: give --data"
+    ):
+        parse_settings(["--dataset", "folder"])

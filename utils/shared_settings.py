@@ -62,7 +62,7 @@ def refuse_contradictions(settings: Any, system: Any) -> None:
     needs(
         "data_root",
         settings.dataset == "demo" or (settings.data_root is not None and can_be_folder(settings.data_root)),
-        f"the folder that holds {settings.dataset}",
+        f"the folder of the pictures of data set {settings.dataset}: give --data_root DIR",
     )
     needs("image_size", settings.image_size >= settings.input_size, f"at least input_size, {settings.input_size}")
     needs("resize_size", settings.resize_size >= settings.image_size, f"at least image_size, {settings.image_size}")

@@ -40,7 +40,7 @@ class Options:
                 "images_per_class",
                 shared.images_per_class,
                 "at least 2 for apinet, which compares images of one class and of two, and at most half of "
-                f"batch_size, {shared.batch_size}, which it has to divide",
+                f"batch_size, {shared.batch_size}, which it has to divide: the smallest batch_size is 4",
             )
 
 
