@@ -149,6 +149,7 @@ class Settings:
     channels_last: bool = True  # memory layout that convolutions prefer on CPUs and recent GPUs
     compile: bool = False  # run the backbone through torch.compile, which pays in long runs; not with nn.DataParallel
     workers: Processes = 2  # processes that load pictures; 0 loads in the main process
+    picture_memory: Positive = 0.36  # GB that one decoded picture may take: a JPEG of more is decoded smaller
     prefetch: Batches = 2  # batches that each of these processes keeps ready; 3 image_size^2 bytes an image, as uint8
     cache: Literal["none", "ram", "disk"] | None = None  # decoded pictures: worth it where JPEGs keep the GPU waiting
     evaluation_batch_size: Count = 16  # images at a time where nothing is learnt

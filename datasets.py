@@ -29,13 +29,14 @@ from utils.data.augmentation import Augmentation
 from utils.data.catalogue import CHOICES, Catalogue, Entry, Source, leave_out, split_validation
 from utils.data.checking import find_bad_pictures
 from utils.data.cropping import central_offset, cut_square, draw_offset
+from utils.data.decoding import limit_memory
 from utils.data.errors import DataError, describe
 from utils.data.evaluated import Labelled
 from utils.data.picture_cache import PictureCache, cache_in_memory, cache_on_disk
 from utils.data.pixels import load_pixels, shapes_of, source_code
 from utils.data.readers import read_catalogue, read_labelled
 from utils.data.samplers import BalancedSampler, ShuffledSampler
-from utils.data.workers import leave_run_to_the_main_process
+from utils.data.workers import start_loader
 from utils.errors import UserError
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -199,6 +200,7 @@ class DataSettings(Protocol):
     images_per_class: int
     workers: int
     prefetch: int
+    picture_memory: float
     cache: str
     checkpoint_dir: str
 
@@ -234,6 +236,7 @@ def load_labelled(settings: DataSettings) -> Labelled:
 
 def _unreadable(settings: DataSettings, entries: Sequence[Entry]) -> dict[str, str]:
     """Return the unreadable pictures with the reason. Raises DataError where they may not be skipped."""
+    limit_memory(settings.picture_memory)
     skip = settings.on_bad_image == "skip"
     bad = find_bad_pictures(entries, thorough=skip, at_least=2 * settings.resize_size)
     if bad and not skip:
@@ -323,7 +326,7 @@ def _worker_options(settings: DataSettings) -> dict[str, object]:
         "num_workers": settings.workers,
         "prefetch_factor": settings.prefetch,
         "persistent_workers": True,
-        "worker_init_fn": leave_run_to_the_main_process,
+        "worker_init_fn": partial(start_loader, picture_memory=settings.picture_memory),
     }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ from utils.config_slips import config_as_edited
 from utils.data import folders
 from utils.data.checking import NEVER_WRITTEN, ends_in_zeros
 from utils.data.cropping import cut_out, seen_part
-from utils.data.decoding import Box, load_picture, read_size
+from utils.data.decoding import Box, limit_memory, load_picture, read_size
 from utils.data.kinds import LeftOut, is_picture
-from utils.data.workers import leave_run_to_the_main_process
+from utils.data.workers import start_loader
 from utils.errors import UserError, exit_with_one_sentence
 from utils.files import make_output_folder
 from utils.reporting.metrics import inclusive_to_edges
@@ -78,12 +79,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.views:
         look_at_views(network, options.views)
     loading = loading_of(trained.settings)
+    limit_memory(trained.settings.picture_memory)
     loader = DataLoader(
         ReadablePictures(pictures, **loading),
         batch_size=options.batch_size,
         num_workers=min(options.workers, len(pictures) // 2),
         collate_fn=list,
-        worker_init_fn=leave_run_to_the_main_process,
+        worker_init_fn=partial(start_loader, picture_memory=trained.settings.picture_memory),
     )
 
     # Predict, and say it as it comes.

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -306,7 +307,7 @@ def calibrated_exit(network: System, settings: Any, data: Evaluated, shared: Map
 
 
 def load_upright(path: Path):
-    return load_picture(path, at_least=DRAWN_AT_LEAST, memory=None)[0]
+    return load_picture(path, at_least=DRAWN_AT_LEAST, memory=math.inf)[0]
 
 
 def mistaken_batches(

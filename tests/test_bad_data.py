@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import errno
 import io
+import math
 import os
 import shutil
 import signal
@@ -20,9 +23,10 @@ from scipy.io import loadmat, savemat
 from torch.utils.data import DataLoader, Dataset
 
 import datasets
-from datasets import DataError, Entry, Pictures, read_catalogue
+from config import parse_settings
+from datasets import DataError, Entry, Pictures, evaluation_loader, load_catalogue, read_catalogue
 from utils.data.checking import find_bad_pictures
-from utils.data.decoding import load_picture, read_size
+from utils.data.decoding import limit_memory, load_picture, read_size
 
 HTML = "<!DOCTYPE html>\n<html><body>404: not found</body></html>\n"
 
@@ -625,7 +629,27 @@ def test_the_limit_in_memory_is_heeded(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="2400 pixels"):
         load_picture(tmp_path / "a.png", memory=4 * 2399)
     load_picture(tmp_path / "a.png", memory=4 * 2400)
-    load_picture(tmp_path / "a.png", memory=None)
+    load_picture(tmp_path / "a.png", memory=math.inf)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_limit_is_a_setting_that_loaders_heed(workers: int, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("utils.data.decoding._limit", 1e9)
+    for name in ("red", "blue"):
+        (tmp_path / name).mkdir()
+        for number in range(4):
+            Image.new("RGB", (60, 40), name).save(tmp_path / name / f"{number}.png")
+    flags = ["--dataset", "folder", "--data_root", str(tmp_path), "--input_size", "96", "--workers", str(workers)]
+    settings = parse_settings([*flags, "--picture_memory", "1e-5"])
+    catalogue, bad = load_catalogue(settings)
+    assert bad == {}
+    for limit, refused in ((1e-5, False), (9e-6, True)):
+        loader = evaluation_loader(dataclasses.replace(settings, picture_memory=limit), catalogue.train)
+        limit_memory(1.0 if workers else limit)
+        with pytest.raises(DataError, match="2400 pixels") if refused else contextlib.nullcontext():
+            next(iter(loader))
+    with pytest.raises(DataError, match="8 of 8 pictures"):
+        load_catalogue(dataclasses.replace(settings, picture_memory=9e-6))
 
 
 def test_a_jpeg_that_takes_too_much_memory_is_decoded_smaller(tmp_path: Path) -> None:

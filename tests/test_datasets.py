@@ -241,7 +241,14 @@ def made_settings(picture_tree: Path, **changes: object) -> SimpleNamespace:
             "erasing": 0.0,
         },
         **{"brightness": 0.2, "contrast": 0.2, "crop_scale": 0.5, "batch_size": 4, "evaluation_batch_size": 5},
-        **{"images_per_class": 0, "workers": 0, "prefetch": 2, "cache": "none", "checkpoint_dir": "nowhere"},
+        **{
+            "images_per_class": 0,
+            "workers": 0,
+            "prefetch": 2,
+            "picture_memory": 0.36,
+            "cache": "none",
+            "checkpoint_dir": "nowhere",
+        },
     }
     assert values.keys() == DataSettings.__annotations__.keys()
     return SimpleNamespace(**values | changes)

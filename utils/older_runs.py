@@ -22,6 +22,7 @@ BEFORE: dict[str, object] = {
     "normalization": "imagenet",
     "keep_aspect_ratio": False,
     "padding": 0,
+    "picture_memory": 0.36,
     "rotation": 0.0,
     "saturation": 0.0,
     "erasing": 0.0,

@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from utils.data.decoding import MEMORY, decode, open_picture, refuse_above
+from utils.data.decoding import decode, open_picture, refuse_above
 from utils.data.errors import describe
 from utils.data.pixels import Listed
 
@@ -29,7 +29,7 @@ def find_bad_pictures(
     thorough: bool,
     silent: bool = False,
     at_least: int | None = None,
-    memory: float = MEMORY,
+    memory: float | None = None,
 ) -> dict[str, str]:
     """Look for pictures that `load_picture` would refuse, and for two kinds that show nothing though it loads them:
     those with a side below 2 pixels, and files whose end is filled up with zeros.
@@ -60,7 +60,9 @@ def find_bad_pictures(
         pool.shutdown(cancel_futures=True)  # so that an interruption does not wait for all the pictures
 
 
-def find_fault(path: str, *, thorough: bool = False, at_least: int | None = None, memory: float = MEMORY) -> str | None:
+def find_fault(
+    path: str, *, thorough: bool = False, at_least: int | None = None, memory: float | None = None
+) -> str | None:
     """What is wrong with one picture, in a few words, or None. Raises OSError as `find_bad_pictures` does."""
     try:
         with open_picture(path) as image:

@@ -29,9 +29,18 @@ UPRIGHT = {
 }
 
 BYTES_PER_PIXEL = 4  # of Pillow's, whatever the mode is, roughly
-MEMORY = 360e6  # bytes that one decoded picture may take: Pillow's own limit, in bytes
+MEMORY = 0.36  # GB that one decoded picture may take: Pillow's own limit, in memory
 DRAWN_AT_LEAST = 1024  # pixels of a side that a drawing has a use for
 Image.MAX_IMAGE_PIXELS = None  # it would refuse what can be decoded smaller; `refuse_above` is in its place
+
+
+_limit = MEMORY * 1e9
+
+
+def limit_memory(gigabytes: float) -> None:
+    """Set how much memory one decoded picture may take, in this process."""
+    global _limit
+    _limit = gigabytes * 1e9
 
 
 class Decoded(NamedTuple):
@@ -44,7 +53,7 @@ class Decoded(NamedTuple):
 
 
 def load_picture(
-    path: str | Path, box: Box | None = None, *, at_least: int | None = None, memory: float | None = MEMORY
+    path: str | Path, box: Box | None = None, *, at_least: int | None = None, memory: float | None = None
 ) -> tuple[Image.Image, Box | None]:
     """Load a picture file of any mode as upright RGB, with its box.
 
@@ -54,7 +63,8 @@ def load_picture(
     Args:
         at_least: a large JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, which is several times faster, while its
             sides keep so many pixels; the box is in pixels of what is returned. None: as stored.
-        memory: bytes that the decoded picture may take. A JPEG that would take more is decoded smaller. None: any.
+        memory: bytes that the decoded picture may take. A JPEG that would take more is decoded smaller. None: those
+            that `limit_memory` has set.
 
     Raises:
         DataError: the file cannot be read as a picture.
@@ -109,7 +119,8 @@ def refuse_above(memory: float | None, image: Image.Image, at_least: int | None 
     shrunk = 1
     if at_least is not None and image.format == "JPEG":
         shrunk = _draft(image, (at_least, at_least))
-    if memory is None or bytes_of(image) <= memory:
+    memory = _limit if memory is None else memory
+    if bytes_of(image) <= memory:
         return shrunk
     if image.format in ("JPEG", "MPO"):
         smaller = next((n for n in (2, 4, 8) if bytes_of(image) <= memory * n * n), 8)
@@ -117,7 +128,8 @@ def refuse_above(memory: float | None, image: Image.Image, at_least: int | None 
     if bytes_of(image) > memory:
         pixels = image.width * image.height
         raise ValueError(
-            f"{pixels} pixels, which take {bytes_of(image) / 1e9:.2g} GB, above the limit of {memory / 1e9:g}"
+            f"{pixels} pixels, which take {bytes_of(image) / 1e9:.2g} GB, above the limit of {memory / 1e9:g} in "
+            "picture_memory"
         )
     return shrunk
 

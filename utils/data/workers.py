@@ -7,6 +7,7 @@ import signal
 import threading
 from contextlib import suppress
 
+from utils.data.decoding import limit_memory
 from utils.files import drop_inherited_locks
 
 
@@ -22,6 +23,12 @@ def leave_run_to_the_main_process(worker: int) -> None:
     if hasattr(signal, "sigwaitinfo"):  # not on Windows and macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         threading.Thread(target=_end_with_the_parents_signal, daemon=True).start()
+
+
+def start_loader(worker: int, picture_memory: float) -> None:
+    """Start a loader's process: GB that one decoded picture may take; see `leave_run_to_the_main_process`."""
+    limit_memory(picture_memory)
+    leave_run_to_the_main_process(worker)
 
 
 def _end_with_the_parents_signal() -> None:
