@@ -12,6 +12,7 @@ from pathlib import Path
 
 from datasets import build_cache, choose_split, evaluation_loader, load_batch, load_catalogue, training_loader
 from utils.config_slips import config_as_edited
+from utils.data.catalogue import Catalogue, Entry
 from utils.data.record import pack, record_pictures
 from utils.errors import exit_with_one_sentence
 from utils.older_runs import folder_of
@@ -34,6 +35,17 @@ with config_as_edited():
     from config import parse_settings, restored, run_name
 
 
+def describe_data(
+    catalogue: Catalogue, train_entries: list[Entry], selection_entries: list[Entry]
+) -> dict[str, object]:
+    """Return what a checkpoint says of the pictures that its run learns from."""
+    return {
+        "class_names": list(catalogue.class_names),
+        "training_images": len(train_entries),
+        "pictures": pack(record_pictures(train_entries, selection_entries, catalogue.test)),
+    }
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     settings = parse_settings(arguments)
     keep_freed_memory()
@@ -49,13 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     train_loader = training_loader(settings, train_entries, rank=rank(), world_size=world_size())
     selection_loader = evaluation_loader(settings, selection_entries[rank() :: world_size()])
 
-    facts = {
-        "class_names": list(catalogue.class_names),
-        "training_images": len(train_entries),
-        "steps_per_epoch": len(train_loader),
-        "pictures": pack(record_pictures(train_entries, selection_entries, catalogue.test)),
-        "selected_on": selected_on + (", with the averaged weights" if settings.ema_decay else ""),
-    }
+    selected_on += ", with the averaged weights" if settings.ema_decay else ""
+    facts = {"steps_per_epoch": len(train_loader), "selected_on": selected_on}
+    facts |= describe_data(catalogue, train_entries, selection_entries)
     folder = folder_of(Path(settings.checkpoint_dir).expanduser() / run_name(settings), settings)
     with Run(folder, settings, facts, device=device, restore=restored) as run:
         # Network and optimizer, new or as they were. Nothing is written before all of it stands.
