@@ -17,7 +17,7 @@ get_model = torchvision.models.get_model
 
 
 class ThinResNet(ResNet):
-    """A quarter as wide; blocks of bottlenecks an eighth."""
+    """A quarter as wide; blocks of bottlenecks an eighth. One block in all stages but the last, which has two."""
 
     def _make_layer(self, block: type[nn.Module], planes: int, *arguments: object, **options: object) -> nn.Module:
         planes //= 4 if block is BasicBlock else 8
@@ -45,7 +45,7 @@ def _swin(**options: object) -> nn.Module:
 
 
 THIN: dict[str, Callable[[], nn.Module]] = {
-    "resnet18": lambda: _resnet(BasicBlock, [2, 2, 2, 2]),
+    "resnet18": lambda: _resnet(BasicBlock, [1, 1, 1, 2]),
     "resnext50_32x4d": lambda: _resnet(Bottleneck, [1, 1, 1, 2], groups=4, width_per_group=32),
     "wide_resnet50_2": lambda: _resnet(Bottleneck, [1, 1, 1, 2], width_per_group=128),
     "regnet_y_400mf": _regnet,
