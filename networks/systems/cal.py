@@ -124,7 +124,7 @@ class CAL(System):
 
         `attention` [B, M, g, g]: two maps are drawn for each image; in evaluation it is the mean of all.
         """
-        B, size, device = len(attention), self.input_size, attention.device
+        B, size, device = attention.shape[0], self.input_size, attention.device  # len would fix it on export
         if not self.training:
             pixels = attended_pixels(attention.mean(dim=1), EVALUATED_ABOVE, size)
             return padded_boxes(pixels, EVALUATED_PADDING), pixels
@@ -138,10 +138,10 @@ class CAL(System):
     ) -> dict[str, Tensor]:
         """Return the logits [B, classes] of views that lie one after the other in a pass, and their effects."""
         logits = self.classifier(SCALE * features)
-        found = dict(zip(views, logits.chunk(len(views)), strict=True))
+        found = dict(zip(views, logits.unflatten(0, (len(views), -1)), strict=True))
         if any(view + EFFECT in wanted for view in views):
             false = attention_pooling(final, false_attention(attention, random=self.training))
-            effects = (logits - self.classifier(SCALE * false)).chunk(len(views))
+            effects = (logits - self.classifier(SCALE * false)).unflatten(0, (len(views), -1))
             found |= {view + EFFECT: effect for view, effect in zip(views, effects, strict=True)}
         return {name: value for name, value in found.items() if name in wanted}
 
