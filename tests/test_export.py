@@ -74,7 +74,7 @@ def test_graphs_predict_as_the_eager_systems_do(model, options):
         assert found.keys() == expected.keys()
         for name, values in expected.items():
             assert torch.allclose(found[name], values, atol=1e-5), name
-    # Nothing was fixed while tracing. CAL crops where a map reaches a tenth of its maximum: untrained, it is everywhere.
+    # Nothing was fixed while tracing. CAL crops where a map reaches a tenth of its maximum: untrained, all do.
     if "object_boxes" in expected and model != "cal":
         assert len(expected["object_boxes"].unique(dim=0)) > 1
 

@@ -124,7 +124,7 @@ class CAL(System):
 
         `attention` [B, M, g, g]: two maps are drawn for each image; in evaluation it is the mean of all.
         """
-        B, size, device = attention.shape[0], self.input_size, attention.device  # len would fix it on export
+        B, size, device = attention.shape[0], self.input_size, attention.device
         if not self.training:
             pixels = attended_pixels(attention.mean(dim=1), EVALUATED_ABOVE, size)
             return padded_boxes(pixels, EVALUATED_PADDING), pixels
