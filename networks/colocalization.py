@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from networks.backbone import Backbone
-from networks.localization import Localization, bounding_boxes, largest_component
+from networks.localization import Localization, activation_map, bounding_boxes, largest_component
 from networks.system import Shared
 from utils.options import require
 
@@ -70,8 +70,7 @@ class Colocalization(nn.Module):
 
     def indicator(self, features: Tensor) -> Tensor:
         """Return how much each cell of features [B, C, H, W] looks like the object, [B, H, W]; above 0: it does."""
-        centred = features.float() - self.mean[:, None, None]
-        return (centred * self.component[:, None, None]).sum(dim=1, dtype=torch.float64).float()
+        return activation_map((features.float() - self.mean[:, None, None]) * self.component[:, None, None])
 
     def _features(self, images: Tensor) -> Tensor:
         if images.shape[-1] != self.size:
@@ -87,9 +86,10 @@ class Colocalization(nn.Module):
         The sign is that with which the indicator goes along with the sum of the channels, which is high on objects.
         """
         channels = len(self.mean)
-        sums = torch.zeros(channels + 1, channels + 1, dtype=torch.float64, device=self.mean.device)
+        device = "cpu" if self.mean.device.type == "mps" else self.mean.device  # MPS has no float64
+        sums = torch.zeros(channels + 1, channels + 1, dtype=torch.float64, device=device)
         for images in batches:
-            cells = self._features(images).movedim(1, -1).flatten(0, -2).double()
+            cells = self._features(images).movedim(1, -1).flatten(0, -2).to(device).double()
             cells = F.pad(cells, (0, 1), value=1.0)  # so that the sums and the count are the last row
             sums += cells.T @ cells
         if dist.is_available() and dist.is_initialized():
