@@ -59,6 +59,13 @@ NO_WINDOWS = ("--loss_weights", "window=0", "graph=0", "--prediction", "raw", "f
 # our SG-KRL as it was before: its graph by itself, spatial weights as CBAM has them
 FORMER = (*UNMASKED, "--no-graph_residual", "--spatial_weights", "absolute")
 PUBLISHED = ("--model", "sgkrl_published", *UNMASKED)
+# comparators see the pictures that the other rows see: their own recipes crop and colour them otherwise
+INPUT_SIZE = "INPUT_SIZE"  # stands for what the common flags say
+SAME_PICTURES = (
+    *("--resize_size", INPUT_SIZE, "--padding", "0", "--flip", "0.5", "--rotation", "0"),
+    *("--brightness", "0.2", "--contrast", "0.2", "--saturation", "0"),
+)
+COMPARATORS = ("pmg", "ntsnet", "apinet", "cal", "dcl", "dflcnn", "mcloss")
 
 # name -> flags after the common ones
 ROWS: dict[str, tuple[str, ...]] = {
@@ -79,6 +86,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "mmal": ("--model", "mmal"),
     "flrdf": ("--model", "flrdf"),
     "scrim": ("--model", "scrim"),
+    **{model: ("--model", model, *SAME_PICTURES) for model in COMPARATORS},
     "published": PUBLISHED,
     "published-batch-graph": (*PUBLISHED, "--graph_scope", "batch"),
     "trained": UNMASKED,
@@ -186,7 +194,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespace
 
 
 def flags_of(row: str, seed: int, common: Sequence[str]) -> list[str]:
-    return [*common, *ROWS[row], "--seed", str(seed), "--name", f"{row}-{seed}"]
+    input_size = [value for name, value in itertools.pairwise(portable(common)) if name == "--input_size"][-1]
+    own = [input_size if word == INPUT_SIZE else word for word in ROWS[row]]
+    return [*common, *own, "--seed", str(seed), "--name", f"{row}-{seed}"]
 
 
 def portable(flags: Sequence[str]) -> list[str]:

@@ -40,6 +40,13 @@ def test_the_averaged_weights_are_the_result_of_a_run_that_has_them(monkeypatch,
     assert result["boxes_by_epoch"] == [0.2]
 
 
+def test_comparators_load_pictures_at_the_side_of_the_common_flags():
+    for common, side in (ablation.COMMON, "224"), ([*ablation.COMMON, "--input_size=320"], "320"):
+        flags = ablation.flags_of("cal", 0, common)
+        assert ("--resize_size", side) in itertools.pairwise(flags)
+        assert ablation.INPUT_SIZE not in flags
+
+
 @pytest.fixture
 def scripts(monkeypatch, broken) -> list[tuple[str, list[str]]]:
     """What train.py and test.py would leave, without them; returns the calls."""
@@ -271,7 +278,7 @@ def test_another_file_is_refused_and_left_alone(scripts, tmp_path, line):
 def test_every_row_has_possible_settings():
     from config import parse_settings
 
-    for flags in ablation.ROWS.values():
-        parse_settings([*ablation.COMMON, "--data_root", "birds", *flags])
+    for row in ablation.ROWS:
+        parse_settings([*ablation.flags_of(row, 0, ablation.COMMON), "--data_root", "birds"])
     with pytest.raises(SystemExit):
         ablation.main(["--rows", "nonsense"])
