@@ -66,6 +66,26 @@ def test_backbone_flops_are_those_of_the_literature(benchmark) -> None:
     assert 2.9 * forward < both < 3 * forward  # the pictures themselves need no gradient
 
 
+def test_costs_beside_the_plain_network(benchmark, tmp_path: Path, capsys) -> None:
+    path = tmp_path / "systems.json"
+    words = "--models resnet sgkrl --backbone resnet18 --input_size 96 --classes 5 --device cpu --rounds 1"
+    words += f" --inference_batch 2 --train_batch 2 --precision float32 --json {path}"
+    benchmark("systems").main(words.split())
+    plain, sgkrl = json.loads(path.read_text(encoding="utf-8"))["systems"].values()
+    assert plain["train"]["times_plain"] == plain["inference"]["times_plain"] == 1
+    forward = benchmark("throughput").backbone_flops(Backbone("resnet18"), [torch.Size((1, 3, 96, 96))], training=False)
+    head = Backbone("resnet18").embedding_channels * 5
+    assert plain["inference"]["gmac_per_image"] == pytest.approx((forward / 2 + head) / 1e9)
+    assert sgkrl["inference"]["passes"] == [[2, 3, 96, 96], [2, 3, 96, 96], [14, 3, 48, 48]]
+    assert (
+        sgkrl["parameters"]
+        > plain["parameters"]
+        == sum(p.numel() for p in Backbone("resnet18").parameters()) + head + 5
+    )
+    assert sgkrl["train"]["gmac_per_image"] > 3 * sgkrl["inference"]["gmac_per_image"] * 0.8
+    assert "| `sgkrl` |" in (printed := capsys.readouterr().out) and "| 96, 96, 7 x 48 |" in printed
+
+
 def test_ratios_compare_times_of_the_same_round(benchmark) -> None:
     ratio = benchmark("measuring").ratio
     assert ratio({"seconds": [2.0, 40.0, 6.0]}, {"seconds": [1.0, 20.0, 2.0]}) == 2.0
