@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from networks.views import VIEWS, look_at_views
 from utils.checkpoint import CheckpointError, load_checkpoint, load_published
 from utils.command_line import Parser, named
 from utils.config_slips import config_as_edited
+from utils.data.catalogue import Catalogue
 from utils.data.cropping import cut_out, seen_part
 from utils.data.decoding import DRAWN_AT_LEAST, load_picture
 from utils.data.demo_birds import draw_demo_picture
@@ -231,7 +233,20 @@ def find_data(trained: Trained, options: argparse.Namespace) -> Evaluated:
         lambda: load_labelled(settings),
         selected_on_test=settings.select_on == "test",
         include_trained=options.include_trained,
+        asked=asked,
+        as_many=record is not None or own is None or has_as_many(settings, saved, own),
     )
+
+
+def has_as_many(settings: Any, saved: Mapping, own: Catalogue) -> bool:
+    """Whether the data have as many images to train on and to select by as a run of an older version had."""
+    try:
+        training, selection, _ = choose_split(settings, own)
+    except DataError:
+        return False
+    selected = re.search(r"\d+", saved["selected_on"])
+    known = (saved.get("training_images"), selected and int(selected[0]))
+    return known == (len(training), len(selection))
 
 
 def rebuild_published(path: Path, content: dict, overrides: dict, more: Sequence[str]) -> tuple[Trained, Evaluated]:

@@ -16,7 +16,7 @@ import train
 from utils.checkpoint import load_checkpoint
 from utils.data.catalogue import Catalogue, Entry
 from utils.data.errors import DataError
-from utils.data.evaluated import Labelled, choose_evaluated
+from utils.data.evaluated import Evaluated, Labelled, choose_evaluated
 from utils.data.record import record_pictures
 
 pytestmark = pytest.mark.usefixtures("thin_trunk")
@@ -96,9 +96,18 @@ def test_classes_are_matched_by_name(files, record):
         choose(record, None, Labelled([Entry(files[9], 0)], ["cat"]))
 
 
-def test_without_a_record_the_data_are_read_as_before(files):
-    own = Catalogue(entries_of(files[:6]), entries_of(files[6:8]), NAMES)
-    assert choose(None, own).entries == own.test
+def test_without_a_record_the_data_are_the_runs_unless_others_were_asked_for(files):
+    own, every = Catalogue(entries_of(files[:6]), entries_of(files[6:8]), NAMES), Labelled(entries_of(files), NAMES)
+    assert choose(None, own) == Evaluated(own.test)
+    changed = choose(None, own, as_many=False)
+    moved = choose(None, own, asked=True)
+    assert changed.entries == moved.entries == own.test
+    assert changed.own and moved.own
+    assert "it had another number of them" in changed.notes[0]
+    assert "these are taken for its own data" in moved.notes[0]
+    other = choose(None, own, every, asked=True, as_many=False)
+    assert (other.entries, other.own) == (every.entries, False)
+    assert "does not say which images it was trained on: some may be among these" in other.notes[0]
     chosen = choose(None, own._replace(class_names=["ant", "cat"]), Labelled(entries_of(files), ["ant", "cat"]))
     assert "does not say which images it was trained on" in chosen.notes[0]
 
@@ -169,7 +178,7 @@ def test_another_tree_is_evaluated_whole_into_a_folder_of_its_own(finished, tmp_
     assert not (best.parent / "report.json").exists()
 
 
-def test_an_older_checkpoint_is_evaluated_on_its_test_images_as_before(finished, tmp_path, evaluation_script):
+def test_an_older_checkpoint_is_evaluated_on_its_test_images_as_before(finished, tmp_path, evaluation_script, capsys):
     place = Path(shutil.copytree(finished, tmp_path / "copy"))
     best = place / "folder-resnet" / "best.pth"
     evaluation_script.main([str(best)])
@@ -179,3 +188,20 @@ def test_an_older_checkpoint_is_evaluated_on_its_test_images_as_before(finished,
     torch.save(content, best)
     evaluation_script.main([str(best)])
     assert (best.parent / "predictions.csv").read_bytes() == expected
+
+    # Where the data were moved to, and where there are others of the same classes
+    moved = shutil.copytree(place / "tree", tmp_path / "moved")
+    evaluation_script.main([str(best), "--data_root", str(moved)])
+    names = [
+        (Path(row["picture"]).relative_to(moved), row["prediction"]) for row in read(best.parent / "predictions.csv")
+    ]
+    before = csv.DictReader(expected.decode().splitlines())
+    assert names == [(Path(row["picture"]).relative_to(finished / "tree"), row["prediction"]) for row in before]
+    kept = (best.parent / "report.json").read_bytes()
+    for name in ("blue", "green", "red"):
+        shutil.copy(place / "tree" / name / "0.png", moved / name / "copied.png")
+    capsys.readouterr()
+    evaluation_script.main([str(best), "--data_root", str(moved)])
+    assert "does not say which images it was trained on" in capsys.readouterr().out
+    assert len(read(best.parent / "on-moved" / "predictions.csv")) == 27
+    assert (best.parent / "report.json").read_bytes() == kept

@@ -14,6 +14,7 @@ from utils.data.errors import DataError, one_line
 from utils.data.record import Record, content_hashes
 
 NAMED = 3  # classes
+UNRECORDED = "the checkpoint does not say which images it was trained on"
 
 
 class Evaluated(NamedTuple):
@@ -45,27 +46,32 @@ def choose_evaluated(
     *,
     selected_on_test: bool,
     include_trained: bool = False,
+    asked: bool = False,
+    as_many: bool = True,
 ) -> Evaluated:
     """Return what to evaluate of the data that lie where they were asked for.
 
     Test images that are as the run recorded them are evaluated as they are. Otherwise what the run was trained on is
     left out, and, unless it selected on test images, what chose its best epoch: of the run's own data what remains of
-    its test images, and new ones; of other data every labelled picture.
+    its test images, and new ones; of other data every labelled picture. Without a record, data that were asked for are
+    the run's own if they have as many images; those that were not asked for always are.
 
     Args:
         class_names: the checkpoint's.
         record: of its pictures; None: an older version wrote it.
         own: the data, read as the run reads its own; None: they cannot be read so.
         read_all: reads every labelled picture of the same data.
+        asked: whether the user named these data.
+        as_many: whether there are as many images to train on and to select by as the run had.
 
     Raises:
         DataError: nothing is left to evaluate.
     """
     notes: list[str] = []
     if record is None:
-        if own is not None and list(own.class_names) == list(class_names):
-            return Evaluated(own.test)
-        notes.append("the checkpoint does not say which images it was trained on: some may be among these")
+        if own is not None and list(own.class_names) == list(class_names) and (as_many or not asked):
+            return Evaluated(own.test, notes=_unrecorded(asked, as_many))
+        notes.append(f"{UNRECORDED}: some may be among these")
     elif own is not None and _is_unchanged(class_names, record, own):
         return Evaluated(own.test, _selection(record, own))
     if record is not None and own is not None and _is_own(record, own):
@@ -83,6 +89,13 @@ def choose_evaluated(
     if not entries:
         raise DataError(f"there is no image to evaluate: {'; '.join(notes)}")
     return Evaluated(entries, selection, selection is not None, tuple(notes))
+
+
+def _unrecorded(asked: bool, as_many: bool) -> tuple[str, ...]:
+    if not as_many:
+        return (f"{UNRECORDED}, and it had another number of them: some may be among the test images of today",)
+    taken = "there are as many as it had, so these are taken for its own data and their test images evaluated"
+    return (f"{UNRECORDED}: {taken}",) if asked else ()
 
 
 def _is_unchanged(class_names: Sequence[str], record: Record, own: Catalogue) -> bool:
