@@ -82,7 +82,37 @@ def test_as_many_other_classes_are_learnt_anew(build, saved, names):
     assert {name for name, value in state.items() if name.startswith("fusion.")} <= loaded
     assert all(len(state[name]) == 3 for name in kept - loaded)
     assert "3 other classes" in sentence
-    assert "new: classifier (2), graph (" in sentence
+    assert "new: none; new as they belong to classes: classifier (2), graph (" in sentence
+
+
+def test_several_rows_of_a_class_are_learnt_anew_for_other_classes(build, saved):
+    """DFL-CNN's bank has ten filters for each class, and classifies by all of them."""
+    (path, state), (settings, network) = saved("dflcnn"), build("dflcnn")
+    sentence, before = start(settings, network, path, ["crow", "gull", "tern"])
+    loaded, kept = split(network, before, state)
+    assert {"bank.filters.weight", "bank.filters.bias", "part_classifier.weight"} <= kept - loaded
+    assert all(name.startswith(("bank.", "cell_classifier.", "part_classifier.")) for name in kept - loaded)
+    assert (
+        "new as they belong to classes: bank (2), cell_classifier (6), part_classifier (2); not used: none" in sentence
+    )
+    start(settings, network, path, BIRDS)
+    assert torch.equal(network.bank.filters.weight, state["bank.filters.weight"])
+
+
+def test_what_has_as_many_rows_as_there_are_classes_by_chance_is_loaded(build, saved):
+    """PMG's hidden layers, for 512 classes."""
+    (path, state), (settings, _) = saved("pmg"), build("pmg")
+    names = [f"class {number}" for number in range(len(state["classifiers.final.1.weight"]))]
+    network = build_from_settings(settings, len(names), load_weights=False)
+    start(settings, network, path, names)
+    for name in ("classifiers.final.1.weight", "blocks.final.0.conv.weight"):
+        assert torch.equal(network.state_dict()[name], state[name])
+
+
+def test_images_normalised_otherwise_are_said(build, saved):
+    (path, _), (settings, network) = saved("resnet"), build("resnet", "--normalization", "half", "--last_stride", "1")
+    sentence, _ = start(settings, network, path, BIRDS)
+    assert sentence.endswith("; normalization was 'imagenet' and is 'half'; last_stride was 2 and is 1")
 
 
 def test_another_system_and_another_number_of_classes(build, saved):
@@ -146,7 +176,7 @@ def test_a_run_starts_from_another_and_goes_on_without_it(tiny_run, saved, tmp_p
     words = ("--epochs", "2", "--initial_weights", path)
     train.main(tiny_run(tmp_path / "whole", *words))
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("starting from"))
-    assert "new: classifier (2)" in line  # of other classes
+    assert "new as they belong to classes: classifier (2)" in line
     recorded = json.loads((tmp_path / "whole" / "folder-resnet" / "config.json").read_text("utf-8"))
     assert recorded["initial_weights"] == path
 

@@ -7,22 +7,25 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from networks.system import System
 from utils.checkpoint import CheckpointError, load_run
 from utils.older_runs import UnknownSettingsError
 from utils.training.averaging import weights_of
+from utils.training.building import build_from_settings
 
 TRUNK = "backbone."  # how the names of a trunk's parameters begin
 OF_TRUNK = ("backbone", "stride_on_first_conv")  # settings by which a weight means something else
+OF_IMAGES = ("normalization", "last_stride")  # by which the trunk sees or gives something else: a word is enough
 
 
 def start_from(settings: Any, system: System, class_names: Sequence[str], restored: Callable[[Mapping], Any]) -> str:
     """Load, in place, what fits of the network of `initial_weights`; return in one line what does and what does not.
 
-    A tensor fits by its name and shape; where the classes are others, those that could be of classes (outside the
-    trunk, with as many rows as there are classes) are left as they are. Statistics that are kept per pass start from
+    A tensor fits by its name and shape; where the classes are others, those that belong to classes (whose shape follows
+    from their number) are left as they are. Statistics that are kept per pass start from
     those that are shared, and the other way round. Raises CheckpointError where the file is no checkpoint of a run, its
     trunk is another one, or nothing fits.
     """
@@ -41,20 +44,36 @@ def start_from(settings: Any, system: System, class_names: Sequence[str], restor
     state, _ = weights_of(saved, None, path)
     same_classes = saved["class_names"] == list(class_names)
     fitting, expected = {}, system.state_dict()
+    of_classes = set() if same_classes else _of_classes(settings, expected, len(class_names))
     for name, value in expected.items():
         found = _as_kept(state.get(name), value, name)
-        of_classes = not name.startswith(TRUNK) and value.ndim > 0 and len(value) == len(class_names)
-        if found is not None and found.shape == value.shape and (same_classes or not of_classes):
+        if found is not None and found.shape == value.shape and name not in of_classes:
             fitting[name] = found
     if not any(name.startswith(TRUNK) for name in fitting):
         raise CheckpointError(f"initial_weights {path}: nothing in it fits this network ({settings.model})")
     system.load_state_dict(expected | fitting)
-    new, unused = (_by_part(names - fitting.keys()) for names in (expected.keys(), state.keys()))
+    of_theirs = of_classes & state.keys()
+    new, unused = (_by_part(names - fitting.keys() - of_theirs) for names in (expected.keys(), state.keys()))
     classes = "the same classes" if same_classes else f"{len(saved['class_names'])} other classes"
-    return (
-        f"starting from {path} ({theirs.model}, {classes}): {len(fitting)} of {len(expected)} tensors fit; "
-        f"new: {new or 'none'}; not used: {unused or 'none'}"
+    others = [name for name in OF_IMAGES if getattr(theirs, name) != getattr(settings, name)]
+    values = (f"{name} was {getattr(theirs, name)!r} and is {getattr(settings, name)!r}" for name in others)
+    return "; ".join(
+        (
+            f"starting from {path} ({theirs.model}, {classes}): {len(fitting)} of {len(expected)} tensors fit",
+            f"new: {new or 'none'}",
+            *([f"new as they belong to classes: {_by_part(of_theirs)}"] if of_theirs else []),
+            f"not used: {unused or 'none'}",
+            *values,
+        )
     )
+
+
+def _of_classes(settings: Any, state: Mapping[str, Tensor], num_classes: int) -> set[str]:
+    """The names of the tensors of this state whose shape another number of classes changes."""
+    fewer = num_classes - 1 if num_classes > 2 else 3
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        other = build_from_settings(settings, fewer, load_weights=False).state_dict()
+    return {name for name, value in state.items() if other.get(name, value).shape != value.shape}
 
 
 def _as_kept(found: Tensor | None, wanted: Tensor, name: str) -> Tensor | None:
