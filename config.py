@@ -340,8 +340,8 @@ NO_FLAGS = {  # that somebody may try all the same
 }
 
 
-def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
-    """Return the settings above with the command line's overrides, complete and checked.
+def parse_settings(arguments: Sequence[str] | None = None, **overrides: object) -> Settings:
+    """Return the settings above with the command line's overrides, complete and checked; `overrides` come before both.
 
     Raises SettingsError for impossible values, malformed ones and unknown names.
     """
@@ -361,4 +361,4 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
         explain=explain,
     )
     options = edited.options | own if isinstance(edited.options, dict) else edited.options
-    return complete(dataclasses.replace(edited, **values, options=options))
+    return complete(dataclasses.replace(edited, **values | overrides, options=options))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from datasets import build_cache, choose_split, evaluation_loader, load_batch, load_catalogue, training_loader
@@ -62,10 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     selection_loader = evaluation_loader(settings, selection_entries[rank() :: world_size()])
 
     selected_on += ", with the averaged weights" if settings.ema_decay else ""
-    facts = {"steps_per_epoch": len(train_loader), "selected_on": selected_on}
-    facts |= describe_data(catalogue, train_entries, selection_entries)
+    facts = describe_data(catalogue, train_entries, selection_entries)
+    facts |= {"steps_per_epoch": len(train_loader), "selected_on": selected_on}
     folder = folder_of(Path(settings.checkpoint_dir).expanduser() / run_name(settings), settings)
-    with Run(folder, settings, facts, device=device, restore=restored) as run:
+    with Run(folder, settings, facts, device, restored, again=partial(parse_settings, arguments)) as run:
+        settings = run.settings
         # Network and optimizer, new or as they were. Nothing is written before all of it stands.
         seed_everything(settings.seed)
         classes = len(catalogue.class_names)

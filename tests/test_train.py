@@ -375,6 +375,7 @@ def assert_same_run(one: Path, other: Path, *, but: frozenset = frozenset()) -> 
         contents = [load_checkpoint(folder / name) for folder in (one, other)]
         for content in contents:
             settings = content["settings"]
+            content.pop("begun_with_epochs", None)
             content["settings"] = {name: v for name, v in settings.items() if name not in FREE_ON_RESUME | but}
         assert_equal(*contents, name)
 
@@ -427,6 +428,21 @@ def test_a_run_goes_on_with_more_epochs_as_if_it_had_had_them_from_the_start(opt
     assert_same_run(*folders, but=frozenset({"epochs"}))
     with pytest.raises(CheckpointError, match=f"last.pth is in epoch {more}, and epochs is 1 here"):
         train.main(tiny_run(tmp_path / "parts", *options, "--epochs", "1", "--warmup_epochs", "1"))
+
+
+def test_more_epochs_keep_what_followed_from_the_first_number_of_them(tiny_run, tmp_path):
+    """After one epoch, too short a run for a warm-up, it stays without one; a warm-up that is asked for is refused."""
+    options, folder = ("--schedule", "steps", "--milestones"), tmp_path / "parts" / "folder-resnet"
+    for epochs in ("1", "2", "2", "3"):
+        train.main(tiny_run(tmp_path / "parts", *options, "--epochs", epochs))
+        assert len(read_log(folder)) == int(epochs)
+        assert load_checkpoint(folder / "last.pth")["settings"]["warmup_epochs"] == 0
+    with pytest.raises(CheckpointError, match="warmup_epochs 0 there and 1 here"):
+        train.main(tiny_run(tmp_path / "parts", *options, "--epochs", "4", "--warmup_epochs", "1"))
+    train.main(tiny_run(tmp_path / "whole", *options, "--epochs", "3", "--warmup_epochs", "0"))
+    assert without_speeds(read_log(folder)) == without_speeds(read_log(tmp_path / "whole" / "folder-resnet"))
+    with pytest.raises(CheckpointError, match="warmup_epochs 0 there and 1 here"):  # it was given there
+        train.main(tiny_run(tmp_path / "whole", *options, "--epochs", "4"))
 
 
 def test_more_epochs_are_refused_where_the_schedule_spreads_over_them(finished, tiny_run):

@@ -79,6 +79,7 @@ TRAINING = {
 # What older versions did not write yet, and what only some runs have
 OPTIONAL = {
     "ema": Entry(_are_weights, "averaged weights by name"),
+    "begun_with_epochs": Entry(lambda value: _is_whole(value, 1), "a number of epochs"),
     "pictures": Entry(
         lambda v: isinstance(v, Tensor) and v.dtype == torch.uint8 and v.ndim == 1, "a record of the run's pictures"
     ),

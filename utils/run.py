@@ -32,8 +32,11 @@ from utils.training.interruption import StopRequest
 from utils.training.nonfinite import STEPS_BETWEEN_READINGS, NonFiniteLossError, SkipBudget
 from utils.training.restoring import restore
 from utils.training.resume import (
+    BEGUN_WITH,
     TRAINING_STATE,
     Data,
+    as_begun,
+    begun_with,
     drop_half_files,
     drop_old_epochs,
     holds_epoch,
@@ -58,6 +61,9 @@ class Run:
         settings: `config.Settings`, complete.
         facts: what the checkpoint says of the data: `resume.Data` by name, and selected_on.
         restore: turns the settings that a checkpoint holds into `config.Settings`.
+        again: `settings` once more, with the values given to it in place of the command's.
+
+    Inside, `settings` are those of the run: what follows from the number of epochs stays as it was begun.
     """
 
     def __init__(
@@ -65,12 +71,13 @@ class Run:
         folder: Path,
         settings: Any,
         facts: Mapping[str, Any],
-        *,
         device: torch.device,
         restore: Callable[[Mapping], Any],
+        *,
+        again: Callable[..., Any],
     ) -> None:
         self.folder, self.settings, self.facts, self.device = folder, settings, dict(facts), device
-        self.restore = restore
+        self.restore, self.at_epochs = restore, lambda epochs: flat(again(epochs=epochs))
         self.stack = contextlib.ExitStack()
         self.epochs_done, self.best = 0, {"accuracy": -1.0, "epoch": 0}
         self.progress: dict[str, Any] | None = None  # what an epoch had done when the run was interrupted
@@ -83,7 +90,9 @@ class Run:
             if not self.settings.fresh:
                 data = Data(**{name: self.facts[name] for name in Data._fields if name in self.facts})
                 ours, restore = flat(self.settings), lambda saved: flat(self.restore(saved))
-                self.saved = load_resumable(self.folder, ours, data, restore=restore)
+                self.saved = load_resumable(self.folder, ours, data, restore=restore, at_epochs=self.at_epochs)
+            if self.saved is not None:
+                self._take_over(flat(self.restore(self.saved["settings"])))
             used = self.saved["skipped_steps"] if self.saved else 0
             self.skipped = SkipBudget(self.settings.skip_nonfinite, used)
             self.stack = stack.pop_all()
@@ -91,6 +100,15 @@ class Run:
 
     def __exit__(self, *exception: object) -> bool | None:
         return self.stack.__exit__(*exception)
+
+    def _take_over(self, theirs: Mapping[str, Any]) -> None:
+        """Keep what the run was begun with, the number of epochs included, from which settings may follow."""
+        kept = as_begun(self.saved, flat(self.settings), theirs, self.at_epochs)
+        own = {name: value for name, value in kept.items() if name in self.settings.options}
+        shared = {name: value for name, value in kept.items() if name not in own}
+        self.settings = dataclasses.replace(self.settings, **shared, options=self.settings.options | own)
+        if (begun := begun_with(self.saved, theirs)) != self.settings.epochs:
+            self.facts[BEGUN_WITH] = begun
 
     # ---- Before the first epoch -------------------------------------------------------------------------------------
 

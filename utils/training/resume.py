@@ -12,7 +12,7 @@ from torch import Tensor
 from utils.checkpoint import CheckpointError, load_checkpoint, load_last, load_to_continue
 from utils.data.record import difference, differing_names, unpack
 from utils.older_runs import UnknownSettingsError
-from utils.options import shown
+from utils.options import SettingsError, shown
 from utils.training.distributed import gather, is_main, world_size
 from utils.training.schedule import spreads_over_epochs
 
@@ -33,6 +33,7 @@ FREE_ON_RESUME = {
     *("class_level", "labels", "validation_labels", "test_labels", "image_column", "label_column", "split_column"),
     # (what these make of the data is compared, not how it was asked for)
 }
+BEGUN_WITH = "begun_with_epochs"  # in checkpoints of a run that has gone on with another number of them
 CHECKPOINTS = ("last.pth", "next.pth", "previous.pth")
 
 
@@ -46,14 +47,19 @@ class Data(NamedTuple):
 
 
 def load_resumable(
-    folder: Path, settings: Mapping[str, object], data: Data, *, restore: Callable[[Mapping], Mapping[str, object]]
+    folder: Path,
+    settings: Mapping[str, object],
+    data: Data,
+    *,
+    restore: Callable[[Mapping], Mapping[str, object]],
+    at_epochs: Callable[[int], Mapping[str, object]] | None = None,
 ) -> dict | None:
     """Return the run's last checkpoint, or None for a new run; every process has to ask.
 
     `settings`, and what `restore` makes of those that a checkpoint of any version holds, are by name. Raises
-    CheckpointError for one of other settings (but `FREE_ON_RESUME`, and another number of epochs where the schedule
-    does not look at it), classes or images, where the folder holds a run that cannot be gone on with, and where the
-    processes would not go on from the same.
+    CheckpointError for one of other settings (but `FREE_ON_RESUME`, another number of epochs where the schedule does
+    not look at it, and with it what is `as_begun`), classes or images, where the folder holds a run that cannot be gone
+    on with, and where the processes would not go on from the same.
     """
     found = load_last(folder, set_aside=is_main(), load=load_to_continue)
     if found is None:
@@ -61,7 +67,7 @@ def load_resumable(
         _refuse_remains(folder)
     else:
         path, saved = found
-        _refuse_other_settings(path, saved, settings, restore)
+        _refuse_other_settings(path, saved, settings, restore, at_epochs)
         _refuse_other_data(path, saved, data)
     positions = gather(None if saved is None else (saved["epoch"], (saved["progress"] or {"step": 0})["step"]))
     if any(position != positions[0] for position in positions):
@@ -86,19 +92,54 @@ def _refuse_remains(folder: Path) -> None:
 
 
 def _refuse_other_settings(
-    path: Path, saved: Mapping, ours: Mapping[str, object], restore: Callable[[Mapping], Mapping[str, object]]
+    path: Path,
+    saved: Mapping,
+    ours: Mapping[str, object],
+    restore: Callable[[Mapping], Mapping[str, object]],
+    at_epochs: Callable[[int], Mapping[str, object]] | None,
 ) -> None:
     try:
         theirs = restore(saved["settings"])
     except UnknownSettingsError as error:
         raise CheckpointError(f"{path} has {error}: move it away, or start anew with --fresh") from None
-    names = dict.fromkeys([*ours, *theirs])
-    differing = [name for name in names if name not in FREE_ON_RESUME and ours.get(name) != theirs.get(name)]
+    ours = {**ours, **as_begun(saved, ours, theirs, at_epochs)}
+    differing = _differing(ours, theirs)
     if differing == ["epochs"]:
         _refuse_other_epochs(path, saved, theirs, ours)
     elif differing:
         values = ", ".join(f"{n} {shown(theirs.get(n))} there and {shown(ours.get(n))} here" for n in differing)
         raise CheckpointError(f"{path} is of a run with other settings ({values}): go on with those it has, {REMEDY}")
+
+
+def _differing(ours: Mapping[str, object], theirs: Mapping[str, object]) -> list[str]:
+    names = dict.fromkeys([*ours, *theirs])
+    return [name for name in names if name not in FREE_ON_RESUME and ours.get(name) != theirs.get(name)]
+
+
+def as_begun(
+    saved: Mapping,
+    ours: Mapping[str, object],
+    theirs: Mapping[str, object],
+    at_epochs: Callable[[int], Mapping[str, object]] | None,
+) -> dict[str, object]:
+    """Return what a run keeps of `theirs`: settings that follow from the number of epochs that it was begun with.
+
+    `at_epochs` gives the settings of today's command with another number of epochs: what follows from that is equal.
+    """
+    differing = [name for name in _differing(ours, theirs) if name != "epochs"]
+    epochs = begun_with(saved, theirs)
+    if at_epochs is None or not differing or epochs == ours["epochs"]:
+        return {}
+    try:
+        before = at_epochs(epochs)
+    except SettingsError:  # one was given that only today's number allows
+        return {}
+    return {name: theirs[name] for name in differing if name in theirs and before.get(name) == theirs[name]}
+
+
+def begun_with(saved: Mapping, theirs: Mapping[str, object]) -> object:
+    """The number of epochs that a run was begun with."""
+    return saved.get(BEGUN_WITH, theirs["epochs"])
 
 
 def _refuse_other_data(path: Path, saved: Mapping, data: Data) -> None:
