@@ -18,7 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from networks.backbone import Backbone
-from networks.localization import Localization, activation_map, bounding_boxes, largest_component
+from networks.localization import (
+    Localization,
+    activation_map,
+    bounding_boxes,
+    cell_boxes_to_pixels,
+    largest_component,
+)
 from networks.system import Shared
 from utils.options import require
 
@@ -67,6 +73,10 @@ class Colocalization(nn.Module):
         highest = indicator.amax(dim=(1, 2), keepdim=True)
         cells = largest_component(indicator > SHARE_OF_MAXIMUM * highest.clamp(min=0))
         return Localization(cells, bounding_boxes(cells))
+
+    def boxes(self, images: Tensor) -> Tensor:
+        """Return the objects' boxes [B, 4] in images [B, 3, S, S]: pixels of the network's input, ends inclusive."""
+        return cell_boxes_to_pixels(self(images).boxes, self.stride)
 
     def indicator(self, features: Tensor) -> Tensor:
         """Return how much each cell of features [B, C, H, W] looks like the object, [B, H, W]; above 0: it does."""

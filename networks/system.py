@@ -90,6 +90,7 @@ class Step(NamedTuple):
     targets: Tensor  # [B', ...] labels, as the system's `losses` takes them
     terms: tuple[str, ...] | None = None  # the loss terms that are trained; None: all
     branches: tuple[str, ...] | None = None  # what the pass computes; None: what the epoch's loss terms need
+    boxes: Tensor | None = None  # [B', 4] of the objects, as the system's `forward` takes them
 
 
 class System(nn.Module):
@@ -128,6 +129,7 @@ class System(nn.Module):
         self.input_size = shared.input_size  # side in pixels of what the backbone sees
         self.backbone = backbone
         self.dropout = nn.Dropout(shared.dropout)
+        self.colocalization: nn.Module | None = None  # `networks.colocalization`, of a system that finds objects by it
 
     def forward(
         self,
@@ -140,16 +142,31 @@ class System(nn.Module):
         """Map normalised images [B, 3, S, S], S >= input_size, to a `NetworkOutput`.
 
         Only the passes that `branches` need are computed (None: all). `labels` [B] come in training, where
-        `needs_labels`; `mask_background` blanks what is not the object, where the system knows that.
+        `needs_labels`; `mask_background` blanks what is not the object, where the system knows that. A system that has
+        a colocalization takes `boxes` [B, 4] besides, those that `find_objects` has found and augmentation has carried;
+        without them it finds the objects itself.
         """
         raise NotImplementedError
 
-    def steps(self, images: Tensor, labels: Tensor) -> Iterator[Step]:
+    @property
+    def takes_boxes(self) -> bool:
+        """Whether `forward` takes the objects' `boxes`, which `find_objects` finds once, before training."""
+        return self.colocalization is not None
+
+    def find_objects(self, images: Tensor) -> Tensor:
+        """Return the boxes [B, 4] of the objects in normalised images [B, 3, S, S], in input_size pixels, inclusive.
+
+        Only where `takes_boxes`, and after `prepare`: training does not change them.
+        """
+        return self.colocalization.boxes(images)
+
+    def steps(self, images: Tensor, labels: Tensor, boxes: Tensor | None = None) -> Iterator[Step]:
         """Yield the optimizer steps of a batch of normalised images [B, 3, S, S] and labels [B].
 
-        A step is taken before the next one is asked for, which so may look at the weights it has changed.
+        A step is taken before the next one is asked for, which so may look at the weights it has changed. `boxes`
+        [B, 4] come only where `takes_boxes`.
         """
-        yield Step(images, labels)
+        yield Step(images, labels, boxes=boxes)
 
     def losses(self, output: NetworkOutput, targets: Tensor, *, label_smoothing: float = 0.0) -> dict[str, Tensor]:
         """Return every loss term that an output allows, by name, as float32 scalars: the cross-entropy of each branch.
@@ -188,8 +205,11 @@ class System(nn.Module):
         """Look at the training images before a new run, such as for a k-means start, and change weights or buffers.
 
         Called in every process, with batches of all its training images as the first epoch could show them (but for a
-        last incomplete batch): normalised images [B, 3, S, S] and labels [B], on the device.
+        last incomplete batch): normalised images [B, 3, S, S] and labels [B], on the device. Here a colocalization is
+        fitted, where there is one.
         """
+        if self.colocalization is not None:
+            self.colocalization.fit(images for images, _ in batches)
 
     def after_step(self, output: NetworkOutput, targets: Tensor) -> None:
         """Change buffers after an optimizer step, such as moving averages; nothing here has a gradient."""

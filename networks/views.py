@@ -63,6 +63,7 @@ class _AddViews:
 
     def __call__(self, network: Any, arguments: tuple, call: dict[str, Any], output: NetworkOutput) -> NetworkOutput:
         images, *more = arguments
+        call = {name: value for name, value in call.items() if name != "boxes"}  # those are in the picture itself
         rule = "mean_probability" if network.ensembling == "mean_probability" else "mean_logits"
         found = [output.logits]
         network._other_view = True

@@ -10,7 +10,7 @@ import pytest
 import reference
 import torch
 from skimage.measure import label
-from small_systems import SIZE, Variant, make_images
+from small_systems import SIZE, Variant, assert_same, make_images, run
 from torch import nn
 
 from networks.colocalization import SHARE_OF_MAXIMUM, Colocalization
@@ -19,7 +19,8 @@ from networks.system import System
 from utils.options import SettingsError
 
 SYSTEMS = {
-    model: Variant(model, pretrained=None, localization="colocalization") for model in ("resnet", "mmal", "sgkrl")
+    model: Variant(model, pretrained=None, localization="colocalization")
+    for model in ("resnet", "mmal", "flrdf", "sgkrl")
 }
 GRID = 6  # cells along a side, where a system looks for the object
 pytestmark = pytest.mark.usefixtures("thin_trunk")
@@ -163,3 +164,58 @@ def test_needs_pretrained_weights_and_has_a_grid_of_its_own(model: str) -> None:
     if model != "resnet":
         with pytest.raises(SettingsError, match="localization_stride"):
             Variant(model, pretrained=None, localization="colocalization", localization_stride=16).build()
+
+
+# ---- boxes that are known before the pass ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", SYSTEMS)
+@torch.no_grad()
+def test_known_boxes_are_looked_at_without_the_copy(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, images = prepared(model), make_images(SIZE, 2)
+    expected = network(images)
+    boxes = network.find_objects(images)
+    assert network.takes_boxes
+    assert torch.equal(boxes, expected.object_boxes)
+    monkeypatch.setattr(network.colocalization, "forward", None)
+    output = network(images, boxes=boxes)
+    assert_same(output, expected._replace(object_masks=None))
+    others = torch.tensor([[10.0, 20, 100, 90], [0, 0, 60, 127]])
+    output = network(images, boxes=others)
+    assert torch.equal(output.object_boxes, others)
+    assert not torch.allclose(output.logits["object"], expected.logits["object"])
+
+
+@pytest.mark.parametrize("model", SYSTEMS)
+@torch.no_grad()
+def test_the_picture_is_passed_only_where_its_own_branches_are_wanted(model: str) -> None:
+    network, images = prepared(model), make_images(SIZE, 2)
+    expected = network(images)
+    output, given = run(network, images, branches=("object",))
+    assert len(given) == 1
+    assert list(output.logits) == ["object"]
+    torch.testing.assert_close(output.logits["object"], expected.logits["object"])
+
+
+@torch.no_grad()
+def test_masks_of_the_background_are_found_all_the_same() -> None:
+    network, images = prepared("sgkrl"), make_images(SIZE, 2)
+    others = torch.tensor([[10.0, 20, 100, 90], [0, 0, 60, 127]])
+    assert_same(network(images, boxes=others, mask_background=True), network(images, mask_background=True))
+
+
+@torch.no_grad()
+def test_images_that_exit_early_have_what_they_exit_with() -> None:
+    network, images = copy.deepcopy(prepared("sgkrl")), make_images(SIZE, 2)
+    network.exit_threshold = 0.0
+    assert torch.equal(network(images, branches=("graph",)).logits["graph"], network(images).logits["graph"])
+
+
+def test_boxes_of_a_learning_trunk_are_not_taken() -> None:
+    for variant in (Variant("resnet"), Variant("mmal")):
+        assert not variant.evaluated.takes_boxes
+
+
+def test_flrdf_has_nothing_to_confirm_them_by() -> None:
+    with pytest.raises(SettingsError, match="box_agreement"):
+        Variant("flrdf", pretrained=None, localization="colocalization", box_agreement=True).build()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from networks.backbone import Backbone
 from networks.classifier import Classifier
+from networks.colocalization import Colocalization, check_colocalization
 from networks.crops import crop_objects, resize_images
 from networks.jigsaw import permute_blocks, random_permutations
 from networks.localization import activation_map, cell_boxes_to_pixels, localize
@@ -33,6 +34,7 @@ class Options:
     classify_suppressed: bool = True  # raw classifies the suppressed map; without it only a fixed suppression works
     box_agreement: bool = False  # the box keeps only what the map before the last one confirms, as in mmal
     jigsaw_blocks: Count = 2  # blocks along a side of the shuffled object; 1: not shuffled
+    localization: Literal["channel_sum", "colocalization"] = "channel_sum"  # what finds the object; docs/settings.md
     localization_stride: Literal[32, 16] = 32  # pixels of the input for each cell of the map of the object
     localization_threshold: Positive = 1.0  # cells belong to the object above so many times the map's mean
 
@@ -44,6 +46,13 @@ class Options:
             "True, unless suppression is a number such as 0.7: nothing else would teach the learnable one",
         )
         shared.check_localization(self.localization_stride, confirmed=self.box_agreement)
+        check_colocalization(self.localization, self.localization_stride, shared)
+        require(
+            not self.box_agreement or self.localization == "channel_sum",
+            "box_agreement",
+            self.box_agreement,
+            "False where localization is 'colocalization', whose boxes no map that learns confirms",
+        )
         blocks = shared.input_size // shared.stride
         cells = f"at most {blocks}: a block is a cell of {shared.stride} pixels or more"
         require(self.jigsaw_blocks <= blocks, "jigsaw_blocks", self.jigsaw_blocks, cells)
@@ -73,6 +82,8 @@ class FLRDF(System):
         self.loss_weights = dict.fromkeys(self.branches, 1.0)
         self.suppression = RegionSuppression(backbone.embedding_channels, options.suppression)
         self.classifier = Classifier(backbone.embedding_channels, num_classes)
+        if options.localization == "colocalization":
+            self.colocalization = Colocalization(backbone, self.input_size)
 
     def forward(
         self,
@@ -81,26 +92,34 @@ class FLRDF(System):
         labels: Tensor | None = None,
         mask_background: bool = False,
         branches: tuple[str, ...] | None = None,
+        boxes: Tensor | None = None,
     ) -> NetworkOutput:
         """Map normalised images [B, 3, S, S], S >= input_size, to a `NetworkOutput`.
 
         Logits: `raw`, `object` and, while training, `jigsaw` [B, classes]. Only the passes that `branches` need are
-        computed (None: all). FLRDF has no mask: `mask_background` changes nothing.
+        computed (None: all); that over the picture also serves to find the object, unless colocalization does. `boxes`
+        [B, 4]: where the objects are, if that is known; see `System.takes_boxes`. FLRDF has no mask: `mask_background`
+        changes nothing.
         """
         wanted = requested_branches(branches, self.branches if self.training else self.evaluated)
-        raw = self.backbone(
-            resize_images(images, self.input_size), dense=self.localization_stride < self.backbone.stride
-        )
-        suppressed = self.suppression(raw.final)
-        embedding = suppressed.mean(dim=(2, 3)) if self.classify_suppressed else raw.embedding
-        logits = {"raw": self.classifier(self.dropout(embedding))}
+        logits = {}
+        if "raw" in wanted or self.colocalization is None:
+            raw = self.backbone(
+                resize_images(images, self.input_size), dense=self.localization_stride < self.backbone.stride
+            )
+            suppressed = self.suppression(raw.final)
+            embedding = suppressed.mean(dim=(2, 3)) if self.classify_suppressed else raw.embedding
+            logits["raw"] = self.classifier(self.dropout(embedding))
         if wanted <= {"raw"}:
             return NetworkOutput(logits)
 
-        activation = activation_map(suppressed)
-        confirming = activation_map(raw.penultimate) if self.box_agreement else activation
-        localization = localize(activation, confirming, threshold=self.localization_threshold)
-        object_boxes = cell_boxes_to_pixels(localization.boxes, self.localization_stride)
+        if self.colocalization is not None:
+            object_boxes = self.find_objects(images) if boxes is None else boxes
+        else:
+            activation = activation_map(suppressed)
+            confirming = activation_map(raw.penultimate) if self.box_agreement else activation
+            localization = localize(activation, confirming, threshold=self.localization_threshold)
+            object_boxes = cell_boxes_to_pixels(localization.boxes, self.localization_stride)
         crops = crop_objects(images, object_boxes, input_size=self.input_size)
         crops = resize_images(crops, self.input_size)
         if "object" in wanted:

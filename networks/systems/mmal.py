@@ -6,7 +6,6 @@ MMM 2021. Behaviour follows the published code, batched.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,7 +56,6 @@ class MMALNet(System):
         self.classifier = Classifier(backbone.embedding_channels, num_classes)
         stride = backbone.stride
         self.window_selector = WindowSelector(options.windows, grid_size=self.input_size // stride, stride=stride)
-        self.colocalization = None
         if options.localization == "colocalization":
             self.colocalization = Colocalization(backbone, self.input_size)
 
@@ -68,22 +66,27 @@ class MMALNet(System):
         labels: Tensor | None = None,
         mask_background: bool = False,
         branches: tuple[str, ...] | None = None,
+        boxes: Tensor | None = None,
     ) -> NetworkOutput:
         """Map normalised images [B, 3, S, S], S >= input_size, to a `NetworkOutput`.
 
         Logits: `raw`, `object` [B, classes], `window` [B, N, classes]. Only the passes that `branches` need are
-        computed (None: all). MMAL-Net has no mask: `mask_background` changes nothing.
+        computed (None: all); that over the picture also serves to find the object, unless colocalization does. `boxes`
+        [B, 4]: where the objects are, if that is known; see `System.takes_boxes`. MMAL-Net has no mask:
+        `mask_background` changes nothing.
         """
         wanted = requested_branches(branches, self.branches)
-        raw = self.backbone(
-            resize_images(images, self.input_size), dense=self.localization_stride < self.backbone.stride
-        )
-        logits = {"raw": self.classifier(self.dropout(raw.embedding))}
+        logits = {}
+        if "raw" in wanted or self.colocalization is None:
+            raw = self.backbone(
+                resize_images(images, self.input_size), dense=self.localization_stride < self.backbone.stride
+            )
+            logits["raw"] = self.classifier(self.dropout(raw.embedding))
         if wanted <= {"raw"}:
             return NetworkOutput(logits)
 
         if self.colocalization is not None:
-            object_boxes = cell_boxes_to_pixels(self.colocalization(images).boxes, self.colocalization.stride)
+            object_boxes = self.find_objects(images) if boxes is None else boxes
         else:
             activations = activation_map(raw.final), activation_map(raw.penultimate)
             cells = localize(*activations, threshold=self.localization_threshold).boxes
@@ -99,8 +102,3 @@ class MMALNet(System):
         embeddings = windows.embedding.unflatten(0, (-1, self.window_selector.count))  # [B, N, C]
         logits["window"] = self.classifier(self.dropout(embeddings))
         return NetworkOutput(logits, object_boxes, window_boxes)
-
-    def prepare(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Fit the colocalization, where it finds the object."""
-        if self.colocalization is not None:
-            self.colocalization.fit(images for images, _ in batches)

@@ -2,12 +2,12 @@
 
 He, Zhang, Ren & Sun, "Deep Residual Learning for Image Recognition", CVPR 2016. The dropout before the classifier is
 MMAL-Net's, so that the raw branches of all systems are the same. With `localization` it sees the object only, as a
-frozen copy of the pretrained trunk finds it: what every system that looks for the object has to beat.
+frozen copy of the pretrained trunk finds it once, before training: at the cost of a plain ResNet, what every system
+that looks for the object has to beat.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,7 +17,6 @@ from networks.backbone import Backbone
 from networks.classifier import Classifier
 from networks.colocalization import Colocalization, check_colocalization
 from networks.crops import crop_objects, resize_images
-from networks.localization import cell_boxes_to_pixels
 from networks.outputs import NetworkOutput, requested_branches
 from networks.system import Shared, System
 
@@ -41,7 +40,6 @@ class ResNetClassifier(System):
 
     def __init__(self, backbone: Backbone, num_classes: int, options: Options, shared: Shared):
         super().__init__(backbone, options, shared)
-        self.colocalization = None
         if options.localization == "colocalization":
             self.branches = self.evaluated = self.prediction = self.warmup_branches = ("object",)
             self.colocalization = Colocalization(backbone, self.input_size)
@@ -55,20 +53,16 @@ class ResNetClassifier(System):
         labels: Tensor | None = None,
         mask_background: bool = False,
         branches: tuple[str, ...] | None = None,
+        boxes: Tensor | None = None,
     ) -> NetworkOutput:
         """Map normalised images [B, 3, S, S], S >= input_size, to logits [B, classes] of the only branch.
 
-        `labels` and `mask_background` are part of the common call and change nothing here.
+        `boxes` [B, 4]: where the objects are, if that is known; see `System.takes_boxes`. `labels` and
+        `mask_background` are part of the common call and change nothing here.
         """
         requested_branches(branches, self.branches)
-        boxes = None
         if self.colocalization is not None:
-            boxes = cell_boxes_to_pixels(self.colocalization(images).boxes, self.colocalization.stride)
+            boxes = self.find_objects(images) if boxes is None else boxes
             images = crop_objects(images, boxes, input_size=self.input_size)
         features = self.backbone(resize_images(images, self.input_size))
         return NetworkOutput({self.branches[0]: self.classifier(self.dropout(features.embedding))}, boxes)
-
-    def prepare(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Fit the colocalization, where it finds the object."""
-        if self.colocalization is not None:
-            self.colocalization.fit(images for images, _ in batches)

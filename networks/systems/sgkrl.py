@@ -9,7 +9,6 @@ one picture only, so that no prediction depends on the batch. Each part starts b
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
@@ -137,7 +136,6 @@ class SGKRL(System):
             dropout=shared.dropout,
             zero_start=options.graph_residual,
         )
-        self.colocalization = None
         if options.localization == "colocalization":
             self.colocalization = Colocalization(backbone, self.input_size)
 
@@ -148,6 +146,7 @@ class SGKRL(System):
         labels: Tensor | None = None,
         mask_background: bool = False,
         branches: tuple[str, ...] | None = None,
+        boxes: Tensor | None = None,
     ) -> NetworkOutput:
         """Map normalised images [B, 3, S, S], S >= input_size, to a `NetworkOutput`.
 
@@ -155,32 +154,38 @@ class SGKRL(System):
         Logits: `raw`, `fused`, `object`, `graph` [B, classes], `window` [B, N, classes]. `mask_background` blanks what
         lies outside the adaptive object mask before the object is cut. Only the passes that `branches` need are
         computed (None: all). With an `exit_threshold` below 1, evaluation looks at the windows of unsure images only:
-        see `networks.early_exit`.
+        see `networks.early_exit`. `boxes` [B, 4]: where the objects are, if that is known; see `System.takes_boxes`.
+        Masks are not known then, so that with `mask_background` the objects are found all the same.
         """
         wanted = requested_branches(branches, self.branches)
-        # 1. Look at the picture.
-        raw = self.backbone(
-            resize_images(images, self.input_size), dense=self.localization_stride < self.backbone.stride
-        )
-        logits = {"raw": self.classifier(self.dropout(raw.embedding))}
-        if wanted <= {"raw"}:
-            return NetworkOutput(logits)
+        threshold = 1.0 if self.training else self.exit_threshold
+        logits = {}
+        # 1. Look at the picture, if only to find the object, or to be sure of it.
+        if wanted & {"raw", "fused"} or self.colocalization is None or threshold < 1:
+            raw = self.backbone(
+                resize_images(images, self.input_size), dense=self.localization_stride < self.backbone.stride
+            )
+            logits["raw"] = self.classifier(self.dropout(raw.embedding))
+            if wanted <= {"raw"}:
+                return NetworkOutput(logits)
 
-        # 2. Fuse the stages: every cell of the final map gathers what it needs from the shallower ones.
-        fused = raw.final
-        if self.fusion is not None:
-            fused = self.fusion(raw)
-            logits["fused"] = self.classifier(self.dropout(fused.mean(dim=(2, 3))))
+            # 2. Fuse the stages: every cell of the final map gathers what it needs from the shallower ones.
+            fused = raw.final
+            if self.fusion is not None:
+                fused = self.fusion(raw)
+                logits["fused"] = self.classifier(self.dropout(fused.mean(dim=(2, 3))))
 
         # 3. Find the object in the fused map, or in what the trunk saw before it was trained.
-        if self.colocalization is not None:
-            localization, stride = self.colocalization(images), self.colocalization.stride
+        if boxes is not None and not mask_background:
+            object_boxes, object_masks = boxes, None
         else:
-            activations = activation_map(fused), activation_map(raw.penultimate)
-            localization = localize(*activations, threshold=self.localization_threshold)
-            stride = self.localization_stride
-        object_boxes = cell_boxes_to_pixels(localization.boxes, stride)
-        object_masks = adaptive_mask(localization)
+            if self.colocalization is not None:
+                localization, stride = self.colocalization(images), self.colocalization.stride
+            else:
+                activations = activation_map(fused), activation_map(raw.penultimate)
+                localization = localize(*activations, threshold=self.localization_threshold)
+                stride = self.localization_stride
+            object_boxes, object_masks = cell_boxes_to_pixels(localization.boxes, stride), adaptive_mask(localization)
         if not wanted & {"object", "window", "graph"}:
             return NetworkOutput(logits, object_boxes, None, object_masks)
 
@@ -202,7 +207,6 @@ class SGKRL(System):
             return NetworkOutput(logits, object_boxes, window_boxes, object_masks)
 
         # 7. Look at them, and let the graph reason on what they show together.
-        threshold = 1.0 if self.training else self.exit_threshold
         logits["window"], logits["graph"] = look_where_unsure(
             self._look_at_windows, crops, window_boxes, logits, self.prediction, threshold, self.ensembling
         )
@@ -214,11 +218,6 @@ class SGKRL(System):
         nodes = self.dropout(windows.embedding.unflatten(0, (-1, self.window_selector.count)))  # [B, N, C]
         by_window, by_graph = self.classifier(nodes), self.graph(nodes, window_boxes)
         return by_window, by_graph + by_window.mean(dim=1) if self.graph_residual else by_graph
-
-    def prepare(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Fit the colocalization, where it finds the object."""
-        if self.colocalization is not None:
-            self.colocalization.fit(images for images, _ in batches)
 
     def masks_background(self, epoch: int) -> bool:
         return epoch >= self.options.mask_from_epoch
