@@ -25,10 +25,10 @@ import torchvision
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from utils.data.augmentation import Augmentation
+from utils.data.augmentation import Augmentation, whole_if_lost
 from utils.data.catalogue import CHOICES, Catalogue, Entry, Source, leave_out, split_validation
 from utils.data.checking import find_bad_pictures
-from utils.data.cropping import central_offset, cut_square, draw_offset
+from utils.data.cropping import central_offset, cut_box, cut_square, draw_offset
 from utils.data.decoding import limit_memory
 from utils.data.errors import DataError, describe
 from utils.data.evaluated import Labelled
@@ -52,6 +52,8 @@ class Sample(NamedTuple):
         the drawn part leaves the object out), or None.
     path: the file; for the demo set the number of the drawn picture.
     augmentation: [16] float32 as `Augmentation.draw` gives it, or None.
+    found_box: [4] float32, like `box`, where the network has found the object; the whole image where augmentation
+        leaves next to nothing of it. None where it was not asked.
     """
 
     image: Tensor
@@ -59,12 +61,14 @@ class Sample(NamedTuple):
     box: Tensor | None
     path: str
     augmentation: Tensor | None = None
+    found_box: Tensor | None = None
 
 
 class Batch(NamedTuple):
     """B samples: images [B, 3, S, S] uint8, labels [B] int64, boxes [B, 4] float32 or None, paths.
 
     augmentation: [B, 16] float32, what is still to be done to the images (the boxes are those after it), or None.
+    found_boxes: [B, 4] float32, those that the network has found, or None.
     """
 
     images: Tensor
@@ -72,6 +76,7 @@ class Batch(NamedTuple):
     boxes: Tensor | None
     paths: list[str]
     augmentation: Tensor | None = None
+    found_boxes: Tensor | None = None
 
 
 class Pictures(Dataset[Sample]):
@@ -82,6 +87,8 @@ class Pictures(Dataset[Sample]):
     sample (a plain index is its own seed), so nothing depends on the worker or on the global generators.
 
     cache: source -> (image, box) as `load_pixels` gives them, for all entries; None: files are read each time.
+    found_boxes: [n, 4] float32, where the network has found the object of each entry: edges in pixels of the image as
+        it is seen; with `augment` of the whole picture, resized to resize_size x resize_size. None: not asked.
     """
 
     def __init__(
@@ -93,12 +100,14 @@ class Pictures(Dataset[Sample]):
         keep_aspect_ratio: bool = False,
         augment: Augmentation | None = None,
         cache: Mapping[Path | int, tuple[Tensor, Tensor | None]] | None = None,
+        found_boxes: Tensor | None = None,
     ) -> None:
         self.entries = list(entries)
         self.image_size = image_size
         self.resizing = (resize_size or image_size, keep_aspect_ratio)
         self.augment = augment
         self.cache = cache
+        self.found_boxes = found_boxes
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -109,15 +118,21 @@ class Pictures(Dataset[Sample]):
         image, box = load_pixels(entry, *self.resizing) if self.cache is None else self.cache[entry.source]
         size, sides = self.image_size, image.shape[-2:]
         path = f"demo/{entry.source:04d}" if isinstance(entry.source, int) else str(entry.source)
+        found = None if self.found_boxes is None else self.found_boxes[index]
         if self.augment is None:
             image, box = cut_square(image, box, central_offset(*sides, size), size)
-            return Sample(image, entry.label, box, path)
+            return Sample(image, entry.label, box, path, found_box=found)
         generator = np.random.default_rng(seed)
         augmentation = self.augment.draw(generator)
-        image, box = cut_square(image, box, draw_offset(*sides, size, self.augment.padding, generator), size)
+        offset = draw_offset(*sides, size, self.augment.padding, generator)
+        image, box = cut_square(image, box, offset, size)
         if box is not None:
             box = self.augment.carry(box, augmentation, size)
-        return Sample(image, entry.label, box, path, augmentation)
+        if found is not None:
+            scales = torch.tensor([sides[1], sides[0]] * 2) / self.resizing[0]
+            found = self.augment.carry(cut_box(found * scales, offset, size), augmentation, size)
+            found = whole_if_lost(found, size)
+        return Sample(image, entry.label, box, path, augmentation, found)
 
 
 def fingerprint(entries: Sequence[Entry], size: int, keep_aspect_ratio: bool = False) -> tuple[str, bytes]:
@@ -147,7 +162,7 @@ def fingerprint(entries: Sequence[Entry], size: int, keep_aspect_ratio: bool = F
 
 def collate(samples: Sequence[Sample]) -> Batch:
     """Stack samples into a batch; boxes and augmentation are None unless every sample has them."""
-    images, labels, boxes, paths, augmentations = zip(*samples, strict=True)
+    images, labels, boxes, paths, augmentations, found = zip(*samples, strict=True)
     # In a worker, PyTorch's own function stacks straight into the memory that the batch is handed over in. It is
     # three times as fast where pixels stay in the order in which they are.
     images = default_collate([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
@@ -157,6 +172,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         boxes=None if any(box is None for box in boxes) else torch.stack(boxes),
         paths=list(paths),
         augmentation=None if any(values is None for values in augmentations) else torch.stack(augmentations),
+        found_boxes=None if any(box is None for box in found) else torch.stack(found),
     )
 
 

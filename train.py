@@ -6,12 +6,16 @@ run. Several processes: `torchrun --nproc_per_node 4 train.py ...`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+from torch.utils.data import DataLoader
+
 from datasets import build_cache, choose_split, evaluation_loader, load_batch, load_catalogue, training_loader
+from networks.system import System
 from utils.config_slips import config_as_edited
 from utils.data.catalogue import Catalogue, Entry
 from utils.data.record import pack, record_pictures
@@ -25,6 +29,7 @@ from utils.training.building import build_learning, build_to_train, weights_of_l
 from utils.training.distributed import cleanup, print_once, rank, setup_distributed, unwrap, world_size
 from utils.training.engine import evaluate, train_one_epoch
 from utils.training.execution import Execution
+from utils.training.found_boxes import find_boxes
 from utils.training.nonfinite import check_finite
 from utils.training.precision import agreed_precision
 from utils.training.schedule import freeze_trunk, plan_epoch
@@ -45,6 +50,37 @@ def describe_data(
         "training_images": len(train_entries),
         "pictures": pack(record_pictures(train_entries, selection_entries, catalogue.test)),
     }
+
+
+def look_at_pictures(
+    run: Run,
+    system: System,
+    execution: Execution,
+    entries: Mapping[str, list[Entry]],
+    loaders: Mapping[str, DataLoader],
+) -> None:
+    """Prepare the network of a new run; where it takes boxes, give the loaders those of their pictures.
+
+    A new run finds them, without augmentation, one that goes on has them. Pictures to train on are looked at whole, as
+    any part of them may be trained on; those to select by are looked at as evaluation sees them.
+    """
+    settings, cache = run.settings, loaders["training"].dataset.cache
+    if run.saved is None:
+        beginning = training_loader(settings, entries["training"], rank=rank(), world_size=world_size())
+        beginning.dataset.cache = cache
+        # Objects are found as in training; what else is prepared, such as centres of k-means, has all its digits.
+        with execution.autocast() if system.takes_boxes else contextlib.nullcontext():
+            system.prepare(execution.batches(beginning))
+    if run.saved is None and system.takes_boxes:
+        run.found_boxes = {}
+        whole = dataclasses.replace(settings, image_size=settings.resize_size, keep_aspect_ratio=False)
+        for part, seen in (("training", whole), ("selection", settings)):
+            loader = evaluation_loader(seen, entries[part][rank() :: world_size()])
+            loader.dataset.cache = cache if seen.keep_aspect_ratio == settings.keep_aspect_ratio else None
+            run.found_boxes[part] = find_boxes(system, loader, execution, len(entries[part]))
+    if run.found_boxes is not None:
+        loaders["training"].dataset.found_boxes = run.found_boxes["training"]
+        loaders["selection"].dataset.found_boxes = run.found_boxes["selection"][rank() :: world_size()]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -87,8 +123,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cache = build_cache(settings, train_entries + selection_entries)
         train_loader.dataset.cache = selection_loader.dataset.cache = cache
         run.begin(bad_pictures)
-        if run.saved is None:
-            system.prepare(execution.batches(train_loader))
+        loaders = {"training": train_loader, "selection": selection_loader}
+        entries = {"training": train_entries, "selection": selection_entries}
+        look_at_pictures(run, system, execution, entries, loaders)
 
         for epoch in run.epochs():
             plan = plan_epoch(system, epoch, loss_weights, warmup_epochs=settings.warmup_epochs)

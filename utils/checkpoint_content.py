@@ -58,6 +58,12 @@ def _is_meter(value: object) -> bool:
     )
 
 
+def _are_found_boxes(value: object) -> bool:
+    if not isinstance(value, dict) or value.keys() != {"training", "selection"}:
+        return False
+    return all(isinstance(boxes, Tensor) and boxes.ndim == 2 and boxes.shape[1] == 4 for boxes in value.values())
+
+
 # In every checkpoint of a run, those to go on from and those to evaluate
 NETWORK = {
     "settings": Entry(lambda value: isinstance(value, dict) and len(value) > 0, "settings by name"),
@@ -83,6 +89,7 @@ OPTIONAL = {
     "pictures": Entry(
         lambda v: isinstance(v, Tensor) and v.dtype == torch.uint8 and v.ndim == 1, "a record of the run's pictures"
     ),
+    "found_boxes": Entry(_are_found_boxes, "boxes of the run's pictures"),
 }
 
 
@@ -129,6 +136,9 @@ def _disagreement(content: Mapping[str, Any]) -> str | None:
         if progress["epoch"] != epoch + 1 or progress["step"] > steps:
             return f"epoch {epoch} is done in it, and step {progress['step']} of epoch {progress['epoch']}"
         done += progress["step"]
+    boxes = content.get("found_boxes")
+    if boxes is not None and len(boxes["training"]) != content["training_images"]:
+        return f"it has {len(boxes['training'])} boxes for {content['training_images']} images"
     if best["epoch"] > epoch:
         return f"its best epoch is {best['epoch']}, and it has done {epoch}"
     scheduled = content["schedule"].get("last_epoch")  # a schedule's epoch is a step

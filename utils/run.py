@@ -81,6 +81,8 @@ class Run:
         self.stack = contextlib.ExitStack()
         self.epochs_done, self.best = 0, {"accuracy": -1.0, "epoch": 0}
         self.progress: dict[str, Any] | None = None  # what an epoch had done when the run was interrupted
+        # Of a system that takes boxes: those of the pictures of `training` and of `selection`, [n, 4] each
+        self.found_boxes: dict[str, Tensor] | None = None
 
     def __enter__(self) -> Run:
         with contextlib.ExitStack() as stack:
@@ -125,6 +127,7 @@ class Run:
             if average is not None:
                 average.load_state_dict(saved["ema"])
         self.epochs_done, self.best, self.progress = saved["epoch"], saved["best"], saved["progress"]
+        self.found_boxes = saved.get("found_boxes")
         is_best = self.best["epoch"] == self.epochs_done and self.progress is None
         if is_main() and is_best and not holds_epoch(self.folder / "best.pth", self.epochs_done):
             # the run was killed between its two files
@@ -304,6 +307,7 @@ class Run:
             "schedule": self.schedule.state_dict(),
             "progress": progress,
             "skipped_steps": self.skipped.used,
+            **({} if self.found_boxes is None else {"found_boxes": self.found_boxes}),
         }
 
     def _recorded(self, error: NonFiniteLossError) -> NonFiniteLossError:

@@ -19,6 +19,9 @@ MIRRORED, FACTORS, ORDER, PART, ANGLE, ERASED = 0, slice(1, 4), slice(4, 7), sli
 BRIGHTNESS, CONTRAST, SATURATION = range(3)  # in `FACTORS`, and as `ORDER` names them
 
 
+LEAST = 1 / 32  # of a side: objects are found in cells that are no smaller
+
+
 class Augmentation(NamedTuple):
     """What training pictures go through: mirrored with probability `flip`; jittered as torchvision's ColorJitter does.
 
@@ -63,6 +66,12 @@ class Augmentation(NamedTuple):
         if self.crop_scale < 1:
             box = carry_into_part(box, drawn[PART], size)
         return carry_round(box, float(drawn[ANGLE]), size) if self.rotation else box
+
+
+def whole_if_lost(box: Tensor, size: int) -> Tensor:
+    """The box [4] of what is to be looked at in a picture of size x size: all of it where next to nothing is left."""
+    x0, y0, x1, y1 = box.tolist()
+    return torch.tensor([0.0, 0.0, size, size]) if min(x1 - x0, y1 - y0) < LEAST * size else box
 
 
 def _draw_part(smallest: float, generator: np.random.Generator) -> tuple[float, float, float, float]:

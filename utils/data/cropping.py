@@ -45,10 +45,14 @@ def cut_square(image: Tensor, box: Tensor | None, offset: Offset, size: int) -> 
         square = image.new_zeros(size, size, 3).permute(2, 0, 1)
         square[:, y0 - top : y1 - top, x0 - left : x1 - left] = inside
         inside = square
-    if box is not None:  # plain numbers: on so few, operations of tensors take longer than the crop
-        starts = (left, top) * 2
-        box = torch.tensor([min(max(e - start, 0.0), size) for e, start in zip(box.tolist(), starts, strict=True)])
-    return inside, box
+    return inside, None if box is None else cut_box(box, offset, size)
+
+
+def cut_box(box: Tensor, offset: Offset, size: int) -> Tensor:
+    """The box [4] in a square of `size` that begins at an offset; without area beyond it."""
+    starts = (offset[1], offset[0]) * 2
+    # Plain numbers: on so few, operations of tensors take longer than the crop.
+    return torch.tensor([min(max(edge - start, 0.0), size) for edge, start in zip(box.tolist(), starts, strict=True)])
 
 
 def seen_part(width: int, height: int, *, image_size: int, resize_size: int, keep_aspect_ratio: bool = False) -> Box:

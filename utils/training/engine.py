@@ -16,7 +16,8 @@ from networks.outputs import NetworkOutput
 from utils.reporting.metrics import EpochMeter, inclusive_to_edges
 from utils.training.distributed import evaluation_network, is_main, unwrap
 from utils.training.execution import Execution
-from utils.training.learning import Learning, Objective
+from utils.training.found_boxes import boxes_to_look_at
+from utils.training.learning import Learning, Objective, given_boxes
 from utils.training.nonfinite import SkipBudget
 from utils.training.schedule import EpochPlan
 from utils.training.targets import Mixing
@@ -73,13 +74,14 @@ def train_one_epoch(
             images = execution.images(batch.images, batch.augmentation)
             if mix is not None:
                 images, labels = mix(images, labels)
-            skipped = learning.learn_from(images, labels, step, batch.paths, meter)
+            boxes = boxes_to_look_at(batch, unwrap(network), execution.device)
+            skipped = learning.learn_from(images, labels, step, batch.paths, meter, boxes)
             schedule.step()
             bar.update(len(labels))
             if not learning.unread:
                 _show(bar, meter)
             if not skipped and save_after(step):  # skipped images would be computed again, and not be finite again
-                learning.check_everything(images, labels, step, batch.paths)
+                learning.check_everything(images, labels, step, batch.paths, boxes)
                 save(step)
     learning.read()
     meter.reduce()
@@ -126,7 +128,12 @@ def evaluate(
     for batch in tqdm(batches, desc=description, disable=_bar_disabled(), leave=False):
         labels = batch.labels.to(execution.device, non_blocking=True)
         with execution.autocast():
-            output = network(execution.images(batch.images), mask_background=plan.mask_background, branches=branches)
+            output = network(
+                execution.images(batch.images),
+                mask_background=plan.mask_background,
+                branches=branches,
+                **given_boxes(boxes_to_look_at(batch, system, execution.device)),
+            )
         prediction = system.predict_logits(output)
         losses = plan.with_total(system.losses(output, labels, label_smoothing=label_smoothing))
         boxes = None if output.object_boxes is None else inclusive_to_edges(output.object_boxes)

@@ -27,13 +27,14 @@ class Objective(NamedTuple):
     def compute(self, network: nn.Module, step: Step) -> tuple[NetworkOutput, dict[str, Tensor]]:
         """Return a step's output and its loss terms, the weighted `total` among them."""
         system, plan = unwrap(network), self.plan
-        labels = {"labels": step.targets} if system.needs_labels and network.training else {}
+        given = {"labels": step.targets} if system.needs_labels and network.training else {}
+        given |= given_boxes(step.boxes)
         with self.execution.autocast():
             output = network(
                 step.images,
                 mask_background=plan.mask_background,
                 branches=plan.branches if step.branches is None else step.branches,
-                **labels,
+                **given,
             )
         terms = system.losses(output, step.targets, label_smoothing=self.label_smoothing)
         weights = self.weights(step)
@@ -41,12 +42,14 @@ class Objective(NamedTuple):
             terms = {name: terms[name] for name in step.terms if name in terms or name in weights}
         return output, {**terms, "total": sum(weight * terms[name] for name, weight in weights.items())}
 
-    def compute_again(self, network: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def compute_again(
+        self, network: nn.Module, images: Tensor, labels: Tensor, boxes: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Return the loss terms of a batch as evaluation computes them: some branches and terms are training's only."""
         system, plan = unwrap(network), self.plan
         branches = tuple(name for name in plan.branches if name in system.evaluated) or system.evaluated
         with self.execution.autocast():
-            output = network(images, mask_background=plan.mask_background, branches=branches)
+            output = network(images, mask_background=plan.mask_background, branches=branches, **given_boxes(boxes))
         return plan.with_total(system.losses(output, labels, label_smoothing=self.label_smoothing))
 
     def weights(self, step: Step) -> dict[str, float]:
@@ -73,11 +76,19 @@ class Learning:
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.unread: list[StepLosses] = []
 
-    def learn_from(self, images: Tensor, labels: Tensor, number: int, paths: list[str], meter: EpochMeter) -> bool:
+    def learn_from(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        number: int,
+        paths: list[str],
+        meter: EpochMeter,
+        boxes: Tensor | None = None,
+    ) -> bool:
         """Take the optimizer steps of a batch, add it to the meter, and tell whether one of them was skipped."""
         taken: list[tuple[Step, NetworkOutput, dict[str, Tensor]]] = []
         skipped = False
-        for step in self.system.steps(images, labels):
+        for step in self.system.steps(images, labels, **given_boxes(boxes)):
             if not self.objective.weights(step):
                 continue
             buffers = [b.clone() for b in self.network.buffers()] if self.skip_nonfinite is not None else []
@@ -124,15 +135,22 @@ class Learning:
         unread, self.unread = self.unread, []
         return check_losses(unread, budget)
 
-    def check_everything(self, images: Tensor, labels: Tensor, number: int, paths: list[str]) -> None:
+    def check_everything(
+        self, images: Tensor, labels: Tensor, number: int, paths: list[str], boxes: Tensor | None = None
+    ) -> None:
         """Raise NonFiniteLossError where the batch has broken the weights. Waits for the device."""
         self.read()
         with torch.no_grad():  # the same images again: the step's own loss was of the weights before it
             module = without_synchronisation(self.network).eval()
-            losses = self.objective.compute_again(module, images, labels)
+            losses = self.objective.compute_again(module, images, labels, boxes)
             self.network.train()
         check_losses([StepLosses.of(number, losses, paths)], None)
         check_weights(self.network, number)
+
+
+def given_boxes(boxes: Tensor | None) -> dict[str, Tensor]:
+    """Boxes as an argument: only systems that take some have it."""
+    return {} if boxes is None else {"boxes": boxes}
 
 
 def _count(meter: EpochMeter, labels: Tensor, taken: list[tuple[Step, NetworkOutput, dict[str, Tensor]]]) -> None:

@@ -17,7 +17,7 @@ from utils.training.distributed import gather, is_main, world_size
 from utils.training.schedule import spreads_over_epochs
 
 # What is in last.pth only
-TRAINING_STATE = ("optimizer", "schedule", "progress", "skipped_steps")
+TRAINING_STATE = ("optimizer", "schedule", "progress", "skipped_steps", "found_boxes")
 # These may differ when a run is continued: they change where and how it is computed, not what.
 FREE_ON_RESUME = {
     *("data_root", "checkpoint_dir", "device", "data_parallel", "workers", "prefetch", "cache", "pictures_every"),
