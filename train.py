@@ -66,10 +66,12 @@ def look_at_pictures(
     """
     settings, cache = run.settings, loaders["training"].dataset.cache
     if run.saved is None:
-        beginning = training_loader(settings, entries["training"], rank=rank(), world_size=world_size())
-        beginning.dataset.cache = cache
-        # Objects are found as in training; what else is prepared, such as centres of k-means, has all its digits.
+        if system.takes_boxes:
+            print_once(f"finding the objects in {sum(map(len, entries.values()))} pictures, once for the whole run")
+        # Objects are found as precisely as in training; what else is prepared, such as k-means, has all its digits.
         with execution.autocast() if system.takes_boxes else contextlib.nullcontext():
+            beginning = training_loader(settings, entries["training"], rank=rank(), world_size=world_size())
+            beginning.dataset.cache = cache
             system.prepare(execution.batches(beginning))
     if run.saved is None and system.takes_boxes:
         run.found_boxes = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from test_train import assert_same_run, interrupt_in_epoch
 from thin_trunk import get_thin_model
 
 import train
-from config import parse_settings
+from config import parse_settings, rebuilt
 from datasets import Entry, Pictures, choose_split, collate, evaluation_loader, load_catalogue, training_loader
 from networks.colocalization import Colocalization
 from networks.outputs import NetworkOutput
@@ -160,7 +161,14 @@ def test_a_run_finds_them_once_keeps_them_and_goes_on_bit_for_bit(
     folder = tmp_path / "whole" / "folder-resnet"
     saved = load_checkpoint(folder / "last.pth")
     assert [len(saved["found_boxes"][part]) for part in ("training", "selection")] == [12, 6]
-    assert saved["found_boxes"]["training"].max() > 96  # of the picture of 112 x 112
+    settings = rebuilt(saved["settings"])
+    system = build_from_settings(settings, 3, load_weights=False)
+    system.load_state_dict(saved["network"])
+    training, selection, _ = choose_split(settings, load_catalogue(settings)[0])
+    whole = dataclasses.replace(settings, image_size=112)
+    for part, entries, seen in (("training", training, whole), ("selection", selection, settings)):
+        again = find_boxes(system, evaluation_loader(seen, entries), Execution(CPU), len(entries))
+        assert torch.equal(saved["found_boxes"][part], again), part
     assert "found_boxes" not in load_checkpoint(folder / "best.pth")
 
     looked_at.clear()

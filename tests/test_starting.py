@@ -49,6 +49,21 @@ def saved(build, tmp_path):
     return checkpoint_of
 
 
+def test_a_trunk_to_find_objects_by_has_to_be_there(build, saved):
+    finding = ("--localization", "colocalization", "--pretrained", "IMAGENET1K_V1")
+    for model, more, is_there in (("mmal", (), False), ("mmal", finding, True)):
+        path, state = saved(model, *more)
+        settings, network = build("resnet", *finding, "--initial_weights", path)
+        if is_there:
+            start_from(settings, network, BIRDS, restored)
+            names = [name for name in state if name.startswith("colocalization.")]
+            assert len(names) > 50
+            assert all(torch.equal(network.state_dict()[name], state[name]) for name in names)
+        else:
+            with pytest.raises(CheckpointError, match=r"no frozen trunk.*pretrained weights instead$"):
+                start_from(settings, network, BIRDS, restored)
+
+
 def split(network: System, before: dict, state: dict) -> tuple[set[str], set[str]]:
     """The names of what was loaded, and of what is as it was; all must be one or the other."""
     now = network.state_dict()

@@ -27,7 +27,7 @@ def start_from(settings: Any, system: System, class_names: Sequence[str], restor
     A tensor fits by its name and shape; where the classes are others, those that belong to classes (whose shape follows
     from their number) are left as they are. Statistics that are kept per pass start from
     those that are shared, and the other way round. Raises CheckpointError where the file is no checkpoint of a run, its
-    trunk is another one, or nothing fits.
+    trunk is another one, nothing fits, or what objects are found by is not in it.
     """
     path = Path(settings.initial_weights).expanduser()
     saved = load_run(path)
@@ -51,6 +51,11 @@ def start_from(settings: Any, system: System, class_names: Sequence[str], restor
             fitting[name] = found
     if not any(name.startswith(TRUNK) for name in fitting):
         raise CheckpointError(f"initial_weights {path}: nothing in it fits this network ({settings.model})")
+    if system.takes_boxes and not any(name.startswith("colocalization.trunk.") for name in fitting):
+        raise CheckpointError(
+            f"initial_weights {path} has no frozen trunk that localization 'colocalization' could find objects by: "
+            "give a run with that localization, or pretrained weights instead"
+        )
     system.load_state_dict(expected | fitting)
     of_theirs = of_classes & state.keys()
     new, unused = (_by_part(names - fitting.keys() - of_theirs) for names in (expected.keys(), state.keys()))
