@@ -72,14 +72,15 @@ def look_at_pictures(
         with execution.autocast() if system.takes_boxes else contextlib.nullcontext():
             beginning = training_loader(settings, entries["training"], rank=rank(), world_size=world_size())
             beginning.dataset.cache = cache
-            system.prepare(execution.batches(beginning))
+            system.prepare(run.unless_stopped(execution.batches(beginning)))
     if run.saved is None and system.takes_boxes:
         run.found_boxes = {}
         whole = dataclasses.replace(settings, image_size=settings.resize_size, keep_aspect_ratio=False)
         for part, seen in (("training", whole), ("selection", settings)):
             loader = evaluation_loader(seen, entries[part][rank() :: world_size()])
             loader.dataset.cache = cache if seen.keep_aspect_ratio == settings.keep_aspect_ratio else None
-            run.found_boxes[part] = find_boxes(system, loader, execution, len(entries[part]))
+            batches = run.unless_stopped(loader)
+            run.found_boxes[part] = find_boxes(system, batches, execution, len(entries[part]))
     if run.found_boxes is not None:
         loaders["training"].dataset.found_boxes = run.found_boxes["training"]
         loaders["selection"].dataset.found_boxes = run.found_boxes["selection"][rank() :: world_size()]

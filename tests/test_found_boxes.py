@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -201,3 +203,22 @@ def test_a_run_from_before_goes_on_finding_them_in_every_pass(run_with_boxes, tm
     looked_at.clear()
     train.main([*arguments, "--epochs", "2"])
     assert sum(looked_at) == 12 + 6
+
+
+def test_a_run_that_is_asked_to_stop_while_it_looks_ends_at_once_and_begins_anew(
+    run_with_boxes, tmp_path, monkeypatch
+) -> None:
+    forward, requests = Colocalization.forward, []
+
+    def asked(self, images: torch.Tensor) -> NetworkOutput:
+        requests.append(len(images))
+        os.kill(os.getpid(), signal.SIGTERM)
+        return forward(self, images)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Colocalization, "forward", asked)
+        train.main(run_with_boxes(tmp_path))
+    assert len(requests) == 1
+    assert not list(tmp_path.glob("*/*.pth"))
+    train.main(run_with_boxes(tmp_path))
+    assert (tmp_path / "folder-resnet" / "last.pth").exists()

@@ -6,9 +6,9 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -44,6 +44,8 @@ from utils.training.resume import (
     move_aside,
 )
 from utils.training.seeding import seed_everything
+
+Item = TypeVar("Item")
 
 
 class Run:
@@ -163,6 +165,16 @@ class Run:
         """Whether the run that goes on shall end elsewhere than it was to."""
         before = self.restore(self.saved["settings"])
         return (before.epochs, before.patience) != (self.settings.epochs, self.settings.patience)
+
+    def unless_stopped(self, batches: Iterable[Item]) -> Iterator[Item]:
+        """Yield what is looked at before the first epoch, when nothing is there to save.
+
+        Raises KeyboardInterrupt where the run was asked to stop; several processes would wait for each other.
+        """
+        for batch in batches:
+            if world_size() == 1 and self.stop.requested:
+                raise KeyboardInterrupt
+            yield batch
 
     # ---- One epoch --------------------------------------------------------------------------------------------------
 

@@ -17,8 +17,6 @@ from torch import Tensor
 # Columns of what is drawn for a picture
 MIRRORED, FACTORS, ORDER, PART, ANGLE, ERASED = 0, slice(1, 4), slice(4, 7), slice(7, 11), 11, slice(12, 16)
 BRIGHTNESS, CONTRAST, SATURATION = range(3)  # in `FACTORS`, and as `ORDER` names them
-
-
 LEAST = 1 / 32  # of a side: objects are found in cells that are no smaller
 
 

@@ -6,11 +6,11 @@ run, and follow each picture's augmentation as its true box does, see `datasets.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from networks.system import System
@@ -20,11 +20,11 @@ from utils.training.execution import Execution
 
 
 @torch.no_grad()
-def find_boxes(system: System, batches: DataLoader, execution: Execution, count: int) -> Tensor:
+def find_boxes(system: System, batches: Iterable[Any], execution: Execution, count: int) -> Tensor:
     """Return [count, 4] float32 on the CPU: where a system finds the objects of so many pictures, in their order.
 
-    Edges in pixels of the batches' images. `batches` hold every world_size-th of the pictures, from that of this
-    process's rank on; all processes have to ask, and get all.
+    Edges in pixels of the images. `batches`, of `datasets` and without augmentation, hold every world_size-th of the
+    pictures, from that of this process's rank on; all processes have to ask, and get all.
     """
     found = torch.zeros(count, 4, device=execution.device)
     own, done = found[rank() :: world_size()], 0
