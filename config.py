@@ -37,6 +37,7 @@ from utils.options import (
     with_lists_as_defaults,
 )
 from utils.shared_settings import (
+    READ,
     Alpha,
     Batches,
     Branches,
@@ -258,7 +259,7 @@ def complete(settings: Settings) -> Settings:
     from networks import Shared, build_options, check_trunk, defaults_of, find_system, owners_of
 
     tables = {"PUBLISHED": PUBLISHED, **_titled(RECIPES, "recipe"), **_titled(DATASETS, "the table of")}
-    check_edited(Settings, tables, path=__file__, is_option=owners_of)
+    check_edited(Settings, tables, read=READ, path=__file__, is_option=owners_of)
     settings = checked(settings)
     if settings.dataset not in DATASETS:
         raise SettingsError(f"unknown dataset {shown(settings.dataset)}; choose one of {', '.join(DATASETS)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import re
 import sys
@@ -10,14 +11,22 @@ from pathlib import Path
 import pytest
 from launching import PROJECT
 
-from utils.config_slips import config_as_edited
+from config import Settings
+from utils.config_slips import check_edited, config_as_edited
 from utils.errors import exit_with_one_sentence
+from utils.options import SettingsError, hints
+from utils.shared_settings import READ
 
 # what stands in config.py, what somebody makes of it -> words of the sentence, beside the line
 SLIPS = {
     "a key in a table": ('    "batch_size": 40,', '    "batchsize": 40,', ["batchsize in PUBLISHED", "batch_size?"]),
     "a key in a data set's table": ('        "epochs": 11,', '        "epoch": 11,', ["table of demo", "epochs?"]),
     "a field renamed": ("    seed: CountOrZero", "    sed: CountOrZero", ["no setting seed", "has sed"]),
+    "a field removed that is read late": (
+        "    keep_checkpoints: ",
+        "    # keep_checkpoints: ",
+        ["keep_checkpoints in Set"],
+    ),
     "a field of a table renamed": (
         "    dropout: Share",
         "    droput: Share",
@@ -67,10 +76,19 @@ def test_a_slip_in_config_py_is_one_sentence_with_its_line(case, tmp_path, capsy
     assert sentence.startswith("error: config.py")
     assert all(word in sentence for word in words), sentence
     line = re.search(r"config\.py line (\d+)", sentence)
-    if case not in ("a table that is none", "a field renamed", "a field of a table renamed"):
+    if case not in ("a table that is none", "a field renamed", "a field of a table renamed") and "removed" not in case:
         assert int(line[1]) in (at, at - 1), sentence
     elif case == "a field renamed":
         assert f"line {at} has sed" in sentence
+
+
+def test_every_field_that_is_no_longer_there_is_missed_before_anything_else():
+    """Also those that nothing reads before the end of an epoch."""
+    assert list(hints(Settings)) == list(READ)
+    for name in READ:
+        rest = dataclasses.make_dataclass("Settings", [(other, object) for other in READ if other != name])
+        with pytest.raises(SettingsError, match=f"config.py has no setting {name} in Settings"):
+            check_edited(rest, {}, read=READ, path="config.py", is_option=lambda _: False)
 
 
 def test_faults_elsewhere_keep_their_traceback():

@@ -616,7 +616,7 @@ BAD_INPUT = {
     "no such loss": (["--loss_weights", "tail=1", "--name", "other"], ["tail", "raw"]),
     "contradiction": (["--batch_norm", "frozen"], ["batch_norm", "pretrained"]),
     "another system's setting": (["--graph_scope", "batch"], ["graph_scope", "sgkrl_published", "resnet"]),
-    "other settings in the folder": (["--epochs", "9"], ["epochs 1 there and 9 here", "--name", "--fresh"]),
+    "other settings in the folder": (["--seed", "9"], ["seed 0 there and 9 here", "--name", "--fresh"]),
     "other classes in the folder": (["--classes", "red", "blue"], ["classes", "--name", "--fresh"]),
     "a name that is a path": (["--name", "../up"], ["name", "../up"]),
     "a folder that cannot be made": (["--checkpoint_dir", "/proc/runs"], ["/proc/runs"]),

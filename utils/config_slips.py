@@ -86,11 +86,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def check_edited(
-    settings: type, tables: Mapping[str, object], *, path: str, is_option: Callable[[str], object]
+    settings: type,
+    tables: Mapping[str, object],
+    *,
+    read: Iterable[str],
+    path: str,
+    is_option: Callable[[str], object],
 ) -> None:
     """Refuse a settings class or tables of values with a slip in them. Raises SettingsError.
 
-    `tables`: values by setting, by the table's title; a system's own settings may stand there, too (`is_option`).
+    `read`: the fields that a run needs, sooner or later. `tables`: values by setting, by the table's title; a system's
+    own settings may stand there, too (`is_option`).
     """
     file, fields = Path(path), hints(settings)
     for name, value in vars(settings).items():
@@ -103,6 +109,9 @@ def check_edited(
             if name not in fields and not (isinstance(name, str) and is_option(name)):
                 place = _place(file, ".*[\"']" + re.escape(str(name)) + "[\"'] *:")
                 raise SettingsError(f"{place}: {name} in {title} is no setting{nearest(str(name), fields)}")
+    for name in read:
+        if name not in fields:
+            raise _absent(settings, name, file)
 
 
 def names_what_is_absent(settings: type) -> type:
@@ -115,10 +124,13 @@ def _refuse_absent(settings: object, name: str) -> None:
     if name.startswith("_"):
         raise AttributeError(name)
     kind = type(settings)
-    file = Path(inspect.getsourcefile(kind) or "config.py")
+    raise _absent(kind, name, Path(inspect.getsourcefile(kind) or "config.py"))
+
+
+def _absent(kind: type, name: str, file: Path) -> SettingsError:
     near = difflib.get_close_matches(name, list(hints(kind)), n=1, cutoff=0.6)
     instead = f": {_place(file, _field(near[0]))} has {near[0]}, which may have been it" if near else ""
-    raise SettingsError(f"{file.name} has no setting {name} in {kind.__name__} any more{instead}; put it back")
+    return SettingsError(f"{file.name} has no setting {name} in {kind.__name__} any more{instead}; put it back")
 
 
 def _field(name: str) -> str:

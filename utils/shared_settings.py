@@ -10,6 +10,22 @@ from typing import Annotated, Any
 
 from utils.options import Limit, require
 
+# What the code reads of the settings in config.py, much of it late in a run
+READ = (
+    *("model", "options", "dataset", "data_root", "classes", "class_level", "labels", "validation_labels"),
+    *("test_labels", "image_column", "label_column", "split_column", "aircraft_level", "name", "checkpoint_dir"),
+    *("fresh", "seed", "validation", "select_on", "test_fraction", "input_size", "image_size", "resize_size"),
+    *("keep_aspect_ratio", "padding", "flip", "brightness", "contrast", "saturation", "rotation", "erasing"),
+    *("crop_scale", "normalization", "backbone", "pretrained", "initial_weights", "stride_on_first_conv"),
+    *("last_stride", "batch_norm", "prediction", "ensembling", "dropout", "recipe", "epochs", "patience"),
+    *("batch_size", "learning_rate", "head_learning_rate_factor", "optimizer", "momentum", "weight_decay"),
+    *("decay_norms_and_biases", "schedule", "milestones", "decay_rate", "linear_warmup_epochs"),
+    *("frozen_trunk_epochs", "ema_decay", "clip_gradient_norm", "label_smoothing", "class_weights", "mixup"),
+    *("cutmix", "loss_weights", "images_per_class", "warmup_epochs", "save_every_steps", "keep_checkpoints"),
+    *("on_bad_image", "skip_nonfinite", "device", "data_parallel", "sync_batch_norm", "precision", "channels_last"),
+    *("compile", "workers", "picture_memory", "prefetch", "cache", "evaluation_batch_size", "pictures_every"),
+)
+
 
 def can_be_folder(text: str) -> bool:
     """Whether a path is a folder that is there, or one that could be made."""
