@@ -25,7 +25,7 @@ from utils.reporting.panels import draw_panel, spread_over
 from utils.run import Run
 from utils.training.allocator import keep_freed_memory
 from utils.training.averaging import Average, network_of
-from utils.training.building import build_learning, build_to_train, weights_of_losses
+from utils.training.building import build_learning, build_to_train, check_shares, weights_of_losses
 from utils.training.distributed import cleanup, print_once, rank, setup_distributed, unwrap, world_size
 from utils.training.engine import evaluate, train_one_epoch
 from utils.training.execution import Execution
@@ -114,6 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         pretrained = begins and settings.initial_weights is None
         network = build_to_train(settings, classes, device, load_weights=pretrained)
         system = unwrap(network)
+        check_shares(network, train_loader)
         if begins and settings.initial_weights is not None:
             print_once(start_from(settings, system, catalogue.class_names, restored))
         loss_weights = weights_of_losses(settings, system)

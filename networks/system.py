@@ -121,6 +121,7 @@ class System(nn.Module):
     # Of groups in `parameter_groups` beside `trunk` and `heads`, whose factor is a shared setting
     learning_rate_factors: ClassVar[Mapping[str, float]] = {}
     class_weights: Tensor | None = None  # [classes], of cross-entropies; set before training
+    smallest_batch: ClassVar[int] = 1  # images that each device learns from at least: 2 if heads normalise over them
     can_exit_early: ClassVar[bool] = False  # whether it has an `exit_threshold`
 
     def __init__(self, backbone: Backbone, options: object, shared: Shared):

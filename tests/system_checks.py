@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import reference
@@ -289,6 +290,15 @@ def _gradients(network: System) -> dict[str, Tensor]:
     return {name: parameter.grad.clone() for name, parameter in network.named_parameters() if parameter.requires_grad}
 
 
+def the_smallest_batch_is_learnt_from(variant: Variant) -> None:
+    """And smaller ones are not, so that what a system says of itself is no more than it needs."""
+    network = variant.build_scripted()
+    for count in range(1, network.smallest_batch + 1):
+        with pytest.raises(ValueError, match="more than 1 value") if count < network.smallest_batch else nullcontext():
+            steps = training_steps(network, make_images(batch=count), LABELS[:count])
+            assert all(terms["total"].isfinite() for *_, terms in steps)
+
+
 def parameter_groups_hold_every_parameter_once(variant: Variant) -> None:
     network = variant.build_scripted()
     groups = network.parameter_groups()
@@ -476,6 +486,7 @@ CHECKS: tuple[Check, ...] = (
     background_is_masked_only_where_there_are_masks,
     every_loss_term_has_a_weight,
     gradient_reaches_every_parameter,
+    the_smallest_batch_is_learnt_from,
     parameter_groups_hold_every_parameter_once,
     heads_are_parts_that_start_from_random_weights,
     weights_are_checked_before_a_save_within_an_epoch,

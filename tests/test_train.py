@@ -11,11 +11,13 @@ import shutil
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from launching import TORCHRUN, run_python, run_script, run_two_processes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
 import config
 import datasets
@@ -31,7 +33,8 @@ from utils.data import demo_birds
 from utils.data.image_batches import normalised
 from utils.errors import Stopped, UserError, exit_with_one_sentence
 from utils.options import flat
-from utils.training.building import build_from_settings, load_trained
+from utils.training.building import build_from_settings, check_shares, load_trained
+from utils.training.distributed import unwrap
 from utils.training.nonfinite import NonFiniteLossError
 from utils.training.resume import FREE_ON_RESUME
 
@@ -842,6 +845,35 @@ def test_what_cannot_be_built_is_refused_before_anything_is_written(tiny_run, tm
     assert word in sentence
     assert len(sentence.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("model", ["pmg", "mcloss"])
+def test_two_processes_that_get_one_image_each_are_refused_where_heads_normalise_over_images(
+    tiny_run, tmp_path, monkeypatch, model
+):
+    monkeypatch.setattr(train, "world_size", lambda: 2)
+    with pytest.raises(UserError, match="gets 1 training image and needs 2") as refusal:
+        train.main(tiny_run(tmp_path, "--batch_size", "2", model=model))
+    assert len(str(refusal.value).splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "images", "gpus", "smallest"),
+    [(2, 9, 1, 2), (1, 9, 1, 1), (4, 1, 1, 1), (8, 9, 4, 2), (4, 9, 4, 1), (5, 9, 3, 1), (9, 9, 4, 3), (6, 9, 2, 3)],
+)
+def test_the_smallest_share_of_a_batch_is_that_of_the_last_gpu(batch_size, images, gpus, smallest):
+    """As torch's scatter cuts a batch; a training set below `batch_size` is one batch."""
+    network = nn.Module() if gpus == 1 else nn.DataParallel(nn.Module())
+    (network if gpus == 1 else network.module).smallest_batch = smallest
+    network.device_ids = list(range(gpus))
+    loader = SimpleNamespace(batch_size=batch_size, sampler=range(images))
+    check_shares(network, loader)
+    unwrap(network).smallest_batch = smallest + 1
+    with pytest.raises(UserError, match=f"gets {smallest} training image"):
+        check_shares(network, loader)
+    unwrap(network).norm = nn.SyncBatchNorm(1)
+    check_shares(network, loader)
 
 
 # ---- test.py --------------------------------------------------------------------------------------------------------

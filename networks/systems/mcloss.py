@@ -69,6 +69,7 @@ class MCLoss(System):
         "dense.": "classifier.",
     }
     warmup_branches = ()
+    smallest_batch = 2
 
     branches = ("raw", "channels")
     evaluated = ("raw",)

@@ -83,6 +83,7 @@ class PMG(System):
         "classifier_concat.": "classifiers.concat.",
     }
     warmup_branches = ()
+    smallest_batch = 2
 
     branches = (*STAGES, "concat")
     evaluated = branches

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
 
 from networks import build_network
 from networks.folding import cast_for_autocast, fold_batch_norm
@@ -68,6 +69,23 @@ def build_to_train(settings: Any, num_classes: int, device: torch.device, *, loa
         system.exit_threshold = 1.0  # the validation looks at everything
     system.evaluated = evaluated_branches(system, weights_of_losses(settings, system))
     return network
+
+
+def check_shares(network: torch.nn.Module, loader: DataLoader) -> None:
+    """Raise UserError where a process or GPU would get fewer images of a batch than its system can learn from.
+
+    Batch norms that are synchronised see the images of all processes.
+    """
+    images = min(loader.batch_size, len(loader.sampler))
+    devices = len(network.device_ids) if isinstance(network, torch.nn.DataParallel) else 1
+    smallest = min(len(share) for share in torch.arange(images).chunk(devices))  # as DataParallel deals them
+    needed = unwrap(network).smallest_batch
+    synchronised = any(isinstance(module, torch.nn.SyncBatchNorm) for module in network.modules())
+    if smallest < needed and not synchronised:
+        raise UserError(
+            f"of a batch, a process or GPU gets {smallest} training image and needs {needed}, as the system's heads "
+            "normalise over images: raise batch_size, use fewer processes or GPUs, or train on more images"
+        )
 
 
 def build_learning(settings: Any, system: System, *, steps_per_epoch: int) -> tuple[Optimizer, LRScheduler]:
