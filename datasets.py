@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from utils.data.augmentation import Augmentation, whole_if_lost
 from utils.data.catalogue import CHOICES, Catalogue, Entry, Source, leave_out, split_validation
 from utils.data.checking import find_bad_pictures
-from utils.data.cropping import central_offset, cut_box, cut_square, draw_offset
+from utils.data.cropping import central_offset, cut_box, cut_square, draw_offset, with_corners
 from utils.data.decoding import limit_memory
 from utils.data.errors import DataError, describe
 from utils.data.evaluated import Labelled
@@ -89,6 +89,7 @@ class Pictures(Dataset[Sample]):
     cache: source -> (image, box) as `load_pixels` gives them, for all entries; None: files are read each time.
     found_boxes: [n, 4] float32, where the network has found the object of each entry: edges in pixels of the image as
         it is seen; with `augment` of the whole picture, resized to resize_size x resize_size. None: not asked.
+    corners: the image is [3, 5 * S, S]: the central square, below it those in the corners of the resized picture.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class Pictures(Dataset[Sample]):
         augment: Augmentation | None = None,
         cache: Mapping[Path | int, tuple[Tensor, Tensor | None]] | None = None,
         found_boxes: Tensor | None = None,
+        corners: bool = False,
     ) -> None:
         self.entries = list(entries)
         self.image_size = image_size
@@ -108,6 +110,7 @@ class Pictures(Dataset[Sample]):
         self.augment = augment
         self.cache = cache
         self.found_boxes = found_boxes
+        self.corners = corners
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -120,6 +123,9 @@ class Pictures(Dataset[Sample]):
         path = f"demo/{entry.source:04d}" if isinstance(entry.source, int) else str(entry.source)
         found = None if self.found_boxes is None else self.found_boxes[index]
         if self.augment is None:
+            if self.corners:
+                _, box = cut_square(image, box, central_offset(*sides, size), size)
+                return Sample(with_corners(image, size), entry.label, box, path, found_box=found)
             image, box = cut_square(image, box, central_offset(*sides, size), size)
             return Sample(image, entry.label, box, path, found_box=found)
         generator = np.random.default_rng(seed)
@@ -311,10 +317,10 @@ def training_loader(
     )
 
 
-def evaluation_loader(settings: DataSettings, entries: list[Entry]) -> DataLoader[Batch]:
-    """Batches of the pictures as they are listed, not augmented."""
+def evaluation_loader(settings: DataSettings, entries: list[Entry], *, corners: bool = False) -> DataLoader[Batch]:
+    """Batches of the pictures as they are listed, not augmented; see `Pictures` for `corners`."""
     return DataLoader(
-        Pictures(entries, **loading_of(settings)),
+        Pictures(entries, **loading_of(settings), corners=corners),
         batch_size=settings.evaluation_batch_size,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
@@ -323,15 +329,20 @@ def evaluation_loader(settings: DataSettings, entries: list[Entry]) -> DataLoade
     )
 
 
-def load_batch(entries: Sequence[Entry], settings: DataSettings) -> Batch:
-    """Load pictures as one batch, not augmented."""
-    pictures = Pictures(entries, **loading_of(settings))
+def load_batch(entries: Sequence[Entry], settings: DataSettings, *, corners: bool = False) -> Batch:
+    """Load pictures as one batch, not augmented; see `Pictures` for `corners`."""
+    pictures = Pictures(entries, **loading_of(settings), corners=corners)
     return collate([pictures[index] for index in range(len(entries))])
 
 
 def loading_of(settings: DataSettings) -> dict[str, int | bool]:
     """Return how `Pictures` are loaded, whatever they are loaded for."""
     return {name: getattr(settings, name) for name in ("image_size", "resize_size", "keep_aspect_ratio")}
+
+
+def comes_with_corners(settings: DataSettings, views: Sequence[str] | None) -> bool:
+    """Whether views of a picture need its corners: the five crops, where more is loaded than is seen."""
+    return "five_crops" in (views or ()) and settings.resize_size > settings.image_size
 
 
 def _worker_options(settings: DataSettings) -> dict[str, object]:

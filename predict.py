@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from datasets import DataError, Entry, Pictures, Sample, collate, loading_of
+from datasets import DataError, Entry, Pictures, Sample, collate, comes_with_corners, loading_of
 from networks.evidence import forward_with_evidence
 from networks.views import VIEWS, look_at_views
 from utils.command_line import Parser, named
@@ -76,12 +76,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     places = {"data_root": ".", "checkpoint_dir": "."}
     trained = load_trained(options.checkpoint, rebuilt, weights=options.weights, **places, **machine)
     network, class_names = trained.network, trained.saved["class_names"]
+    corners = comes_with_corners(trained.settings, options.views)
     if options.views:
-        look_at_views(network, options.views)
+        look_at_views(network, options.views, corners=corners)
     loading = loading_of(trained.settings)
     limit_memory(trained.settings.picture_memory)
     loader = DataLoader(
-        ReadablePictures(pictures, **loading),
+        ReadablePictures(pictures, **loading, corners=corners),
         batch_size=options.batch_size,
         num_workers=min(options.workers, len(pictures) // 2),
         collate_fn=list,

@@ -28,7 +28,7 @@ from datasets import (
     DataError,
     Entry,
     choose_split,
-    collate,
+    comes_with_corners,
     evaluation_loader,
     load_batch,
     load_catalogue,
@@ -132,7 +132,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shared = {"plan": plan, "execution": execution, "label_smoothing": settings.label_smoothing}
 
     # Evaluate.
-    views = look_at_views(network, options.views) if options.views else 1
+    corners = comes_with_corners(settings, options.views)
+    views = look_at_views(network, options.views, corners=corners) if options.views else 1
     settings = let_exit_early(network, settings, data, options, shared)
     exits = network.can_exit_early and network.exit_threshold < 1
     # where images exit, these repeat other branches, so that no figure is theirs
@@ -140,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = ResultCollector(network.input_size, leave_out=copied)
     figures = evaluate(
         network,
-        evaluation_loader(settings, entries),
+        evaluation_loader(settings, entries, corners=corners),
         branches=options.branches,
         on_batch=results,
         description="test",
@@ -165,12 +166,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "settings": dataclasses.asdict(settings),
     }
     show(as_text(report))
-    batch = load_batch(spread_over(listed), settings)
+    batch = load_batch(spread_over(listed), settings, corners=corners)
     panel = draw_panel(network, batch, execution, plan, class_names)
     folder, ending = folder_of_report(options, settings, data), ending_of(options)
     make_output_folder(folder)
     save_png(folder / "pictures" / f"test{ending}.png", panel)
-    mistakes = mistaken_batches(settings, entries, results.surest_mistakes(), one_by_one=exits)
+    mistakes = mistaken_batches(settings, entries, results.surest_mistakes(), one_by_one=exits, corners=corners)
     drawn = draw_mistakes(trained, mistakes)
     if options.embeddings or (folder / "log.jsonl").exists():  # a run's folder, whose curves TensorBoard shows
         shown = {name: v for name, v in figures.items() if name.startswith(("accuracy/", "box_iou/"))}
@@ -289,7 +290,8 @@ def let_exit_early(
     threshold = settings.options["exit_threshold"] if options.exit_threshold is None else options.exit_threshold
     if options.exit_curve:
         changed_threshold(settings, 0.0)  # refuses a graph that cannot do without
-        threshold = calibrated_exit(network, settings, data, shared)
+        corners = comes_with_corners(settings, options.views)
+        threshold = calibrated_exit(network, settings, data, shared, corners=corners)
     network.exit_threshold = threshold
     return changed_threshold(settings, threshold)
 
@@ -298,7 +300,7 @@ def changed_threshold(settings: Any, threshold: float) -> Any:
     return rebuilt(dataclasses.asdict(settings), exit_threshold=threshold)
 
 
-def calibrated_exit(network: System, settings: Any, data: Evaluated, shared: Mapping) -> float:
+def calibrated_exit(network: System, settings: Any, data: Evaluated, shared: Mapping, *, corners: bool) -> float:
     """Print accuracy against compute on the run's validation images; return the threshold that loses nothing there."""
     if settings.select_on == "test":
         raise SettingsError(
@@ -313,7 +315,7 @@ def calibrated_exit(network: System, settings: Any, data: Evaluated, shared: Map
     else:
         entries, name = data.selection, f"{len(data.selection)} validation images of the run"
     collector = ExitCollector(network)
-    loader = evaluation_loader(settings, entries)
+    loader = evaluation_loader(settings, entries, corners=corners)
     evaluate(network, loader, branches=network.branches, on_batch=collector, description="validation", **shared)
     curve = collector.curve()
     chosen = choose_threshold(curve)
@@ -326,13 +328,13 @@ def load_upright(path: Path):
 
 
 def mistaken_batches(
-    settings: Any, entries: Sequence[Entry], positions: Sequence[int], *, one_by_one: bool
+    settings: Any, entries: Sequence[Entry], positions: Sequence[int], *, one_by_one: bool, corners: bool
 ) -> Iterator[tuple[Any, list, list[int]]]:
     """Yield the images at these positions once more, as batches, what is seen of them in its own size, and labels."""
     step = 1 if one_by_one else settings.evaluation_batch_size  # with an early exit, passes differ between images
     for start in range(0, len(positions), step):
         chosen = [entries[position] for position in positions[start : start + step]]
-        batch = collate(list(evaluation_loader(settings, chosen).dataset))
+        batch = load_batch(chosen, settings, corners=corners)
         sources = [entry.source for entry in chosen]
         pictures = [draw_demo_picture(s) if isinstance(s, int) else load_upright(s) for s in sources]
         pictures = [cut_out(picture, seen_part(*picture.size, **loading_of(settings))) for picture in pictures]

@@ -123,6 +123,7 @@ class System(nn.Module):
     class_weights: Tensor | None = None  # [classes], of cross-entropies; set before training
     smallest_batch: ClassVar[int] = 1  # images that each device learns from at least: 2 if heads normalise over them
     can_exit_early: ClassVar[bool] = False  # whether it has an `exit_threshold`
+    own_views: ClassVar[tuple[str, ...]] = ()  # of `networks.views.VIEWS`, those that only some systems have
 
     def __init__(self, backbone: Backbone, options: object, shared: Shared):
         super().__init__()
@@ -211,6 +212,10 @@ class System(nn.Module):
         """
         if self.colocalization is not None:
             self.colocalization.fit(images for images, _ in batches)
+
+    def look_at_own(self, view: str) -> int:
+        """Look, from here on, at what one of `own_views` names; return how many views that are with the picture."""
+        raise NotImplementedError
 
     def after_step(self, output: NetworkOutput, targets: Tensor) -> None:
         """Change buffers after an optimizer step, such as moving averages; nothing here has a gradient."""

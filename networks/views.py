@@ -11,28 +11,41 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import five_crop
 
 from networks.outputs import SEVERAL_PER_IMAGE, NetworkOutput, combine_logits
+from networks.system import System
 from utils.errors import UserError
 
-VIEWS = ("mirror", "five_crops")
-CROP = 7 / 8  # side of a crop as a share of the picture's
+VIEWS = ("mirror", "five_crops", "three_crops")
+OF_EVERY_SYSTEM = VIEWS[:2]
+CROP = 7 / 8  # side of a crop as a share of the picture's, where nothing lies round the picture
 
 
-def look_at_views(network: nn.Module, views: Sequence[str]) -> int:
+def look_at_views(network: System, views: Sequence[str], *, corners: bool = False) -> int:
     """Let a system, from here on, classify by a picture and by views of it together; return how many there are.
 
-    `mirror`: the picture and its mirror image. `five_crops`: the picture, its four corners and its middle, 7/8 of its
-    side, enlarged to its size; with `mirror`, the mirror images of all six. They are looked at one after the other.
+    `mirror`: the picture and its mirror image. `five_crops`: the picture and the corners of what it was cut out of,
+    where images come with these (`utils.data.cropping.with_corners`); else its four corners and its middle, 7/8 of its
+    side, enlarged to its size. With `mirror`, the mirror images of all of them, too. They are looked at one after the
+    other. `three_crops`: a system that crops by its attention does so three times (`System.own_views`).
+
     A branch's logits become what the system's `ensembling` makes of all views: with `mean_probability` those of the
     mean probability, else the mean of logits, so that they do not grow with the number of views. Boxes and masks, and
     what is classified region by region, are those of the picture itself.
 
-    Raises UserError for an unknown view.
+    `corners`: whether the images come with theirs. Raises UserError for a view that the system does not have.
     """
+    choices = (*OF_EVERY_SYSTEM, *network.own_views)
     for view in views:
-        if view not in VIEWS:
-            raise UserError(f"views has {view!r}; choose from {', '.join(VIEWS)}")
-    network.register_forward_hook(_AddViews(tuple(views)), with_kwargs=True)
-    return (6 if "five_crops" in views else 1) * (2 if "mirror" in views else 1)
+        if view not in choices:
+            raise UserError(f"views has {view!r}; choose from {', '.join(choices)}")
+    passes = 1
+    for view in network.own_views:
+        if view in views:
+            passes = network.look_at_own(view)
+    hook = _AddViews(tuple(views))
+    network.register_forward_pre_hook(hook.take_apart)
+    network.register_forward_hook(hook, with_kwargs=True)
+    of_crops = 1 if "five_crops" not in views else 5 if corners else 6
+    return passes * of_crops * (2 if "mirror" in views else 1)
 
 
 def looks_at_other_view(network: nn.Module) -> bool:
@@ -40,16 +53,20 @@ def looks_at_other_view(network: nn.Module) -> bool:
     return getattr(network, "_other_view", False)
 
 
-def other_views(images: Tensor, views: Sequence[str]) -> Iterator[Tensor]:
-    """Yield the views of images [B, 3, S, S], each of that shape, without the images themselves."""
+def other_views(images: Tensor, views: Sequence[str], corners: Sequence[Tensor] = ()) -> Iterator[Tensor]:
+    """Yield the views of images [B, 3, S, S], each of that shape, without the images themselves.
+
+    `corners`: those of what the images were cut out of, each of their shape.
+    """
     size = images.shape[-1]
     side = round(size * CROP)
     mirrored = "mirror" in views
     if mirrored:
         yield images.flip(-1)
     if "five_crops" in views:
-        for crop in five_crop(images, [side, side]):
-            view = F.interpolate(crop.float(), size=(size, size), mode="bilinear").to(images.dtype)
+        for crop in corners or five_crop(images, [side, side]):
+            fits = crop.shape[-1] == size
+            view = crop if fits else F.interpolate(crop.float(), size=(size, size), mode="bilinear").to(images.dtype)
             yield view
             if mirrored:
                 yield view.flip(-1)
@@ -60,6 +77,13 @@ class _AddViews:
 
     def __init__(self, views: tuple[str, ...]) -> None:
         self.views = views
+        self.corners: Sequence[Tensor] = ()
+
+    def take_apart(self, network: Any, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Keep the corners for later: the system sees the pictures."""
+        images, *more = arguments
+        picture, *self.corners = images.split(images.shape[-1], dim=-2)
+        return picture, *more
 
     def __call__(self, network: Any, arguments: tuple, call: dict[str, Any], output: NetworkOutput) -> NetworkOutput:
         images, *more = arguments
@@ -69,10 +93,11 @@ class _AddViews:
         network._other_view = True
         try:
             with torch.no_grad():
-                for view in other_views(images, self.views):
+                for view in other_views(images, self.views, self.corners):
                     found.append(network.forward(view, *more, **call).logits)
         finally:
             network._other_view = False
+            self.corners = ()
         logits = {
             name: own
             if name in SEVERAL_PER_IMAGE

@@ -9,18 +9,23 @@ import torch
 import torch.nn.functional as F
 from small_systems import CLASSES, SIZE, Variant, assert_same, make_images, run
 from torch import Tensor
+from torchvision.transforms.functional import five_crop, ten_crop
 
 import predict
 import train
+from datasets import Pictures
 from networks import MODELS
 from networks.evidence import forward_with_evidence
 from networks.outputs import SEVERAL_PER_IMAGE
-from networks.views import VIEWS, look_at_views, other_views
+from networks.views import OF_EVERY_SYSTEM, look_at_views, other_views
+from utils.data.cropping import pictures_alone
+from utils.data.pixels import load_pixels
 from utils.errors import UserError
 from utils.reporting.results import read_predictions
 
 pytestmark = pytest.mark.usefixtures("thin_trunk")
 
+VIEWS = OF_EVERY_SYSTEM
 CHOICES = (("mirror",), ("five_crops",), VIEWS)
 
 
@@ -103,9 +108,49 @@ def test_evidence_is_of_the_picture_for_what_all_views_predict() -> None:
     assert not any(value.requires_grad for value in output.logits.values())
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("keep_aspect_ratio", [False, True])
+def test_five_crops_are_those_of_the_whole_resized_picture(rectangle, keep_aspect_ratio: bool) -> None:
+    """They are torchvision's FiveCrop and TenCrop."""
+    loading = {"resize_size": SIZE + 21, "keep_aspect_ratio": keep_aspect_ratio}
+    (whole, _), side = load_pixels(rectangle, SIZE + 21, keep_aspect_ratio), SIZE
+    sample = Pictures([rectangle], image_size=side, **loading, corners=True)[0]
+    squares = five_crop(whole, [side, side])
+    assert torch.equal(sample.image, torch.cat([squares[4], *squares[:4]], dim=1))
+    assert sample.image.permute(1, 2, 0).is_contiguous()
+    plain = Pictures([rectangle], image_size=side, **loading)[0]
+    assert torch.equal(pictures_alone(sample.image), plain.image)
+    assert torch.equal(sample.box, plain.box)
+
+    variant = Variant("resnet")
+    for views, expected in ((("five_crops",), squares), (("five_crops", "mirror"), ten_crop(whole, [side, side]))):
+        network = variant.build().eval()
+        assert look_at_views(network, views, corners=True) == len(expected)
+        output, passes = run(network, sample.image[None] / 255)
+        assert len(passes) == len(expected)
+        each = variant.evaluated(torch.stack(list(expected)) / 255).logits["raw"].softmax(-1)
+        torch.testing.assert_close(output.logits["raw"].softmax(-1)[0], each.mean(dim=0), rtol=1e-3, atol=1e-4)
+        assert network(plain.image[None] / 255).logits["raw"].shape == (1, CLASSES)  # nothing is kept of the one before
+
+
+def test_evaluating_and_predicting_with_corners(tiny_run, tmp_path, picture_tree, evaluation_script, capsys) -> None:
+    train.main(tiny_run(tmp_path, "--resize_size", "110"))
+    folder = tmp_path / "folder-resnet"
+    words = [str(folder / "best.pth"), "--views", "five_crops", "--embeddings"]
+    evaluation_script.main(words)
+    assert "prediction: raw, over 5 views (five_crops)" in capsys.readouterr().out
+    row = read_predictions(folder / "predictions-five_crops.csv")[0]
+    words = ["--checkpoint", str(folder / "best.pth"), "--json", "--device", "cpu", "--out", str(tmp_path / "drawn")]
+    predict.main([*words, "--views", "five_crops", "--workers", "0", row["picture"]])
+    line = json.loads(capsys.readouterr().out)
+    assert line["predictions"][0]["name"] == row["prediction"]
+    assert line["predictions"][0]["probability"] == pytest.approx(float(row["probability"]), abs=1e-3)
+
+
 def test_unknown_views_are_refused() -> None:
-    with pytest.raises(UserError, match="views has 'upside_down'; choose from mirror, five_crops"):
-        look_at_views(Variant("resnet").evaluated, ("mirror", "upside_down"))
+    for view in ("upside_down", "three_crops"):  # of CAL only
+        with pytest.raises(UserError, match=f"views has '{view}'; choose from mirror, five_crops$"):
+            look_at_views(Variant("resnet").evaluated, ("mirror", view))
 
 
 def test_evaluating_and_predicting_with_views(tiny_run, tmp_path, picture_tree, evaluation_script, capsys) -> None:

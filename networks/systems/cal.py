@@ -3,8 +3,8 @@
 Rao, Chen, Lu & Zhou, "Counterfactual Attention Learning for Fine-Grained Visual Categorization and Re-identification",
 ICCV 2021, on WS-DAN (Hu et al., "See Better Before Looking Closer", 2019). Logits, crops, drops and losses follow the
 published code. Ours is that every image moves its class's centre: theirs loses all but the last of a class in a batch
-(`lose_repeated_labels`), and keeps other centres in each process. Its final figures average eight views of a picture;
-here two are computed, which is what it evaluates with while training.
+(`lose_repeated_labels`), and keeps other centres in each process. It evaluates by picture and crop while training, as
+here, and its final figures average the logits of eight views, `--views mirror three_crops`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from networks.backbone import Backbone
 from networks.centres import Centres
 from networks.classifier import Classifier
 from networks.crops import crop_objects, resize_images
-from networks.outputs import NetworkOutput, requested_branches
+from networks.outputs import NetworkOutput, combine_branches, combine_logits, requested_branches
 from networks.system import Shared, System
 from utils.options import Count
 
@@ -29,7 +29,8 @@ SCALE = 100  # of the vectors of length 1 before the classifier
 EFFECT = "_effect"  # what a view's attention adds to what false attention knows
 # Shares of the attention's maximum, and margins in shares of the picture's side: paper's code, training and evaluation
 CROP_ABOVE, CROP_PADDING, DROP_ABOVE = (0.4, 0.6), 0.1, (0.2, 0.5)
-EVALUATED_ABOVE, EVALUATED_PADDING = 0.1, 0.05
+EVALUATED = ((0.1, 0.05),)
+THREE_CROPS = (*EVALUATED, (0.2, 0.1), (0.3, 0.1))
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ class CAL(System):
     branches = ("raw", "crop", "drop", "raw_effect", "crop_effect", "drop_effect")
     evaluated = ("raw", "crop")
     prediction = evaluated
+    own_views = ("three_crops",)
+    crops = EVALUATED  # in evaluation: the share of the attention's maximum, and the margin, of each
 
     def __init__(self, backbone: Backbone, num_classes: int, options: Options, shared: Shared):
         super().__init__(backbone, options, shared)
@@ -108,6 +111,8 @@ class CAL(System):
             return NetworkOutput(logits, extras=extras)
 
         boxes, dropped = self._look_again(attention)
+        if not self.training and len(self.crops) > 1:
+            return NetworkOutput(logits | {"crop": self._classify_crops(images, attention)}, boxes)
         shown = {}
         if "crop" in views:
             crops = crop_objects(images, boxes, input_size=self.input_size)
@@ -126,12 +131,38 @@ class CAL(System):
         """
         B, size, device = attention.shape[0], self.input_size, attention.device
         if not self.training:
-            pixels = attended_pixels(attention.mean(dim=1), EVALUATED_ABOVE, size)
-            return padded_boxes(pixels, EVALUATED_PADDING), pixels
+            above, padding = self.crops[0]
+            pixels = attended_pixels(attention.mean(dim=1), above, size)
+            return padded_boxes(pixels, padding), pixels
         to_crop, to_drop = draw_maps(attention, 2).unbind(dim=1)
         cropped = attended_pixels(to_crop, uniform(B, *CROP_ABOVE, device), size)
         dropped = attended_pixels(to_drop, uniform(B, *DROP_ABOVE, device), size)
         return padded_boxes(cropped, CROP_PADDING), dropped
+
+    def _classify_crops(self, images: Tensor, attention: Tensor) -> Tensor:
+        """Return the logits [B, classes] that the crops of all sizes have together, each seen in a pass of its own."""
+        found = []
+        for above, padding in self.crops:
+            boxes = padded_boxes(attended_pixels(attention.mean(dim=1), above, self.input_size), padding)
+            crops = resize_images(crop_objects(images, boxes, input_size=self.input_size), self.input_size)
+            final = self.backbone(crops, kind="object").final
+            found.append(self.classifier(SCALE * attention_pooling(final, self.attention(final))).float())
+        return combine_logits(torch.stack(found), self._rule)
+
+    @property
+    def _rule(self) -> str:
+        """How the logits of several crops are combined: not to their sum, which would grow with their number."""
+        return "mean_logits" if self.ensembling == "sum_logits" else self.ensembling
+
+    def look_at_own(self, view: str) -> int:
+        """Crop three times as published, the crops each as much of the prediction as the picture."""
+        self.crops = THREE_CROPS
+        return 1 + len(self.crops)
+
+    def predict_logits(self, output: NetworkOutput) -> Tensor:
+        """Return the prediction [B, classes]; each crop counts as much as the picture."""
+        names = tuple(name for name in self.prediction for _ in range(len(self.crops) if name == "crop" else 1))
+        return combine_branches(output, names, self._rule if len(self.crops) > 1 else self.ensembling)
 
     def _classify(
         self, views: list[str], wanted: set[str], final: Tensor, attention: Tensor, features: Tensor

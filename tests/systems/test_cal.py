@@ -18,6 +18,7 @@ from config import parse_settings
 from networks import attention_crops, build_network, centres
 from networks.attention_pooling import attention_pooling
 from networks.centres import Centres
+from networks.views import look_at_views
 from utils.checkpoint import CheckpointError, load_checkpoint, load_published
 from utils.options import SettingsError
 from utils.reporting.metrics import EpochMeter
@@ -180,6 +181,31 @@ def test_the_published_network_at_its_own_size(tmp_path):
     network = build_network("cal", num_classes=36)
     load_published(network, tmp_path / "published.pth")
     assert_predicts_as_published(network, reference, make_images(3, 448), rtol=3e-4, atol=3e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("ensembling", ["mean_logits", "mean_probability"])
+def test_eight_views_are_the_published_ones(pair, ensembling):
+    """Its infer.py: the picture, crops of three sizes by the mean of its maps, and the same of its mirror image."""
+    network, reference = pair
+    network, images = copy.deepcopy(network).eval(), make_images(3)
+    network.ensembling = ensembling
+    assert look_at_views(network, ("mirror", "three_crops")) == 8
+    members = []
+    for shown in (images, images.flip(-1)):
+        logits, *_, attention = reference(shown)
+        members.append(logits)
+        for share, padding in ((0.3, 0.1), (0.2, 0.1), (0.1, 0.05)):
+            crops = [crop(i, a.mean(dim=0), share, padding)[0] for i, a in zip(shown, attention, strict=True)]
+            members.append(reference(torch.stack(crops))[0])
+    output = network(images, branches=network.prediction)
+    predicted = network.predict_logits(output)
+    if ensembling == "mean_logits":
+        torch.testing.assert_close(predicted, sum(members) / 8, atol=1e-4, rtol=1e-4)
+    else:
+        expected = sum(member.softmax(-1) for member in members) / 8
+        torch.testing.assert_close(predicted.softmax(-1), expected, atol=1e-5, rtol=1e-4)
+    assert torch.equal(output.object_boxes, copy.deepcopy(pair[0]).eval()(images).object_boxes)
 
 
 def test_a_checkpoint_with_centres_is_loaded_and_one_that_does_not_fit_is_refused(published, tmp_path):

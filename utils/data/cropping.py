@@ -31,6 +31,28 @@ def draw_offset(height: int, width: int, size: int, padding: int, generator: np.
     return top, left
 
 
+def corner_offsets(height: int, width: int, size: int) -> list[Offset]:
+    """Where the squares of `size` in the corners begin, in the order of torchvision's FiveCrop."""
+    low, right = height - size, width - size
+    return [(0, 0), (0, right), (low, 0), (low, right)]
+
+
+def with_corners(image: Tensor, size: int) -> Tensor:
+    """Return five squares out of an image [3, H, W], the central one and those in its corners, one below the other.
+
+    [3, 5 * size, size], its values pixel by pixel in memory; `networks.views` takes them apart.
+    """
+    sides = image.shape[-2:]
+    offsets = [central_offset(*sides, size), *corner_offsets(*sides, size)]
+    squares = [cut_square(image, None, offset, size)[0].permute(1, 2, 0) for offset in offsets]
+    return torch.cat(squares).permute(2, 0, 1)
+
+
+def pictures_alone(images: Tensor) -> Tensor:
+    """Return the central squares [..., S, S] of images that may come with their corners, [..., 5 * S, S]."""
+    return images[..., : images.shape[-1], :]
+
+
 def cut_square(image: Tensor, box: Tensor | None, offset: Offset, size: int) -> tuple[Tensor, Tensor | None]:
     """Cut [3, size, size] out of an image [3, H, W], zeros where it reaches beyond; the box [4] is cut there, too.
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
+from utils.data.cropping import pictures_alone
 from utils.training.building import Trained
 
 
@@ -20,14 +21,14 @@ def project(trained: Trained, loader: DataLoader, class_names: Sequence[str]) ->
         for batch in loader:
             passes = []
             with torch.no_grad(), execution.autocast():
-                images = execution.images(batch.images)
+                images = pictures_alone(execution.images(batch.images))
                 network.forward(
                     images, mask_background=plan.mask_background, branches=network.prediction
                 )  # no other view
             # the pass over the object where there is one, over the picture where not
             seen = [embedding for embedding in passes[:2] if len(embedding) == len(images)]
             embeddings.append(seen[-1].float().cpu())
-            thumbnails.append(F.interpolate(batch.images.float(), size=(32, 32)) / 255)
+            thumbnails.append(F.interpolate(pictures_alone(batch.images).float(), size=(32, 32)) / 255)
             class_of += [" ".join(class_names[label].split()) for label in batch.labels.tolist()]
     finally:
         hook.remove()

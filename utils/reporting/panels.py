@@ -12,6 +12,7 @@ from torch import Tensor
 
 from networks.outputs import NetworkOutput
 from networks.system import System
+from utils.data.cropping import pictures_alone
 from utils.reporting.figures import Caption
 from utils.reporting.pictures import localization_panel, prediction_panel
 from utils.training.execution import Execution
@@ -38,7 +39,7 @@ def draw_panel(
             execution.images(batch.images), mask_background=plan.mask_background, branches=network.evaluated
         )
     return output_panel(
-        batch.images,
+        pictures_alone(batch.images),
         output,
         network.predict_logits(output),
         input_size=network.input_size,
