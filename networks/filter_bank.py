@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ITERATIONS = 20  # of k-means
+CHUNK = 4096  # vectors of which a copy is made at a time
 
 
 class FilterBank(nn.Module):
@@ -51,11 +52,12 @@ class FilterBank(nn.Module):
             return
         vectors = vectors.float()
         mean, filters = vectors.mean(dim=0), self.filters.weight.detach().cpu().float().flatten(1)
-        directions = F.normalize(vectors, dim=1)
         for label in labels.unique().tolist():
-            first = label * self.per_class
-            filters[first : first + self.per_class] = k_means(directions[labels == label], self.per_class)
-        deviation = (vectors @ filters.T).std(dim=0, correction=0).clamp(min=1e-6)
+            first, directions = label * self.per_class, F.normalize(vectors[labels == label], dim=1)
+            filters[first : first + self.per_class] = k_means(directions, self.per_class)
+        # By the covariance, not by the responses themselves: these are several times as large as the vectors.
+        covariance = sum((some - mean).T @ (some - mean) for some in vectors.split(CHUNK)) / len(vectors)
+        deviation = ((filters @ covariance) * filters).sum(dim=1).clamp(min=1e-12).sqrt()
         filters = filters / deviation[:, None]
         self.filters.weight.copy_(filters[:, :, None, None])
         self.filters.bias.copy_(-filters @ mean)

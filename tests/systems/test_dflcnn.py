@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import networks.systems.dflcnn as dflcnn
 import train
@@ -256,6 +257,23 @@ def test_filters_start_as_centres_of_their_class_and_answer_with_mean_0_and_devi
     torch.testing.assert_close(responses.std(dim=0, correction=0), torch.ones(6), atol=1e-4, rtol=0)
     bank.start_from(vectors[:0], labels[:0])
     assert torch.equal(bank.filters.weight.detach().flatten(1), filters)
+
+
+def test_the_start_needs_little_more_memory_than_the_vectors():
+    """Their responses to all filters would be five times as large here, and with 2000 classes far more."""
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            largest = max(largest, result.numel() if isinstance(result, torch.Tensor) else 0)
+            return result
+
+    bank, vectors = FilterBank(6, 15, 2), torch.rand(600, 6)
+    with Watch():
+        bank.start_from(vectors, torch.arange(600) % 15)
+    assert largest <= vectors.numel()
 
 
 def test_the_network_starts_its_filters_from_the_training_pictures():
