@@ -83,7 +83,15 @@ class Backbone(nn.Module):
             freeze_statistics(self.trunk)
         return self
 
-    def forward(self, images: Tensor, *, kind: str = "picture", dense: bool = False, until: str = "final") -> Features:
+    def forward(
+        self,
+        images: Tensor,
+        *,
+        kind: str = "picture",
+        dense: bool = False,
+        split: bool = False,
+        until: str = "final",
+    ) -> Features:
         """Map images [B, 3, H, W], normalised with ImageNet's mean and deviation, to their `Features`.
 
         `kind` of images, one of `networks.batch_norm.KINDS`: whose statistics are used where they are kept per pass.
@@ -93,11 +101,18 @@ class Backbone(nn.Module):
         Aggregation by Dilated Convolutions", ICLR 2016). Without the last stride they are that fine already, and it
         changes nothing.
 
+        `split`, with ResNets only: what the blocks that make `stage3` and `final` add up is in the features, too.
+
         `until` "stage2" or "stage3": the pass ends with that map, and later ones, the embedding among them, are None.
         """
         if dense and not self.family.dense:
             raise UserError("dense maps were asked for; only ResNets have them")
+        if split and not self.family.split:
+            raise UserError("residuals and shortcuts were asked for; only ResNets have them")
         if self.batch_norm == "per_pass":
             look_at(self.trunk, kind)
-        maps = self.family.look(self.trunk, images, frozen=self.batch_norm == "frozen", dense=dense, until=until)
-        return Features(*maps, embedding=None if maps.final is None else maps.final.mean(dim=(2, 3)))
+        frozen = self.batch_norm == "frozen"
+        maps = self.family.look(self.trunk, images, frozen=frozen, dense=dense, split=split, until=until)
+        embedding = None if maps.final is None else maps.final.mean(dim=(2, 3))
+        stages = (maps.stage2, maps.stage3, maps.penultimate, maps.final)
+        return Features(*stages, embedding, maps.stage3_split, maps.final_split)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from networks.crops import boxes_in_image
 from networks.outputs import Features, NetworkOutput
+from networks.trunks import Split
 from networks.views import looks_at_other_view
 
 
@@ -45,11 +46,11 @@ def forward_with_evidence(
         if looks_at_other_view(network):
             return features
         torch.set_grad_enabled(True)
-        maps = stage2, stage3, final = tuple(
-            value.detach().requires_grad_() for value in (features.stage2, features.stage3, features.final)
-        )
-        passes.append(maps)
-        return features._replace(stage2=stage2, stage3=stage3, final=final, embedding=final.mean(dim=(2, 3)))
+        maps = {name: _leaf(getattr(features, name)) for name in ("stage2", "stage3", "final")}
+        splits = {name: getattr(features, name) for name in ("stage3_split", "final_split")}
+        splits = {name: Split(*map(_leaf, split)) for name, split in splits.items() if split is not None}
+        passes.append((*maps.values(), *(map_ for split in splits.values() for map_ in split)))
+        return features._replace(**maps, **splits, embedding=maps["final"].mean(dim=(2, 3)))
 
     hooks = network.backbone.register_forward_pre_hook(begin), network.backbone.register_forward_hook(end)
     try:
@@ -72,6 +73,11 @@ def forward_with_evidence(
                 contributions = (map_.detach().float() * gradient.float()).sum(dim=1)  # [B * N, g, g]
                 evidence += _lay_over(contributions.unflatten(0, (len(images), -1)), boxes, input_size, size)
     return output, evidence.clamp(min=0)
+
+
+def _leaf(value: Tensor) -> Tensor:
+    """The same values as something that gradients are taken for."""
+    return value.detach().requires_grad_()
 
 
 def _detached(field: object) -> object:

@@ -12,13 +12,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from networks.trunks.family import Split
 from utils.errors import UserError
 
 
 class Features(NamedTuple):
     """Feature maps of one backbone pass over pictures of H x W pixels; H/16 for H/32 where `last_stride` is 1.
 
-    In a pass that was told to end earlier (see `Backbone.forward`), what comes after is None.
+    In a pass that was told to end earlier (see `Backbone.forward`), what comes after is None, and so are the last two
+    where they were not asked for.
     """
 
     stage2: Tensor  # [B, C2, H/8, W/8]
@@ -26,6 +28,8 @@ class Features(NamedTuple):
     penultimate: Tensor | None  # [B, C, H/32, W/32], output of the last stage's second-to-last block; None: of the only
     final: Tensor  # [B, C, H/32, W/32], not negative
     embedding: Tensor  # [B, C], global average of `final`, before dropout
+    stage3_split: Split | None = None  # residual and shortcut of the block that makes `stage3`, shaped like it
+    final_split: Split | None = None  # the same of `final`
 
 
 class NetworkOutput(NamedTuple):

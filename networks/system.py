@@ -57,6 +57,11 @@ class Shared(NamedTuple):
         """Whether the trunk has batch norms, whose statistics can be frozen."""
         return traits_of(self.backbone).batch_norm
 
+    @property
+    def has_split(self) -> bool:
+        """Whether the trunk's last two stages end with the sum of a residual and a shortcut."""
+        return traits_of(self.backbone).split
+
     def check_localization(self, stride: int, *, confirmed: bool = True) -> None:
         """Raise SettingsError where the trunk cannot compute such a map to find the object on.
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from networks import Shared, build_network, build_on_trunk, find_system
 from networks.outputs import Features, NetworkOutput
 from networks.system import Step, System
+from networks.trunks import Split
 from utils.training.execution import Execution
 from utils.training.learning import Objective
 from utils.training.schedule import plan_epoch
@@ -90,12 +91,12 @@ class ScriptedBackbone(nn.Module):
         self.look = look or (lambda bright: (bright, bright))
         self.scale = nn.Parameter(torch.linspace(1, 2, 32)[:, None, None])
 
-    def forward(self, images: Tensor, *, kind: str = "picture", dense: bool = False) -> Features:
+    def forward(self, images: Tensor, *, kind: str = "picture", dense: bool = False, split: bool = False) -> Features:
         penultimate, final = (map_ * self.scale for map_ in self.look(brightness(images, 16 if dense else 32)))
         stage2, stage3 = (0.01 * brightness(images, cell) for cell in (8, 16))
-        return Features(
-            stage2.expand(-1, 8, -1, -1), stage3.expand(-1, 16, -1, -1), penultimate, final, final.mean(dim=(2, 3))
-        )
+        stage2, stage3 = stage2.expand(-1, 8, -1, -1), stage3.expand(-1, 16, -1, -1)
+        splits = [Split(0.6 * map_, 0.4 * map_) for map_ in (stage3, final)] if split else [None, None]
+        return Features(stage2, stage3, penultimate, final, final.mean(dim=(2, 3)), *splits)
 
 
 # ---- what a system makes of images --------------------------------------------------------------------------------

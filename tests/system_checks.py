@@ -28,10 +28,11 @@ from small_systems import (
 )
 from torch import Tensor, nn
 from torch.nn.parallel import scatter_gather
+from torch.utils._pytree import tree_map_only
 
 from networks import defaults_of
 from networks.classifier import Classifier
-from networks.outputs import SEVERAL_PER_IMAGE, Features, NetworkOutput
+from networks.outputs import SEVERAL_PER_IMAGE, NetworkOutput
 from networks.system import System
 from utils.errors import UserError
 from utils.reporting.metrics import EpochMeter
@@ -404,7 +405,7 @@ def mixed_precision_keeps_logits_and_losses_in_float32(variant: Variant, *, scri
     """On a scripted trunk, cast, as convolutions in bf16 can be very slow; or on the real one."""
     network = variant.build_scripted(input_size=96) if scripted else variant.build(input_size=96)
     if scripted:
-        network.backbone.register_forward_hook(lambda trunk, images, maps: Features(*(x.bfloat16() for x in maps)))
+        network.backbone.register_forward_hook(lambda trunk, images, maps: tree_map_only(Tensor, Tensor.bfloat16, maps))
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
         _assert_not_rounded(network.eval()(make_images(192), mask_background=True), network, batch=2)
     trained = set()

@@ -285,5 +285,5 @@ def test_gradient_reaches_every_parameter_from_the_start(kind: str) -> None:
 def test_batch_equals_one_by_one(residual: bool) -> None:
     torch.manual_seed(1)
     fusion, features = SemanticFusion(CHANNELS, residual=residual).eval(), make_features(3, batch=4)
-    singly = torch.cat([fusion(Features(*(map_[i : i + 1] for map_ in features))) for i in range(4)])
+    singly = torch.cat([fusion(Features(*(map_[i : i + 1] for map_ in features[:5]))) for i in range(4)])
     torch.testing.assert_close(fusion(features), singly, rtol=1e-4, atol=1e-5)

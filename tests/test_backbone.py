@@ -105,6 +105,32 @@ def test_dense_maps_hold_the_others_at_every_second_cell(name: str, first: bool,
     assert torch.equal(dense.stage3, features.stage3)
 
 
+@pytest.mark.parametrize(
+    "options", ({}, {"batch_norm": "frozen"}, {"batch_norm": "per_pass"}, {"last_stride": 1}), ids=str
+)
+def test_split_maps_add_up_to_the_stages_and_change_nothing_else(options: dict) -> None:
+    torch.manual_seed(0)
+    backbone, images, normalised = Backbone("resnet18", **options).eval(), make_images(96), {}
+    trunk = backbone.trunk
+    for stage, block in (("stage3", trunk.layer3[-1]), ("final", trunk.layer4[-1])):
+        block.bn2.register_forward_hook(lambda *call, stage=stage: normalised.update({stage: call[-1].clone()}))
+    with torch.no_grad():
+        plain = backbone(images)
+        features = backbone(images, split=True)
+    for expected, found in zip(plain[:5], features[:5], strict=True):
+        assert torch.equal(found, expected)
+    assert torch.equal(features.final_split.shortcut, features.penultimate)
+    for stage, split in (("stage3", features.stage3_split), ("final", features.final_split)):
+        assert torch.equal((split.residual + split.shortcut).relu(), getattr(features, stage))
+        assert (split.shortcut >= 0).all()
+        assert split.residual.min() < 0
+        assert options.get("batch_norm") == "frozen" or torch.equal(split.residual, normalised[stage])
+    with torch.no_grad():
+        ended = backbone(images, split=True, until="stage3")
+    assert torch.equal(ended.stage3_split.residual, features.stage3_split.residual)
+    assert ended.final_split is None
+
+
 def test_equals_torchvision_s_own_forward(torchvision_resnet18: nn.Module, tmp_path: Path) -> None:
     torch.save(torchvision_resnet18.state_dict(), tmp_path / "weights.pth")
     backbone = Backbone("resnet18", pretrained=str(tmp_path / "weights.pth")).eval()

@@ -138,7 +138,7 @@ def test_frozen_batch_norms_inside_the_convolutions_compute_and_learn_the_same(n
             value.uniform_(0.5, 1.0)  # means, variances, scales and shifts
     frozen.load_state_dict(usual.state_dict())
     usual.eval()
-    maps = [backbone(pictures(1)[:1].double(), dense=dense) for backbone in (usual, frozen.train())]
+    maps = [backbone(pictures(1)[:1].double(), dense=dense, split=True) for backbone in (usual, frozen.train())]
     for expected, computed in zip(*maps, strict=True):
         torch.testing.assert_close(computed, expected)
     for features in maps:

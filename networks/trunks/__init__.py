@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from networks.trunks.family import Family, Maps, Traits
+from networks.trunks.family import Family, Maps, Split, Traits
 from networks.trunks.layer_normalised import ConvNeXts, Swins
 from networks.trunks.regnet import RegNets
 from networks.trunks.resnet import ResNets
 from utils.options import SettingsError, require, shown
 
-__all__ = ("BACKBONES", "Family", "Maps", "Traits", "check_trunk", "family_of", "traits_of")
+__all__ = ("BACKBONES", "Family", "Maps", "Split", "Traits", "check_trunk", "family_of", "traits_of")
 
 FAMILIES: tuple[type[Family], ...] = (ResNets, RegNets, ConvNeXts, Swins)
 BACKBONES = tuple(name for family in FAMILIES for name in family.names)

@@ -7,16 +7,25 @@ from typing import ClassVar, NamedTuple
 from torch import Tensor, nn
 
 
+class Split(NamedTuple):
+    """What a residual block adds up before its ReLU, two maps [B, C, h, w]."""
+
+    residual: Tensor
+    shortcut: Tensor
+
+
 class Maps(NamedTuple):
     """The maps of one pass over pictures of H x W pixels; `last_stride` 1 makes the last two twice as fine.
 
-    A pass that ends earlier has None for those that come after.
+    A pass that ends earlier has None for those that come after, and one that is not to split has none of the last two.
     """
 
     stage2: Tensor  # [B, C2, H/8, W/8]
     stage3: Tensor | None = None  # [B, C3, H/16, W/16]
     penultimate: Tensor | None = None  # [B, C, H/32, W/32] of the last stage's second-to-last block, if it has one
     final: Tensor | None = None  # [B, C, H/32, W/32], not negative
+    stage3_split: Split | None = None  # of the block that makes stage3
+    final_split: Split | None = None
 
 
 class Traits(NamedTuple):
@@ -27,6 +36,7 @@ class Traits(NamedTuple):
     last_stride: bool  # that can be left out
     dense: bool  # maps of the last stage at every cell of the one before it
     penultimate: bool  # a second-to-last block in the last stage
+    split: bool  # a residual and a shortcut whose sum each of the last two stages ends with
 
 
 class Family:
@@ -41,6 +51,7 @@ class Family:
     batch_norm: ClassVar[bool] = True
     last_stride: ClassVar[bool] = True
     dense: ClassVar[bool] = False
+    split: ClassVar[bool] = False
     first_conv: ClassVar[tuple[str, ...]] = ()  # the names of those that have it
     one_block: ClassVar[tuple[str, ...]] = ()  # the names of those whose last stage has no second-to-last block
 
@@ -59,16 +70,17 @@ class Family:
         raise NotImplementedError
 
     @staticmethod
-    def look(trunk: nn.Module, images: Tensor, *, frozen: bool, dense: bool, until: str) -> Maps:
+    def look(trunk: nn.Module, images: Tensor, *, frozen: bool, dense: bool, split: bool, until: str) -> Maps:
         """Map images [B, 3, H, W] to their maps up to the one called `until`, `stage2`, `stage3` or `final`.
 
-        `frozen`: the batch norms use their running statistics.
+        `frozen`: the batch norms use their running statistics. `dense` and `split` are for families that have them.
         """
         raise NotImplementedError
 
     @classmethod
     def traits(cls, name: str) -> Traits:
-        return Traits(cls.batch_norm, name in cls.first_conv, cls.last_stride, cls.dense, name not in cls.one_block)
+        penultimate = name not in cls.one_block
+        return Traits(cls.batch_norm, name in cls.first_conv, cls.last_stride, cls.dense, penultimate, cls.split)
 
     @classmethod
     def move_stride_to_first_conv(cls, trunk: nn.Module) -> None:

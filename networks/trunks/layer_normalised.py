@@ -36,7 +36,7 @@ class ConvNeXts(Family):
         trunk.classifier = nn.Sequential(trunk.classifier[0])  # the normalisation
 
     @staticmethod
-    def look(trunk: nn.Module, images: Tensor, *, frozen: bool, dense: bool, until: str) -> Maps:
+    def look(trunk: nn.Module, images: Tensor, *, frozen: bool, dense: bool, split: bool, until: str) -> Maps:
         return _look(trunk.features, images, lambda x: x, trunk.classifier[0], until)
 
 
@@ -60,7 +60,7 @@ class Swins(Family):
         trunk.head = nn.Identity()
 
     @staticmethod
-    def look(trunk: nn.Module, images: Tensor, *, frozen: bool, dense: bool, until: str) -> Maps:
+    def look(trunk: nn.Module, images: Tensor, *, frozen: bool, dense: bool, split: bool, until: str) -> Maps:
         return _look(trunk.features, images, trunk.permute, lambda x: trunk.permute(trunk.norm(x)), until)
 
 

@@ -30,7 +30,7 @@ class RegNets(Family):
         trunk.fc = nn.Identity()
 
     @staticmethod
-    def look(trunk: nn.Module, images: Tensor, *, frozen: bool, dense: bool, until: str) -> Maps:
+    def look(trunk: nn.Module, images: Tensor, *, frozen: bool, dense: bool, split: bool, until: str) -> Maps:
         stage1, stage2, stage3, stage4 = trunk.trunk_output
         x = stage2(stage1(trunk.stem(images)))
         if until == "stage2":

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck
 
-from networks.trunks.family import Family, Maps
+from networks.trunks.family import Family, Maps, Split
 
 
 class ResNets(Family):
@@ -21,6 +21,7 @@ class ResNets(Family):
     )
     classifier = "fc."
     dense = True
+    split = True
     first_conv = tuple(name for name in names if name not in ("resnet18", "resnet34"))
 
     @staticmethod
@@ -46,34 +47,44 @@ class ResNets(Family):
             stage[0].conv2.stride = (1, 1)
 
     @staticmethod
-    def look(trunk: nn.Module, images: Tensor, *, frozen: bool, dense: bool, until: str) -> Maps:
-        """Frozen batch norms are computed inside the convolutions, without calling the blocks: hooks see nothing."""
+    def look(trunk: nn.Module, images: Tensor, *, frozen: bool, dense: bool, split: bool, until: str) -> Maps:
+        """Frozen batch norms are computed inside the convolutions, without calling the blocks: hooks see nothing.
+
+        Nor are blocks called that are split.
+        """
         x = trunk.maxpool(F.relu(_convolve(trunk.conv1, trunk.bn1, images, frozen=frozen), inplace=True))
-        _, stage1 = _stage(trunk.layer1, x, frozen=frozen)
-        _, stage2 = _stage(trunk.layer2, stage1, frozen=frozen)
+        _, stage1, _ = _stage(trunk.layer1, x, frozen=frozen)
+        _, stage2, _ = _stage(trunk.layer2, stage1, frozen=frozen)
         if until == "stage2":
             return Maps(stage2)
-        _, stage3 = _stage(trunk.layer3, stage2, frozen=frozen)
+        _, stage3, stage3_split = _stage(trunk.layer3, stage2, frozen=frozen, split=split)
         if until == "stage3":
-            return Maps(stage2, stage3)
-        penultimate, final = _stage(trunk.layer4, stage3, frozen=frozen, dense=dense)
-        return Maps(stage2, stage3, penultimate, final)
+            return Maps(stage2, stage3, stage3_split=stage3_split)
+        penultimate, final, final_split = _stage(trunk.layer4, stage3, frozen=frozen, dense=dense, split=split)
+        return Maps(stage2, stage3, penultimate, final, stage3_split, final_split)
 
 
-def _stage(stage: nn.Sequential, x: Tensor, *, frozen: bool, dense: bool = False) -> tuple[Tensor, Tensor]:
-    """Run a stage and return the output of its second-to-last and of its last residual block."""
-    dilation = 1 if dense else None
-    for block in stage:
-        penultimate = x
-        if frozen or dense:
-            x, dilation = _block(block, x, dilation, frozen=frozen)
+def _stage(
+    stage: nn.Sequential, x: Tensor, *, frozen: bool, dense: bool = False, split: bool = False
+) -> tuple[Tensor, Tensor, Split | None]:
+    """Run a stage and return the output of its second-to-last and of its last residual block, and that one's split."""
+    dilation, of_last = 1 if dense else None, None
+    for index, block in enumerate(stage):
+        penultimate, is_split = x, split and index == len(stage) - 1
+        if frozen or dense or is_split:
+            summands, dilation = _summands(block, x, dilation, frozen=frozen)
+            x = F.relu(summands.residual + summands.shortcut, inplace=True)
+            of_last = summands if is_split else None
         else:
             x = block(x)
-    return penultimate, x
+    return penultimate, x, of_last
 
 
-def _block(block: nn.Module, x: Tensor, dilation: int | None, *, frozen: bool) -> tuple[Tensor, int | None]:
-    """Run a residual block; with a dilation, without its stride, and return what comes after a stride dilated by it."""
+def _summands(block: nn.Module, x: Tensor, dilation: int | None, *, frozen: bool) -> tuple[Split, int | None]:
+    """Run a residual block up to its sum; with a dilation, without its stride, and dilated by it after a stride.
+
+    Returned are what is added, and the dilation of the block that follows.
+    """
     shortcut = x
     if block.downsample is not None:
         shortcut = _convolve(*block.downsample, x, dilation, frozen=frozen)
@@ -86,7 +97,7 @@ def _block(block: nn.Module, x: Tensor, dilation: int | None, *, frozen: bool) -
         x = _convolve(convolution, norm, x, dilation, frozen=frozen)
         if dilation is not None:
             dilation *= convolution.stride[0]
-    return F.relu(x + shortcut, inplace=True), dilation
+    return Split(x, shortcut), dilation
 
 
 def _convolve(
