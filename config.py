@@ -237,9 +237,20 @@ DATASETS: dict[str, dict[str, object]] = {
         "cache": "ram",  # 30 MB, and nothing is drawn twice
     },
     "cub": {},
-    "cars": {"windows": "vehicles", "location_weight": 0.01},
-    "aircraft": {"windows": "vehicles", "location_weight": 0.01, "regions": 2},
-    "dogs": {},
+    "cars": {
+        "windows": "vehicles",
+        "location_weight": 0.01,
+        "semantic_weights": (1.0, 0.25, 1.0),
+        "stage3_pooling": "mean",
+    },
+    "aircraft": {
+        "windows": "vehicles",
+        "location_weight": 0.01,
+        "regions": 2,
+        "semantic_weights": (0.5, 0.1, 0.5),
+        "stage3_pooling": "mean",
+    },
+    "dogs": {"semantic_weights": (0.01, 0.01, 1.0), "stage3_pooling": "mean", "combine_maps": False},
     "nabirds": {},
     "flowers": {},
     "pets": {},

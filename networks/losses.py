@@ -83,3 +83,24 @@ def _n_pair_loss(similarity: Tensor, positives: Tensor, negatives: Tensor) -> Te
     has_positive = counts > 0
     means = losses.sum(dim=1) / counts.clamp(min=1)
     return (means * has_positive).sum() / has_positive.sum().clamp(min=1)
+
+
+def semantic_loss(parts: Tensor) -> Tensor:
+    """Draw vectors [B, P, D] of one part together, whatever the images show, and those of different parts apart.
+
+    The regulariser of Luo et al., "Cross-X Learning for Fine-Grained Visual Categorization", ICCV 2019, as the
+    published code has it: with M_pq the mean cosine of part p and part q over all B * B pairs of images, an image and
+    itself included, the sum of 1 - M_pp over the parts, and of M_pq over the pairs of parts.
+    """
+    means = F.normalize(parts.float(), dim=-1, eps=1e-6).mean(dim=0)  # [P, D]; a mean of products is one of means
+    similarity = means @ means.T
+    return (1 - similarity.diagonal()).sum() + similarity.triu(diagonal=1).sum()
+
+
+def agreement_loss(logits: Tensor, others: Tensor) -> Tensor:
+    """Return KL(p || q), the mean over images, of the class probabilities p by `logits` and q by `others` [B, classes].
+
+    Both get a gradient. From Luo et al., as above.
+    """
+    p, q = (values.float().log_softmax(dim=-1) for values in (logits, others))
+    return (p.exp() * (p - q)).sum(dim=-1).mean()

@@ -118,6 +118,7 @@ class System(nn.Module):
     prediction: tuple[str, ...]  # those that are ensembled
     ensembling: str = "mean_probability"  # how, one of `outputs.ENSEMBLINGS`; `run_defaults` may choose another
     loss_weights: Mapping[str, float]  # the weight of each of its loss terms
+    trained_through_others: ClassVar[tuple[str, ...]] = ()  # branches that learn without a loss of their own
     warmup_branches: ClassVar[tuple[str, ...]] = ("raw",)  # what trains in the first epochs; (): it has no warm-up
     needs_labels: ClassVar[bool] = False  # whether `forward` gets the step's targets as `labels` in training
     # Gradients are absent (None) before each step: a parameter that the step does not reach stays as it is. False: they

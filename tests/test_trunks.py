@@ -175,6 +175,10 @@ def test_what_is_said_of_blocks_is_what_torchvision_builds(monkeypatch: pytest.M
             ["--model", "flrdf", "--backbone", "regnet_y_8gf", "--box_agreement"],
             "backbone is 'regnet_y_8gf'; expected a trunk whose last stage has",
         ),
+        *(
+            (["--model", "crossx", "--backbone", name], f"backbone is '{name}'; expected a ResNet: other trunks")
+            for name in ("regnet_y_400mf", "convnext_tiny", "swin_v2_b")
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -185,10 +189,12 @@ def test_what_a_trunk_lacks_is_refused_in_one_sentence(words: list[str], expecte
     assert str(refusal.value).isprintable()
 
 
-def test_dense_maps_are_refused_where_there_are_none() -> None:
+def test_dense_and_split_maps_are_refused_where_there_are_none() -> None:
     for name in ("regnet_y_400mf", "convnext_tiny", "swin_t"):
         with pytest.raises(UserError, match="dense maps"):
             Backbone(name)(make_images(96), dense=True)
+        with pytest.raises(UserError, match="residuals and shortcuts"):
+            Backbone(name)(make_images(96), split=True)
 
 
 def test_defaults_follow_what_the_trunk_has() -> None:
@@ -214,11 +220,13 @@ def test_files_of_torchvision_s_weights_are_loaded(name: str, tmp_path) -> None:
 # ---- systems on them ------------------------------------------------------------------------------------------------
 
 
+ONLY_RESNETS = {"crossx"}
+TRUNKS = {model: [n for n in OTHERS if model not in ONLY_RESNETS or n in RESNETS] for model in MODELS}
 # Every system and every trunk; with the slow ones, every pair
 PAIRS = [
-    pytest.param(model, name, marks=[] if (row - column) % len(OTHERS) == 0 else pytest.mark.slow)
-    for row, model in enumerate(MODELS)
-    for column, name in enumerate(OTHERS)
+    pytest.param(model, name, marks=[] if column == row % len(names) else pytest.mark.slow)
+    for row, (model, names) in enumerate(TRUNKS.items())
+    for column, name in enumerate(names)
 ]
 
 

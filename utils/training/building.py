@@ -145,8 +145,12 @@ def weights_of_losses(settings: Any, system: System) -> dict[str, float]:
 
 
 def evaluated_branches(system: System, loss_weights: Mapping[str, float]) -> tuple[str, ...]:
-    """Return what evaluation computes: of the system's choice, the branches that are trained or in the prediction."""
-    return tuple(name for name in system.evaluated if loss_weights[name] > 0 or name in system.prediction)
+    """Return what evaluation computes: of the system's choice, the branches that are trained or in the prediction.
+
+    Those count as trained that learn through others.
+    """
+    without_loss = {*system.prediction, *system.trained_through_others}
+    return tuple(name for name in system.evaluated if loss_weights[name] > 0 or name in without_loss)
 
 
 REMEDY = "use a file that train.py of this version can have written"
