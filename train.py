@@ -6,18 +6,19 @@ run. Several processes: `torchrun --nproc_per_node 4 train.py ...`.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from datasets import build_cache, choose_split, evaluation_loader, load_batch, load_catalogue, training_loader
 from networks.system import System
 from utils.config_slips import config_as_edited
 from utils.data.catalogue import Catalogue, Entry
+from utils.data.picture_cache import PictureCache
 from utils.data.record import pack, record_pictures
 from utils.errors import exit_with_one_sentence
 from utils.older_runs import folder_of
@@ -61,29 +62,40 @@ def look_at_pictures(
 ) -> None:
     """Prepare the network of a new run; where it takes boxes, give the loaders those of their pictures.
 
-    A new run finds them, without augmentation, one that goes on has them. Pictures to train on are looked at whole, as
-    any part of them may be trained on; those to select by are looked at as evaluation sees them.
+    A new run finds them, one that goes on has them; one from before there were any goes on without.
     """
-    settings, cache = run.settings, loaders["training"].dataset.cache
+    cache = loaders["training"].dataset.cache
     if run.saved is None:
+        beginning = training_loader(run.settings, entries["training"], rank=rank(), world_size=world_size())
+        beginning.dataset.cache = cache
+        batches = run.unless_stopped(execution.batches(beginning))
         if system.takes_boxes:
             print_once(f"finding the objects in {sum(map(len, entries.values()))} pictures, once for the whole run")
-        # Objects are found as precisely as in training; what else is prepared, such as k-means, has all its digits.
-        with execution.autocast() if system.takes_boxes else contextlib.nullcontext():
-            beginning = training_loader(settings, entries["training"], rank=rank(), world_size=world_size())
-            beginning.dataset.cache = cache
-            system.prepare(run.unless_stopped(execution.batches(beginning)))
-    if run.saved is None and system.takes_boxes:
-        run.found_boxes = {}
-        whole = dataclasses.replace(settings, image_size=settings.resize_size, keep_aspect_ratio=False)
-        for part, seen in (("training", whole), ("selection", settings)):
-            loader = evaluation_loader(seen, entries[part][rank() :: world_size()])
-            loader.dataset.cache = cache if seen.keep_aspect_ratio == settings.keep_aspect_ratio else None
-            batches = run.unless_stopped(loader)
-            run.found_boxes[part] = find_boxes(system, batches, execution, len(entries[part]))
+            with execution.autocast():
+                system.prepare(batches)
+            run.found_boxes = find_all_boxes(run, system, execution, entries, cache)
+        else:
+            system.prepare(batches)  # with all digits: it may be k-means
     if run.found_boxes is not None:
         loaders["training"].dataset.found_boxes = run.found_boxes["training"]
         loaders["selection"].dataset.found_boxes = run.found_boxes["selection"][rank() :: world_size()]
+
+
+def find_all_boxes(
+    run: Run, system: System, execution: Execution, entries: Mapping[str, list[Entry]], cache: PictureCache | None
+) -> dict[str, Tensor]:
+    """Return where the objects are in pictures without augmentation, [n, 4] each, see `datasets.Pictures`.
+
+    Pictures to train on are looked at whole, as any part of them may be trained on; those to select by as evaluation
+    sees them.
+    """
+    settings, found = run.settings, {}
+    whole = dataclasses.replace(settings, image_size=settings.resize_size, keep_aspect_ratio=False)
+    for part, seen in (("training", whole), ("selection", settings)):
+        loader = evaluation_loader(seen, entries[part][rank() :: world_size()])
+        loader.dataset.cache = cache if seen.keep_aspect_ratio == settings.keep_aspect_ratio else None
+        found[part] = find_boxes(system, run.unless_stopped(loader), execution, len(entries[part]))
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
