@@ -17,7 +17,10 @@ from utils.training.schedule import EpochPlan
 from utils.training.targets import build_mixing, class_weights_of
 
 RAW = EpochPlan({"raw": 1.0}, ("raw",), mask_background=False)
-NO_CROSS_ENTROPIES = {"ranking", "contrastive", "centre", "priority", "location", "diversity"}  # unweighted
+NO_CROSS_ENTROPIES = {  # unweighted
+    *("ranking", "contrastive", "centre", "priority", "location", "diversity"),
+    *("semantic_final", "semantic_stage3", "semantic_combined", "agreement"),
+}
 
 
 # ---- Weights of classes ---------------------------------------------------------------------------------------------
