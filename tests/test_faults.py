@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 from launching import PROJECT, Script, run_script, run_two_processes
+from tensorboard.summary.writer.record_writer import RecordWriter
 from test_train import FOUR_EPOCHS, MASKED, assert_same_run, read_log
 
 import datasets
@@ -32,6 +33,7 @@ from utils.checkpoint import CheckpointError, SavingError, load_checkpoint, load
 from utils.data.workers import leave_run_to_the_main_process
 from utils.errors import Stopped, exit_with_one_sentence
 from utils.files import FolderInUseError, locked
+from utils.reporting.runlog import log_evaluation
 from utils.training import learning, resume
 from utils.training.execution import Execution
 from utils.training.interruption import StopRequest
@@ -1002,6 +1004,47 @@ def test_the_reason_of_a_failed_save_is_the_systems(tiny_run, tmp_path):
     assert result.returncode == 2
     assert "(File too large): let files be larger" in result.stderr
     assert "unexpected" not in result.stderr
+
+
+def fill_the_disk(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """TensorBoard's thread finds no room for any event but the first few."""
+    events, write = [], RecordWriter.write
+
+    def full(self, data: bytes) -> None:
+        events.append(data)
+        if len(events) > after:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(self, data)
+
+    monkeypatch.setattr(RecordWriter, "write", full)
+
+
+@pytest.mark.parametrize("after", [0, 2, 12], ids=["at the start", "the settings", "an epoch"])
+def test_a_disk_that_fills_up_with_events_is_one_sentence(after, tiny_run, tmp_path, monkeypatch, capsys):
+    """The thread that writes them keeps its traceback to itself, and what was saved stays: the run can go on."""
+    arguments = tiny_run(tmp_path, "--epochs", "2", "--schedule", "steps")
+    train.main([*arguments, "--epochs", "1"])
+    folder = tmp_path / "folder-resnet"
+    before = (folder / "last.pth").read_bytes(), (folder / "log.jsonl").read_bytes()
+    capsys.readouterr()
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ending, exit_with_one_sentence(training=True):
+        fill_the_disk(patch, after)
+        train.main(arguments)
+    assert ending.value.code == 2
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert sentence.startswith(f"error: {folder} could not be written (No space left on device): make room")
+    assert ((folder / "last.pth").read_bytes(), (folder / "log.jsonl").read_bytes()) == before
+    train.main(arguments)
+    assert load_checkpoint(folder / "last.pth")["epoch"] == 2
+
+
+def test_a_disk_that_is_full_of_figures_of_an_evaluation_is_one_sentence(tmp_path, monkeypatch, capsys):
+    fill_the_disk(monkeypatch, 1)
+    with pytest.raises(SystemExit) as ending, exit_with_one_sentence(elsewhere="--out"):
+        log_evaluation(tmp_path / "test", 1, {"accuracy/raw": 0.5, "accuracy/prediction": 0.5})
+    assert ending.value.code == 2
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert "could not be written (No space left on device): make room or write elsewhere (--out)" in sentence
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ class RunLog:
             _drop_later_epochs(self.path, resume_epoch)
         threading.excepthook = _except_of_writers
         self.first_epoch = 0 if resume_epoch is None else resume_epoch + 1
-        with self._saying_where():
+        with _saying_where(self.path.parent):
             self.writer = SummaryWriter(str(folder), purge_step=self.first_epoch)
 
     def log_epoch(self, epoch: int, groups: Mapping[str, Mapping[str, float]]) -> None:
@@ -86,11 +86,11 @@ class RunLog:
             return
         numbers = {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
         line = json.dumps({"epoch": epoch} | {name: _strict(value) for name, value in numbers.items()}, allow_nan=False)
-        with self._saying_where():
+        with _saying_where(self.path.parent):
             _add_scalars(self.writer, numbers, epoch)
             self.writer.flush()
         # one write of the whole line, on disk before the checkpoint that follows
-        with self._saying_where(), self.path.open("a", encoding="utf-8") as file:
+        with _saying_where(self.path.parent), self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -98,7 +98,7 @@ class RunLog:
     def log_pictures(self, tag: str, image: Tensor, epoch: int) -> None:
         """Show a picture, uint8 [3, H, W], under TensorBoard's Images."""
         if self.enabled:
-            with self._saying_where():
+            with _saying_where(self.path.parent):
                 self.writer.add_image(tag, image, epoch)
                 self.writer.flush()
 
@@ -109,7 +109,7 @@ class RunLog:
         """
         if self.enabled:
             text = settings if isinstance(settings, str) else visible(_markdown_table(settings))
-            with self._saying_where():
+            with _saying_where(self.path.parent):
                 self.writer.add_text("settings", text, self.first_epoch)
                 if not isinstance(settings, str):
                     self._log_row(settings)
@@ -125,16 +125,8 @@ class RunLog:
     def close(self) -> None:
         """Write what is still waiting and close the events file."""
         if self.enabled:
-            with self._saying_where():
+            with _saying_where(self.path.parent):
                 self.writer.close()
-
-    @contextlib.contextmanager
-    def _saying_where(self) -> Iterator[None]:
-        """A full disk's own words name no file."""
-        try:
-            yield
-        except OSError as error:
-            raise SavingError(self.path.parent, error) from error
 
     def __enter__(self) -> RunLog:
         return self
@@ -142,6 +134,15 @@ class RunLog:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         with contextlib.suppress(OSError) if error else contextlib.nullcontext():  # that error is the one to tell
             self.close()
+
+
+@contextlib.contextmanager
+def _saying_where(folder: Path) -> Iterator[None]:
+    """A full disk's own words name no file."""
+    try:
+        yield
+    except OSError as error:
+        raise SavingError(folder, error) from error
 
 
 def _except_of_writers(fault: threading.ExceptHookArgs) -> None:
@@ -156,9 +157,10 @@ def log_evaluation(folder: str | Path, epoch: int, numbers: Mapping[str, float],
     `embeddings` go to TensorBoard's projector: see `SummaryWriter.add_embedding`.
     """
     folder = Path(folder)
+    threading.excepthook = _except_of_writers
     for old in folder.glob("events.out.tfevents.*"):
         old.unlink()
-    with SummaryWriter(str(folder)) as writer:
+    with _saying_where(folder), SummaryWriter(str(folder)) as writer:
         _add_scalars(writer, numbers, epoch)
         if embeddings:
             writer.add_embedding(global_step=epoch, tag="test", **embeddings)
