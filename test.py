@@ -199,7 +199,7 @@ def rebuild(options: argparse.Namespace, more: Sequence[str]) -> tuple[Trained, 
             f"unrecognized arguments: {' '.join(more)} (settings of training are read from {options.checkpoint}; only "
             "for a published checkpoint they are given, --model among them)"
         )
-    trained = load_trained(options.checkpoint, rebuilt, weights=options.weights, **overrides)
+    trained = load_trained(options.checkpoint, rebuilt, weights=options.weights, content=content, **overrides)
     return trained, find_data(trained, options)
 
 
@@ -262,7 +262,7 @@ def rebuild_published(path: Path, content: dict, overrides: dict, more: Sequence
         "selected_on": "what its authors chose",
     }
     network = build_from_settings(settings, len(catalogue.class_names), load_weights=False)
-    load_published(network, path)
+    load_published(network, path, content)
     return make_ready(network, settings, saved), Evaluated(catalogue.test)
 
 

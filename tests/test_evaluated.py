@@ -135,6 +135,13 @@ def draw(path: Path, seed: int) -> None:
     Image.fromarray(pixels).save(path)
 
 
+def test_a_checkpoint_is_read_once(finished, tmp_path, evaluation_script, monkeypatch):
+    read, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda path, **options: (read.append(path), load(path, **options))[1])
+    evaluation_script.main([str(finished / "folder-resnet" / "best.pth"), "--out", str(tmp_path)])
+    assert read == [finished / "folder-resnet" / "best.pth"]
+
+
 def test_pictures_added_to_a_tree_do_not_bring_training_images_into_the_test(
     finished, tmp_path, evaluation_script, capsys
 ):

@@ -81,9 +81,12 @@ def load_last(
     return None
 
 
-def load_run(path: str | Path) -> dict:
-    """Read a checkpoint that train.py wrote, best.pth or last.pth. Raises CheckpointError for any other file."""
-    content = load_checkpoint(path)
+def load_run(path: str | Path, content: dict | None = None) -> dict:
+    """Read a checkpoint that train.py wrote, best.pth or last.pth. Raises CheckpointError for any other file.
+
+    `content`: what `load_checkpoint` has read of it already.
+    """
+    content = load_checkpoint(path) if content is None else content
     if (problem := problem_of(content, NETWORK)) is not None:
         raise CheckpointError(f"{path} was not written by train.py: {problem}; give best.pth or last.pth of a run")
     return content
@@ -166,18 +169,18 @@ def _has_its_checksums(path: Path) -> bool:
         return archive.testzip() is None
 
 
-def load_published(network: System, path: str | Path) -> None:
+def load_published(network: System, path: str | Path, content: dict | None = None) -> None:
     """Load a checkpoint of a system's published code into a network of that system, such as `sgkrl_published`.
 
     Everything has to fit: raises CheckpointError naming what is missing, left over or of another shape, and for a
     system whose published files are not known. Exceptions are the trunk's `fc` where it is unused, the system's
     `absent_when_published`, which may stand beside the weights, and the counters of batch norms, which nothing reads
-    and files of PyTorch 0.4.0 and older lack.
+    and files of PyTorch 0.4.0 and older lack. `content`: what `load_checkpoint` has read of the file already.
     """
     names, published = network.published_names, {ours: theirs for theirs, ours in network.published_names.items()}
     if not names:
         raise CheckpointError(f"{path}: no published checkpoints are known of this model; choose another one")
-    content = load_checkpoint(path)
+    content = load_checkpoint(path) if content is None else content
     state = next((content[name] for name in WRAPPED_AS if name in content), content)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(

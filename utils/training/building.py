@@ -157,16 +157,22 @@ REMEDY = "use a file that train.py of this version can have written"
 
 
 def load_trained(
-    path: Path, rebuilt: Callable[..., Any], *, weights: str | None = None, **overrides: object
+    path: Path,
+    rebuilt: Callable[..., Any],
+    *,
+    weights: str | None = None,
+    content: dict[str, object] | None = None,
+    **overrides: object,
 ) -> Trained:
     """Rebuild a network from the settings saved in its checkpoint, with some of them changed; see `config.rebuilt`.
 
-    `weights` "ema" or "plain" of a run that averaged them; None: the average where there is one.
+    `weights` "ema" or "plain" of a run that averaged them; None: the average where there is one. `content`: what
+    `load_checkpoint` has read of the file already.
 
     Raises CheckpointError where the file is no checkpoint of a run, is of another version or damaged, SettingsError for
     impossible overrides.
     """
-    saved = load_run(path)
+    saved = load_run(path, content)
     try:
         settings = rebuilt(saved["settings"], **overrides)
     except UnknownSettingsError as error:
