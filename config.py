@@ -88,7 +88,7 @@ class Settings:
     input_size: SideOfInput | None = None  # side in pixels of what the backbone sees: a multiple of 32, at least 96
     image_size: Count | None = None  # side of what a batch holds; larger than input_size, crops gain detail; None: that
     resize_size: Count | None = None  # side at which pictures are loaded; image_size is cropped out of it; None: that
-    keep_aspect_ratio: bool = False  # resize the shorter side to resize_size, instead of both; the crop is a square
+    keep_aspect_ratio: bool | None = None  # resize the shorter side to resize_size, not both; the crop is a square
     padding: CountOrZero | None = None  # zeros round the picture before training's random crop
     flip: Probability | None = None  # probability of a horizontal flip in training
     brightness: Share | None = None  # training brightness is multiplied by 1 - x to 1 + x
@@ -161,6 +161,7 @@ class Settings:
 # published SG-KRL for CUB, Cars and Aircraft; those of FLRDF and SCRIM are not known to us.
 PUBLISHED: dict[str, object] = {
     "input_size": 448,
+    "keep_aspect_ratio": False,
     "padding": 0,
     "flip": 0.5,
     "brightness": 0.2,

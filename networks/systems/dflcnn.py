@@ -52,6 +52,7 @@ class DFLCNN(System):
         "weight_decay": 5e-6,
         "schedule": "exponential",
         "decay_rate": 0.9**0.1,  # published: times 0.9 after every 10 epochs
+        "keep_aspect_ratio": True,
         "flip": 0.3,
         "brightness": 0.0,
         "contrast": 0.0,

@@ -341,6 +341,8 @@ def test_its_recipe_is_the_published_one_as_far_as_it_goes():
     assert settings.schedule == "exponential"
     assert settings.decay_rate**10 == pytest.approx(0.9)
     assert settings.ensembling == "sum_logits"
+    assert settings.keep_aspect_ratio
+    assert not parse_settings(["--model", "dflcnn", "--no-keep_aspect_ratio"]).keep_aspect_ratio
     own = {"filters_per_class": 10, "filter_start": "k_means", "peaks_per_picture": 10, "norm_start": "pretrained"}
     assert settings.options == own
 
