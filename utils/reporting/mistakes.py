@@ -2,15 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from networks.evidence import forward_with_evidence
+from utils.data.catalogue import Entry
+from utils.data.cropping import cut_out, seen_part
+from utils.data.decoding import DRAWN_AT_LEAST, load_picture
+from utils.data.demo_birds import draw_demo_picture
 from utils.reporting.panels import image_panel
 from utils.reporting.report_sections import Mistake
 from utils.training.building import Trained
+
+
+def mistaken_batches(
+    entries: Sequence[Entry], load_batch: Callable[[list[Entry]], Any], *, loading: Mapping[str, Any], step: int
+) -> Iterator[tuple[Any, list[Image.Image], list[int]]]:
+    """Yield these images, `step` at a time, as batches, what is seen of them in its own size, and labels.
+
+    `load_batch` is that of `datasets` with a run's settings, `loading` what its `loading_of` gives.
+    """
+    for start in range(0, len(entries), step):
+        chosen = entries[start : start + step]
+        batch = load_batch(chosen)
+        sources = [entry.source for entry in chosen]
+        pictures = [draw_demo_picture(s) if isinstance(s, int) else _load_upright(s) for s in sources]
+        pictures = [cut_out(picture, seen_part(*picture.size, **loading)) for picture in pictures]
+        yield batch, pictures, [entry.label for entry in chosen]
+
+
+def _load_upright(path: Path) -> Image.Image:
+    return load_picture(path, at_least=DRAWN_AT_LEAST, memory=math.inf)[0]
 
 
 def draw_mistakes(

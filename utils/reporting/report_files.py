@@ -1,0 +1,55 @@
+"""Where the files of an evaluation go, how their names end, and writing them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from utils.data.evaluated import Evaluated
+from utils.files import show, write_text
+from utils.reporting.class_tables import write_classes, write_confusions
+from utils.reporting.metrics import confusion_matrix
+from utils.reporting.report import write_report
+from utils.reporting.results import ResultCollector
+
+
+def ending_of(options: argparse.Namespace, all_views: Sequence[str]) -> str:
+    """Return how the names of an evaluation's files end: nothing for best.pth; views in the order of `all_views`."""
+    stem = options.checkpoint.stem
+    plain = "-plain" if options.weights == "plain" else ""
+    views = "".join(f"-{view}" for view in all_views if view in (options.views or ()))
+    return ("" if stem == "best" else f"-{stem}") + plain + views + ("-shuffled" if options.shuffle else "")
+
+
+def folder_of_report(options: argparse.Namespace, settings: Any, data: Evaluated) -> Path:
+    """Return where a report goes: beside the checkpoint, or, of other data, into a folder of its own there."""
+    if options.out is not None:
+        return options.out
+    beside = options.checkpoint.parent
+    return beside if data.own else beside / f"on-{Path(settings.data_root).resolve().name}"
+
+
+def write_files(
+    folder: Path, ending: str, class_names: Sequence[str], results: ResultCollector, report: Mapping, mistakes: list
+) -> None:
+    """Write the report for people and for programs, and the tables of predictions and classes."""
+    write_text(folder / f"report{ending}.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    results.write(folder / f"predictions{ending}.csv", class_names)
+    values = results.values()
+    matrix = confusion_matrix(values["prediction"], values["label"], len(class_names))
+    write_classes(folder / f"classes{ending}.csv", matrix, class_names)
+    write_confusions(folder / f"confusions{ending}.csv", matrix, class_names)
+    write_report(
+        folder / f"report{ending}.html",
+        report,
+        class_names=class_names,
+        matrix=matrix,
+        overlaps=values.get("box_iou"),
+        mistakes=mistakes,
+    )
+    files = ("report{}.html", "report{}.json", "predictions{}.csv", "classes{}.csv", "confusions{}.csv")
+    names = ", ".join(name.format(ending) for name in (*files, "pictures/test{}.png"))
+    show(f"written to {folder}: {names}")
