@@ -14,14 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
-import PIL
 import torch
-import torchvision
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
@@ -30,12 +27,12 @@ from utils.data.catalogue import CHOICES, Catalogue, Entry, Source, leave_out, s
 from utils.data.checking import find_bad_pictures
 from utils.data.cropping import central_offset, cut_box, cut_square, draw_offset, with_corners
 from utils.data.decoding import limit_memory
-from utils.data.errors import DataError, describe
+from utils.data.errors import DataError
 from utils.data.evaluated import Labelled
-from utils.data.picture_cache import PictureCache, cache_in_memory, cache_on_disk
-from utils.data.pixels import load_pixels, shapes_of, source_code
+from utils.data.pixels import load_pixels
 from utils.data.readers import read_catalogue, read_labelled
 from utils.data.samplers import BalancedSampler, ShuffledSampler
+from utils.data.settings import DataSettings
 from utils.data.workers import start_loader
 from utils.errors import UserError
 
@@ -141,31 +138,6 @@ class Pictures(Dataset[Sample]):
         return Sample(image, entry.label, box, path, augmentation, found)
 
 
-def fingerprint(entries: Sequence[Entry], size: int, keep_aspect_ratio: bool = False) -> tuple[str, bytes]:
-    """A name for this list of pictures at this size, and the SHA-256 of all that their pixels and boxes depend on.
-
-    The list, its boxes and the size decide the name. The SHA-256 is of these, the files' sizes and times, the versions
-    of Pillow, PyTorch and torchvision, and the code that makes pixels, see `utils.data.pixels.source_code`. No other
-    code counts: a reader of lists, a sampler or this file may change, and decoded pictures that were kept stay good.
-
-    Raises DataError where a file has vanished.
-    """
-    versions = (PIL.__version__, torch.__version__, torchvision.__version__)
-    resized = f"{size}aspect" if keep_aspect_ratio else f"{size}"
-    name, content = sha256(resized.encode()), sha256(repr(versions).encode())
-    content.update(source_code(drawn=any(isinstance(entry.source, int) for entry in entries)))
-    for source, _, box in entries:
-        name.update(repr((str(source), box)).encode())
-        if isinstance(source, Path):
-            try:
-                status = source.stat()
-            except OSError as error:
-                raise DataError(f"{source} cannot be read as a picture ({describe(error)}): restore it") from None
-            content.update(repr((status.st_size, status.st_mtime_ns)).encode())
-    content.update(name.digest())
-    return f"{resized}-{name.hexdigest()[:12]}", content.digest()
-
-
 def collate(samples: Sequence[Sample]) -> Batch:
     """Stack samples into a batch; boxes and augmentation are None unless every sample has them."""
     images, labels, boxes, paths, augmentations, found = zip(*samples, strict=True)
@@ -185,46 +157,6 @@ def collate(samples: Sequence[Sample]) -> Batch:
 # ---------------------------------------------------------------------------------------------------------------------
 # What a run's settings make of it
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-class DataSettings(Protocol):
-    """What is read of a run's settings; `config.Settings` has all of it, and says there what each means."""
-
-    dataset: str
-    data_root: str | None
-    classes: tuple[str, ...] | None
-    class_level: int | None
-    labels: str | None
-    validation_labels: str | None
-    test_labels: str | None
-    image_column: str | None
-    label_column: str | None
-    split_column: str | None
-    aircraft_level: str
-    test_fraction: float
-    seed: int
-    on_bad_image: str
-    select_on: str
-    validation: float
-    image_size: int
-    resize_size: int
-    keep_aspect_ratio: bool
-    padding: int
-    flip: float
-    brightness: float
-    contrast: float
-    saturation: float
-    rotation: float
-    erasing: float
-    crop_scale: float
-    batch_size: int
-    evaluation_batch_size: int
-    images_per_class: int
-    workers: int
-    prefetch: int
-    picture_memory: float
-    cache: str
-    checkpoint_dir: str
 
 
 def load_catalogue(settings: DataSettings) -> tuple[Catalogue, dict[str, str]]:
@@ -355,22 +287,3 @@ def _worker_options(settings: DataSettings) -> dict[str, object]:
         "persistent_workers": True,
         "worker_init_fn": partial(start_loader, picture_memory=settings.picture_memory),
     }
-
-
-def build_cache(settings: DataSettings, entries: list[Entry]) -> PictureCache | None:
-    """Return the pictures decoded, if they are to be: in memory, or in a file below checkpoint_dir."""
-
-    resizing = (settings.resize_size, settings.keep_aspect_ratio)
-
-    def decode(row: int) -> tuple[Tensor, Tensor | None]:
-        return load_pixels(entries[row], *resizing)
-
-    sources = [entry.source for entry in entries]
-    if settings.cache == "ram":
-        return cache_in_memory(sources, shapes_of(entries, *resizing), decode)
-    if settings.cache == "disk":
-        name, digest = fingerprint(entries, *resizing)
-        folder = Path(settings.checkpoint_dir).expanduser() / "cache"
-        path = folder / f"{settings.dataset}-{name}.pictures"
-        return cache_on_disk(path, digest, sources, partial(shapes_of, entries, *resizing), decode)
-    return None

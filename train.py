@@ -14,10 +14,11 @@ from pathlib import Path
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from datasets import build_cache, choose_split, evaluation_loader, load_batch, load_catalogue, training_loader
+from datasets import choose_split, evaluation_loader, load_batch, load_catalogue, training_loader
 from networks.system import System
 from utils.config_slips import config_as_edited
 from utils.data.catalogue import Catalogue, Entry
+from utils.data.decoded import build_cache
 from utils.data.picture_cache import PictureCache
 from utils.data.record import pack, record_pictures
 from utils.errors import exit_with_one_sentence

@@ -29,7 +29,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from config import Settings, complete
-from datasets import Entry, build_cache, read_catalogue, training_loader
+from datasets import Entry, read_catalogue, training_loader
+from utils.data.decoded import build_cache
 from utils.data.image_batches import NORMALIZATIONS
 from utils.errors import UserError
 from utils.training.distributed import choose_device

@@ -27,8 +27,9 @@ import torch
 from measuring import PROJECT, machine, write_json
 from PIL import Image
 
-from datasets import fingerprint, read_catalogue
+from datasets import read_catalogue
 from utils.data.checking import find_bad_pictures
+from utils.data.decoded import fingerprint
 
 CLASSES = 100
 FIRST_STEP = """

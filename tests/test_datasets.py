@@ -22,10 +22,8 @@ from config import Settings
 from datasets import (
     Batch,
     DataError,
-    DataSettings,
     Entry,
     Pictures,
-    build_cache,
     choose_split,
     evaluation_loader,
     load_catalogue,
@@ -34,8 +32,10 @@ from datasets import (
     training_loader,
 )
 from utils.data.augmentation import Augmentation
+from utils.data.decoded import build_cache
 from utils.data.pixels import load_pixels
 from utils.data.samplers import ShuffledSampler
+from utils.data.settings import DataSettings
 from utils.errors import UserError
 
 

@@ -22,9 +22,10 @@ from test_imports import FILES, imports_of
 from torch.utils.data import DataLoader
 
 import train
-from datasets import Augmentation, DataError, Entry, Pictures, build_cache, collate, fingerprint, load_pixels
+from datasets import Augmentation, DataError, Entry, Pictures, collate, load_pixels
 from utils.checkpoint import load_checkpoint
 from utils.data import picture_cache
+from utils.data.decoded import build_cache, fingerprint
 from utils.data.picture_cache import CacheError, bytes_needed, cache_in_memory, cache_on_disk
 from utils.data.pixels import shapes_of
 from utils.errors import exit_with_one_sentence

@@ -1,7 +1,7 @@
 """From a picture file of any kind to upright RGB, with its box.
 
 Boxes are (x0, y0, x1, y1), continuous edges in pixels. A change to this file has kept pictures decoded anew, see
-`datasets.fingerprint`: what does not change a pixel lives elsewhere.
+`utils.data.decoded.fingerprint`: what does not change a pixel lives elsewhere.
 """
 
 from __future__ import annotations

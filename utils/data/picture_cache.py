@@ -4,7 +4,7 @@ All are decoded once, before training, in threads; the processes that load pictu
 share the pages of the process that made them. On disk there is a file that every process maps, those of other runs
 on the same pictures, too:
 
-    32 bytes        SHA-256 of all that the pixels depend on, see `datasets.fingerprint`
+    32 bytes        SHA-256 of all that the pixels depend on, see `utils.data.decoded.fingerprint`
     n x 8           heights and widths, int32
     n x 16          boxes, float32 (x0, y0, x1, y1); NaN where there is none
     n x 4           CRC-32 of each picture's pixels, uint32: looked at whenever a picture is read
