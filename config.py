@@ -58,7 +58,7 @@ from utils.shared_settings import (
 
 @dataclass(frozen=True)
 @with_lists_as_defaults
-@names_what_is_absent
+@names_what_is_absent(READ)
 class Settings:
     # ---- What to train, and on what -----------------------------------------------------------------------------
     model: str = "sgkrl"  # the system: the name of a file in networks/systems/

@@ -12,7 +12,7 @@ import pytest
 from launching import PROJECT
 
 from config import Settings
-from utils.config_slips import check_edited, config_as_edited
+from utils.config_slips import check_edited, config_as_edited, names_what_is_absent
 from utils.errors import exit_with_one_sentence
 from utils.options import SettingsError, hints
 from utils.shared_settings import READ
@@ -89,6 +89,16 @@ def test_every_field_that_is_no_longer_there_is_missed_before_anything_else():
         rest = dataclasses.make_dataclass("Settings", [(other, object) for other in READ if other != name])
         with pytest.raises(SettingsError, match=f"config.py has no setting {name} in Settings"):
             check_edited(rest, {}, read=READ, path="config.py", is_option=lambda _: False)
+
+
+def test_a_removed_field_is_not_taken_for_another_that_is_there():
+    kept = [(name, object, None) for name in READ if name != "keep_checkpoints"]  # checkpoint_dir is like it
+    for fields, words in ((kept, r"any more; put it back"), ([*kept, ("keep_checkpoint", object, None)], "may have")):
+        edited = names_what_is_absent(READ)(dataclasses.make_dataclass("Settings", fields))
+        with pytest.raises(SettingsError, match=words):
+            check_edited(edited, {}, read=READ, path="config.py", is_option=lambda _: False)
+        with pytest.raises(SettingsError, match=words):
+            _ = edited().keep_checkpoints
 
 
 def test_faults_elsewhere_keep_their_traceback():

@@ -111,24 +111,31 @@ def check_edited(
                 raise SettingsError(f"{place}: {name} in {title} is no setting{nearest(str(name), fields)}")
     for name in read:
         if name not in fields:
-            raise _absent(settings, name, file)
+            raise _absent(settings, name, file, read)
 
 
-def names_what_is_absent(settings: type) -> type:
-    """Let a settings class say in a sentence that a field was renamed or removed: put it above the class."""
-    settings.__getattr__ = _refuse_absent
-    return settings
+def names_what_is_absent(read: Iterable[str]) -> Callable[[type], type]:
+    """Let a settings class say in a sentence that a field was renamed or removed: put it above the class.
+
+    `read`: as for `check_edited`.
+    """
+
+    def refuse(settings: object, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        kind = type(settings)
+        raise _absent(kind, name, Path(inspect.getsourcefile(kind) or "config.py"), read)
+
+    def named(settings: type) -> type:
+        settings.__getattr__ = refuse
+        return settings
+
+    return named
 
 
-def _refuse_absent(settings: object, name: str) -> None:
-    if name.startswith("_"):
-        raise AttributeError(name)
-    kind = type(settings)
-    raise _absent(kind, name, Path(inspect.getsourcefile(kind) or "config.py"))
-
-
-def _absent(kind: type, name: str, file: Path) -> SettingsError:
-    near = difflib.get_close_matches(name, list(hints(kind)), n=1, cutoff=0.6)
+def _absent(kind: type, name: str, file: Path, read: Iterable[str]) -> SettingsError:
+    unknown = [field for field in hints(kind) if field not in read]  # those that are read stand for themselves
+    near = difflib.get_close_matches(name, unknown, n=1, cutoff=0.6)
     instead = f": {_place(file, _field(near[0]))} has {near[0]}, which may have been it" if near else ""
     return SettingsError(f"{file.name} has no setting {name} in {kind.__name__} any more{instead}; put it back")
 
