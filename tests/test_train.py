@@ -745,7 +745,7 @@ def test_a_damaged_checkpoint_without_another_is_refused_and_kept(short_copy, ti
     start = path.read_bytes()[:1000]
     path.unlink()
     path.write_bytes(start)
-    with pytest.raises(CheckpointError, match=re.escape(str(path))):
+    with pytest.raises(CheckpointError, match=re.escape(str(path)) + ".*start anew with --fresh, which moves"):
         train.main(tiny_run(short_copy.parent, *TWO_EPOCHS))
     assert path.stat().st_size == 1000
     assert (short_copy / "best.pth").exists()

@@ -17,6 +17,7 @@ from utils.checkpoint_content import NETWORK, TRAINING, problem_of
 from utils.errors import UserError, is_out_of_memory, tells_of_dead_loader
 from utils.files import SavingError, sync_folder, written_whole
 
+BEGIN_ANEW = "start anew with --fresh, which moves the run aside"
 # Where published code puts the weights in a file, and those of a classifier that it keeps apart
 WRAPPED_AS = ("model_state_dict", "net_state_dict", "state_dict", "net")
 CLASSIFIER_AS = "metric"
@@ -63,7 +64,7 @@ def load_last(
 
     A damaged one is passed over with a warning on standard error, and with `set_aside` renamed to `*.damaged`, so that
     the next `save_last` does not keep it in place of a whole one. `load` reads a file, `load_checkpoint` where it is
-    None. Raises CheckpointError where none can be read.
+    None. Raises CheckpointError where none can be read, with what to do then.
     """
     # next.pth is there, and whole, only where a run was killed between the renamings of `save_last`.
     paths = [folder / name for name in ("last.pth", "next.pth", "previous.pth")]
@@ -74,7 +75,8 @@ def load_last(
             return path, (load or load_checkpoint)(path)
         except CheckpointError as error:
             if not paths:
-                raise
+                remedy = f"put a whole one in its place, or {BEGIN_ANEW}"
+                raise CheckpointError(f"{error}: {remedy}") from None
             print(f"warning: {error}; going on from {paths[0]} instead", file=sys.stderr, flush=True)
             if set_aside:
                 path.replace(path.with_name(path.name + ".damaged"))
@@ -96,9 +98,7 @@ def load_to_continue(path: str | Path) -> dict:
     """Read a checkpoint that training can go on from. Raises CheckpointError for any other file."""
     content = load_checkpoint(path)
     if (problem := problem_of(content, NETWORK | TRAINING)) is not None:
-        raise CheckpointError(
-            f"{path} is no checkpoint to go on from ({problem}): move it away, or start anew with --fresh"
-        )
+        raise CheckpointError(f"{path} is no checkpoint to go on from ({problem})")
     return content
 
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from networks.outputs import NetworkOutput
 from networks.system import System
-from utils.checkpoint import fits, save_checkpoint, save_last
+from utils.checkpoint import BEGIN_ANEW, fits, save_checkpoint, save_last
 from utils.errors import Stopped, UserError
 from utils.files import locked, write_text
 from utils.options import flat
@@ -124,7 +124,7 @@ class Run:
         saved = self.saved
         if saved is None:
             return
-        with fits(self.folder / "last.pth", "move it away, or start anew with --fresh"):
+        with fits(self.folder / "last.pth", BEGIN_ANEW):
             restore(system, optimizer, schedule, saved)
             if average is not None:
                 average.load_state_dict(saved["ema"])

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from utils.checkpoint import CheckpointError, load_checkpoint, load_last, load_to_continue
+from utils.checkpoint import BEGIN_ANEW, CheckpointError, load_checkpoint, load_last, load_to_continue
 from utils.data.record import difference, differing_names, unpack
 from utils.older_runs import UnknownSettingsError
 from utils.options import SettingsError, shown
@@ -101,7 +101,7 @@ def _refuse_other_settings(
     try:
         theirs = restore(saved["settings"])
     except UnknownSettingsError as error:
-        raise CheckpointError(f"{path} has {error}: move it away, or start anew with --fresh") from None
+        raise CheckpointError(f"{path} has {error}: {BEGIN_ANEW}") from None
     ours = {**ours, **as_begun(saved, ours, theirs, at_epochs)}
     differing = _differing(ours, theirs)
     if differing == ["epochs"]:
