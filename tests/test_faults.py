@@ -870,7 +870,7 @@ FORGED = {
         lambda c: c["network"].update({"classifier.bias": torch.zeros(1).expand(1 << 40)}),
         "shape",
     ),
-    "more names than outputs": (lambda c: c["class_names"].append("yellow"), "classifier"),
+    "more names than outputs": (lambda c: c["class_names"].append("yellow"), "names 4 classes, and has weights for 3"),
     "names that are numbers": (lambda c: c.update(class_names=[1, 2, 3]), "class_names"),
     "settings of another system": (lambda c: c["settings"].update(model="scrim", options={}), "scrim"),
     "settings as text": (lambda c: c.update(settings="resnet18"), "settings"),

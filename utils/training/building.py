@@ -23,6 +23,7 @@ from utils.training.compilation import compile_backbone
 from utils.training.distributed import choose_device, unwrap, wrap_network
 from utils.training.execution import Execution
 from utils.training.precision import resolve_precision
+from utils.training.restoring import load_weights
 from utils.training.schedule import EpochPlan, build_optimizer, build_schedule, plan_epoch
 
 
@@ -188,5 +189,5 @@ def load_trained(
     except UserError as error:
         raise CheckpointError(f"{path} has impossible settings ({error}): {REMEDY}") from None
     with fits(path, REMEDY):
-        network.load_state_dict(state)
+        load_weights(network, state, len(saved["class_names"]))
     return make_ready(network, settings, saved | {"weights": kind})

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Number
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -22,7 +22,7 @@ def restore(system: System, optimizer: Optimizer, schedule: LRScheduler, saved: 
         theirs = saved["optimizer"][name] if name == "param_groups" else saved[name]
         if (place := _other_form(ours, theirs, name)) is not None:
             raise ValueError(f"{place} is of another form")
-    system.load_state_dict(saved["network"])
+    load_weights(system, saved["network"], len(saved["class_names"]))
     optimizer.load_state_dict(saved["optimizer"])
     schedule.load_state_dict(saved["schedule"])
     for parameter, state in optimizer.state.items():
@@ -31,6 +31,39 @@ def restore(system: System, optimizer: Optimizer, schedule: LRScheduler, saved: 
         for name, value in state.items():
             if isinstance(value, Tensor) and value.ndim > 0 and value.shape != parameter.shape:
                 raise ValueError(f"{name} {tuple(value.shape)} of a parameter {tuple(parameter.shape)}")
+
+
+def load_weights(network: nn.Module, weights: Mapping[str, Tensor], classes: int) -> None:
+    """Load the weights of a checkpoint that names so many classes. Raises ValueError where they do not fit."""
+    ours = network.state_dict()
+    names = {"missing": ours.keys() - weights.keys(), "left over": weights.keys() - ours.keys()}
+    problems = [f"{kind}: {_first(sorted(found))}" for kind, found in names.items() if found]
+    shapes = {n: (tuple(weights[n].shape), tuple(v.shape)) for n, v in ours.items() if n in weights}
+    shapes = {name: pair for name, pair in shapes.items() if pair[0] != pair[1]}
+    of_trunk = any(name.startswith("backbone.") for name in shapes)
+    counts = {_classes_in(theirs, expected, classes) for theirs, expected in shapes.values()}
+    if len(counts) == 1 and None not in counts and not of_trunk:
+        problems.append(f"it names {classes} classes, and has weights for {counts.pop()}: {_first(list(shapes))}")
+    elif shapes:
+        listed = [f"{n} {theirs} instead of {expected}" for n, (theirs, expected) in shapes.items()]
+        problems.append(f"of another shape: {_first(listed)}")
+    if problems:
+        raise ValueError("; ".join(problems))
+    network.load_state_dict(weights)
+
+
+def _classes_in(theirs: tuple[int, ...], ours: tuple[int, ...], classes: int) -> int | None:
+    """The number of classes that a shape is for, where it is ours but for that number; else None."""
+    differing = [(a, b) for a, b in zip(theirs, ours, strict=False) if a != b]
+    if len(theirs) != len(ours) or len(differing) != 1 or classes < 1:
+        return None
+    found, expected = differing[0]
+    each, rest = divmod(expected, classes)
+    return found // each if each and not rest and not found % each else None
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _other_form(ours: object, theirs: object, place: str) -> str | None:
