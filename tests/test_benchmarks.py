@@ -68,14 +68,17 @@ def test_backbone_flops_are_those_of_the_literature(benchmark) -> None:
 
 def test_costs_beside_the_plain_network(benchmark, tmp_path: Path, capsys) -> None:
     path = tmp_path / "systems.json"
-    words = "--models resnet sgkrl --backbone resnet18 --input_size 96 --classes 5 --device cpu --rounds 1"
+    words = (
+        "--models resnet sgkrl sgkrl_published --backbone resnet18 --input_size 96 --classes 5 --device cpu --rounds 1"
+    )
     words += f" --inference_batch 2 --train_batch 2 --precision float32 --json {path}"
     benchmark("systems").main(words.split())
-    plain, sgkrl = json.loads(path.read_text(encoding="utf-8"))["systems"].values()
+    plain, sgkrl, published = json.loads(path.read_text(encoding="utf-8"))["systems"].values()
     assert plain["train"]["times_plain"] == plain["inference"]["times_plain"] == 1
     forward = benchmark("throughput").backbone_flops(Backbone("resnet18"), [torch.Size((1, 3, 96, 96))], training=False)
     head = Backbone("resnet18").embedding_channels * 5
     assert plain["inference"]["gmac_per_image"] == pytest.approx((forward / 2 + head) / 1e9)
+    assert published["train"]["gmac_per_image"] > 2 * plain["train"]["gmac_per_image"]
     assert sgkrl["inference"]["passes"] == [[2, 3, 96, 96], [2, 3, 96, 96], [14, 3, 48, 48]]
     assert (
         sgkrl["parameters"]
