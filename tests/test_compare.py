@@ -162,6 +162,8 @@ def test_data_that_lie_elsewhere_are_the_same_images(evaluated, tmp_path):
     assert "different images" in compare([evaluated["mmal"], copy])
     (copy / "predictions.csv").unlink()
     assert "no predictions.csv" in compare([evaluated["mmal"], copy])
+    formula = copy.rename(copy.with_name("=1+1"))
+    assert compare([evaluated["mmal"], formula], "csv").splitlines()[-1].startswith("'=1+1,")
 
 
 def test_bootstrap_agrees_with_resampling_image_by_image():

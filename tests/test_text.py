@@ -16,6 +16,7 @@ import predict
 import train
 from networks.outputs import NetworkOutput
 from utils.errors import exit_with_one_sentence
+from utils.reporting.class_tables import write_classes, write_confusions
 from utils.reporting.results import ResultCollector, read_predictions
 from utils.text import cell, json_line, one_line, visible
 
@@ -44,6 +45,17 @@ def test_formulas_in_names_are_text_in_the_table_of_predictions(tmp_path: Path) 
     with (tmp_path / "predictions.csv").open(encoding="utf-8", newline="") as file:
         table = list(csv.reader(file))
     assert table[1][:3] == ["'=cmd.jpg", "'-a", "'@b"]
+
+
+def test_formulas_in_names_are_text_in_the_tables_of_classes(tmp_path: Path) -> None:
+    names, matrix = ["=1+1", "@b\x1b[31m", "auk"], torch.eye(3, dtype=torch.long)
+    write_classes(tmp_path / "classes.csv", matrix, names)
+    write_confusions(tmp_path / "confusions.csv", matrix, names)
+    for file in ("classes.csv", "confusions.csv"):
+        with (tmp_path / file).open(encoding="utf-8", newline="") as table:
+            header, *rows = csv.reader(table)
+        assert [row[0] for row in rows] == ["'=1+1", "'@b\\x1b[31m", "auk"]
+    assert header[1:] == [row[0] for row in rows]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="file names are text on Windows")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from utils.files import write_text
 from utils.reporting.metrics import wilson_interval
+from utils.text import cell
 
 
 def write_classes(path: Path, matrix: Tensor, class_names: Sequence[str]) -> None:
@@ -21,14 +22,14 @@ def write_classes(path: Path, matrix: Tensor, class_names: Sequence[str]) -> Non
     rows = []
     for name, images, right in zip(class_names, matrix.sum(dim=1).tolist(), matrix.diagonal().tolist(), strict=True):
         numbers = (right / images, *wilson_interval(right, images)) if images else ()
-        rows.append([name, images, right, *(f"{number:.6f}" for number in numbers), *[""] * (3 - len(numbers))])
+        rows.append([cell(name), images, right, *(f"{number:.6f}" for number in numbers), *[""] * (3 - len(numbers))])
     _write(path, [["class", "images", "right", "accuracy", "interval_95_low", "interval_95_high"], *rows])
 
 
 def write_confusions(path: Path, matrix: Tensor, class_names: Sequence[str]) -> None:
     """Write the confusion matrix: a line per true class, a column per predicted one."""
-    rows = ([name, *counts] for name, counts in zip(class_names, matrix.tolist(), strict=True))
-    _write(path, [["true class", *class_names], *rows])
+    rows = ([cell(name), *counts] for name, counts in zip(class_names, matrix.tolist(), strict=True))
+    _write(path, [["true class", *map(cell, class_names)], *rows])
 
 
 def _write(path: Path, rows: Iterable[Sequence[object]]) -> None:

@@ -14,6 +14,7 @@ import numpy
 
 from utils.errors import UserError
 from utils.reporting.results import read_predictions
+from utils.text import cell
 
 # Where and how fast a run was computed, not what it is
 UNIMPORTANT = frozenset(
@@ -85,13 +86,13 @@ def compare(places: Sequence[Path], form: str = "text", *, restore: Callable[[Ma
     header, rows = _table(runs, restore)
     if form == "csv":
         text = io.StringIO(newline="")
-        csv.writer(text, lineterminator="\n").writerows([header, *rows])
+        csv.writer(text, lineterminator="\n").writerows([header, *([cell(name), *others] for name, *others in rows)])
         return text.getvalue().rstrip("\n")
     pairs = [_sentence(one, other) for one, other in itertools.combinations(runs, 2)]
     if form == "markdown":
         lines = [header, ["---"] * len(header), *rows]
-        cells = ("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-        return "\n".join([*cells, "", *(f"- {pair}" for pair in pairs)])
+        table = ("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
+        return "\n".join([*table, "", *(f"- {pair}" for pair in pairs)])
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in [header, *rows])
     return "\n".join([*lines, "", *pairs])
@@ -132,7 +133,7 @@ def _read_run(place: Path) -> EvaluatedRun:
         if "answer" in branches:  # of an older version
             report["branches"] = branches = {"prediction": branches.pop("answer"), **branches}
         missing = [name for name, holds in EXPECTED.items() if not holds(report)]
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ComparisonError(f"{path} is no report of test.py: write it again") from None
     if missing:
         raise ComparisonError(f"{path} is no whole report of test.py, it lacks {', '.join(missing)}: write it again")
