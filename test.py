@@ -45,7 +45,6 @@ from utils.reporting.evaluation_flags import parse_arguments
 from utils.reporting.exit_threshold import let_exit_early
 from utils.reporting.mistakes import draw_mistakes, mistaken_batches
 from utils.reporting.panels import draw_panel, spread_over
-from utils.reporting.pictures import save_png
 from utils.reporting.report_files import ending_of, folder_of_report, write_files
 from utils.reporting.report_text import as_text
 from utils.reporting.results import ResultCollector
@@ -65,7 +64,7 @@ READERS = Readers(load_catalogue, load_labelled, choose_split)
 def main(arguments: Sequence[str] | None = None) -> None:
     options, more = parse_arguments(arguments, views=VIEWS)
     if options.compare:
-        print(compare(options.compare, options.format, restore=lambda saved: flat(restored(saved))))
+        show(compare(options.compare, options.format, restore=lambda saved: flat(restored(saved))))
         return
     keep_freed_memory()
 
@@ -124,7 +123,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     panel = draw_panel(network, batch, execution, plan, class_names)
     folder, ending = folder_of_report(options, settings, data), ending_of(options, VIEWS)
     make_output_folder(folder)
-    save_png(folder / "pictures" / f"test{ending}.png", panel)
     mistaken = mistaken_batches(
         [entries[position] for position in results.surest_mistakes()],
         partial(load_batch, settings=settings, corners=corners),
@@ -139,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         loader = evaluation_loader(settings, entries)
         projected = project(trained, loader, class_names) if options.embeddings else {}
         log_evaluation(folder / f"test{ending}", saved["epoch"], numbers, **projected)
-    write_files(folder, ending, class_names, results, report, drawn)
+    write_files(folder, ending, class_names, results, report, drawn, panel)
 
 
 def rebuild(options: argparse.Namespace, more: Sequence[str]) -> tuple[Trained, Evaluated]:

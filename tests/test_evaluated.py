@@ -18,6 +18,7 @@ from utils.data.catalogue import Catalogue, Entry
 from utils.data.errors import DataError
 from utils.data.evaluated import Evaluated, Labelled, choose_evaluated
 from utils.data.record import record_pictures
+from utils.files import SavingError
 
 pytestmark = pytest.mark.usefixtures("thin_trunk")
 
@@ -133,6 +134,13 @@ def draw(path: Path, seed: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = numpy.random.default_rng(seed).integers(0, 256, (40, 40, 3), dtype=numpy.uint8)
     Image.fromarray(pixels).save(path)
+
+
+def test_what_is_in_the_way_of_the_pictures_costs_no_report(finished, tmp_path, evaluation_script):
+    (tmp_path / "pictures").write_text("a file")
+    with pytest.raises(SavingError, match="pictures could not be written .*move away what is in its place"):
+        evaluation_script.main([str(finished / "folder-resnet" / "best.pth"), "--out", str(tmp_path)])
+    assert {"report.html", "report.json", "predictions.csv"} <= {path.name for path in tmp_path.iterdir()}
 
 
 def test_a_checkpoint_is_read_once(finished, tmp_path, evaluation_script, monkeypatch):

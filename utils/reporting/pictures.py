@@ -13,7 +13,7 @@ from torch import Tensor
 
 from utils.data.kinds import WRITTEN_BY_US
 from utils.errors import UserError
-from utils.files import written_whole
+from utils.files import SavingError, written_whole
 from utils.reporting.drawing import (
     PREDICTED_BOX,
     TRUE_BOX,
@@ -166,9 +166,15 @@ def prediction_panel(
 
 
 def save_png(path: str | Path, image: Tensor) -> None:
-    """Write an image, uint8 [3, H, W], as a PNG file: complete or not at all, in a folder that is made if missing."""
+    """Write an image, uint8 [3, H, W], as a PNG file: complete or not at all, in a folder that is made if missing.
+
+    Raises SavingError where the system does not let it.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SavingError(path.parent, error) from error
     facts = PngInfo()
     facts.add_text("Software", WRITTEN_BY_US)
     with written_whole(path) as file:

@@ -8,10 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from utils.data.evaluated import Evaluated
 from utils.files import show, write_text
 from utils.reporting.class_tables import write_classes, write_confusions
 from utils.reporting.metrics import confusion_matrix
+from utils.reporting.pictures import save_png
 from utils.reporting.report import write_report
 from utils.reporting.results import ResultCollector
 
@@ -33,9 +36,15 @@ def folder_of_report(options: argparse.Namespace, settings: Any, data: Evaluated
 
 
 def write_files(
-    folder: Path, ending: str, class_names: Sequence[str], results: ResultCollector, report: Mapping, mistakes: list
+    folder: Path,
+    ending: str,
+    class_names: Sequence[str],
+    results: ResultCollector,
+    report: Mapping,
+    mistakes: list,
+    panel: Tensor,
 ) -> None:
-    """Write the report for people and for programs, and the tables of predictions and classes."""
+    """Write the report for people and for programs, the tables of predictions and classes, and a panel of pictures."""
     write_text(folder / f"report{ending}.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     results.write(folder / f"predictions{ending}.csv", class_names)
     values = results.values()
@@ -50,6 +59,7 @@ def write_files(
         overlaps=values.get("box_iou"),
         mistakes=mistakes,
     )
+    save_png(folder / "pictures" / f"test{ending}.png", panel)  # last: it is the one that can be done without
     files = ("report{}.html", "report{}.json", "predictions{}.csv", "classes{}.csv", "confusions{}.csv")
     names = ", ".join(name.format(ending) for name in (*files, "pictures/test{}.png"))
     show(f"written to {folder}: {names}")
