@@ -408,7 +408,7 @@ def test_imagenet_weights_with_the_stride_on_the_first_convolution() -> None:
     with torch.no_grad():
         features = backbone(make_images(96, batch=1))
     assert all(parameter.dtype == torch.float32 for parameter in backbone.parameters())
-    assert all(map_.isfinite().all() for map_ in features)
+    assert all(map_.isfinite().all() for map_ in features if map_ is not None)
     assert 0.05 < features.embedding.mean() < 2  # what a trained trunk gives; a random one is far off
 
 
