@@ -68,25 +68,19 @@ def test_backbone_flops_are_those_of_the_literature(benchmark) -> None:
 
 def test_costs_beside_the_plain_network(benchmark, tmp_path: Path, capsys) -> None:
     path = tmp_path / "systems.json"
-    words = (
-        "--models resnet sgkrl sgkrl_published --backbone resnet18 --input_size 96 --classes 5 --device cpu --rounds 1"
-    )
-    words += f" --inference_batch 2 --train_batch 2 --precision float32 --json {path}"
+    words = f"--models resnet sgkrl_published --backbone resnet18 --input_size 96 --classes 5 --json {path}"
+    words += " --device cpu --precision float32 --rounds 1 --inference_batch 2 --train_batch 2"
     benchmark("systems").main(words.split())
-    plain, sgkrl, published = json.loads(path.read_text(encoding="utf-8"))["systems"].values()
+    plain, sgkrl = json.loads(path.read_text(encoding="utf-8"))["systems"].values()
     assert plain["train"]["times_plain"] == plain["inference"]["times_plain"] == 1
-    forward = benchmark("throughput").backbone_flops(Backbone("resnet18"), [torch.Size((1, 3, 96, 96))], training=False)
-    head = Backbone("resnet18").embedding_channels * 5
+    backbone = Backbone("resnet18")
+    forward = benchmark("throughput").backbone_flops(backbone, [torch.Size((1, 3, 96, 96))], training=False)
+    head = backbone.embedding_channels * 5
+    assert plain["parameters"] == sum(p.numel() for p in backbone.parameters()) + head + 5 < sgkrl["parameters"]
     assert plain["inference"]["gmac_per_image"] == pytest.approx((forward / 2 + head) / 1e9)
-    assert published["train"]["gmac_per_image"] > 2 * plain["train"]["gmac_per_image"]
     assert sgkrl["inference"]["passes"] == [[2, 3, 96, 96], [2, 3, 96, 96], [14, 3, 48, 48]]
-    assert (
-        sgkrl["parameters"]
-        > plain["parameters"]
-        == sum(p.numel() for p in Backbone("resnet18").parameters()) + head + 5
-    )
-    assert sgkrl["train"]["gmac_per_image"] > 3 * sgkrl["inference"]["gmac_per_image"] * 0.8
-    assert "| `sgkrl` |" in (printed := capsys.readouterr().out) and "| 96, 96, 7 x 48 |" in printed
+    assert sgkrl["train"]["gmac_per_image"] > 2 * sgkrl["inference"]["gmac_per_image"]  # the backward pass as well
+    assert "| 96, 96, 7 x 48 |" in capsys.readouterr().out
 
 
 def test_ratios_compare_times_of_the_same_round(benchmark) -> None:
