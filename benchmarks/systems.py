@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from measuring import CLOCKS, interleaved, machine, ratio, write_json
-from throughput import Inference, TrainingStep, in_layout, pass_shapes
+from throughput import Inference, TrainingStep, images_for, in_layout, pass_shapes
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
@@ -86,10 +86,6 @@ def prepared(model: str, mode: str, options: argparse.Namespace, execution: Exec
     if execution.precision == "bf16":
         cast_for_autocast(network, torch.bfloat16)
     return Inference(network, images_for(options, options.inference_batch), execution)
-
-
-def images_for(options: argparse.Namespace, batch_size: int) -> torch.Tensor:
-    return torch.randn(batch_size, 3, options.input_size, options.input_size)
 
 
 def measure(model: str, plain: dict, options: argparse.Namespace, execution: Execution) -> dict:
