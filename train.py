@@ -31,7 +31,7 @@ from utils.training.building import build_learning, build_to_train, check_shares
 from utils.training.distributed import cleanup, print_once, rank, setup_distributed, unwrap, world_size
 from utils.training.engine import evaluate, train_one_epoch
 from utils.training.execution import Execution
-from utils.training.found_boxes import find_boxes
+from utils.training.found_boxes import find_boxes, with_bar
 from utils.training.nonfinite import check_finite
 from utils.training.precision import agreed_precision
 from utils.training.schedule import freeze_trunk, plan_epoch
@@ -69,7 +69,7 @@ def look_at_pictures(
     if run.saved is None:
         beginning = training_loader(run.settings, entries["training"], rank=rank(), world_size=world_size())
         beginning.dataset.cache = cache
-        batches = run.unless_stopped(execution.batches(beginning))
+        batches = with_bar(run.unless_stopped(execution.batches(beginning)), "preparing", len(beginning))
         if system.takes_boxes:
             print_once(f"finding the objects in {sum(map(len, entries.values()))} pictures, once for the whole run")
             with execution.autocast():

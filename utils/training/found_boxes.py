@@ -6,7 +6,7 @@ run, and follow each picture's augmentation as its true box does, see `datasets.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -28,12 +28,17 @@ def find_boxes(system: System, batches: Iterable[Any], execution: Execution, cou
     """
     found = torch.zeros(count, 4, device=execution.device)
     own, done = found[rank() :: world_size()], 0
-    for batch in tqdm(batches, desc="finding objects", disable=None if is_main() else True, leave=False):
+    for batch in with_bar(batches, "finding objects"):
         with execution.autocast():
             boxes = system.find_objects(execution.images(batch.images))
         own[done : done + len(boxes)] = inclusive_to_edges(boxes) * (batch.images.shape[-1] / system.input_size)
         done += len(boxes)
     return all_reduce_sum(found).cpu()
+
+
+def with_bar(batches: Iterable[Any], description: str, total: int | None = None) -> Iterator[Any]:
+    """Yield the batches under a bar, which is not there before the first one is asked for."""
+    yield from tqdm(batches, desc=description, total=total, disable=None if is_main() else True, leave=False)
 
 
 def boxes_to_look_at(batch: Any, system: System, device: torch.device) -> Tensor | None:
