@@ -71,15 +71,17 @@ def look_at_pictures(
         beginning.dataset.cache = cache
         batches = with_bar(run.unless_stopped(execution.batches(beginning)), "preparing", len(beginning))
         if system.takes_boxes:
-            print_once(f"finding the objects in {sum(map(len, entries.values()))} pictures, once for the whole run")
+            print_once("finding the objects in the pictures, once for the whole run")
             with execution.autocast():
                 system.prepare(batches)
             run.found_boxes = find_all_boxes(run, system, execution, entries, cache)
+            system.objects_are_found()
         else:
             system.prepare(batches)  # with all digits: it may be k-means
     if run.found_boxes is not None:
         loaders["training"].dataset.found_boxes = run.found_boxes["training"]
-        loaders["selection"].dataset.found_boxes = run.found_boxes["selection"][rank() :: world_size()]
+        if "selection" in run.found_boxes:
+            loaders["selection"].dataset.found_boxes = run.found_boxes["selection"][rank() :: world_size()]
 
 
 def find_all_boxes(
@@ -88,11 +90,12 @@ def find_all_boxes(
     """Return where the objects are in pictures without augmentation, [n, 4] each, see `datasets.Pictures`.
 
     Pictures to train on are looked at whole, as any part of them may be trained on; those to select by as evaluation
-    sees them.
+    sees them, unless boxes only teach: in evaluation it shows what has been learnt.
     """
     settings, found = run.settings, {}
     whole = dataclasses.replace(settings, image_size=settings.resize_size, keep_aspect_ratio=False)
-    for part, seen in (("training", whole), ("selection", settings)):
+    seen_as = {"training": whole} if system.learned_localization else {"training": whole, "selection": settings}
+    for part, seen in seen_as.items():
         loader = evaluation_loader(seen, entries[part][rank() :: world_size()])
         loader.dataset.cache = cache if seen.keep_aspect_ratio == settings.keep_aspect_ratio else None
         found[part] = find_boxes(system, run.unless_stopped(loader), execution, len(entries[part]))

@@ -83,6 +83,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "resnet-colocalization": (*RESNET, *COLOCALIZATION),
     "mmal-colocalization": ("--model", "mmal", *COLOCALIZATION),
     "trained-colocalization": (*UNMASKED, *COLOCALIZATION),
+    "trained-learned": (*UNMASKED, "--localization", "learned"),
     "mmal": ("--model", "mmal"),
     "flrdf": ("--model", "flrdf"),
     "scrim": ("--model", "scrim"),

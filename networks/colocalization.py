@@ -33,14 +33,15 @@ SHARE_OF_MAXIMUM = 0.1  # cells are the object's above so much of the picture's 
 
 
 def check_colocalization(localization: str, localization_stride: int, shared: Shared) -> None:
-    """Refuse a system's options under which colocalization has nothing to go by, or is not what they are about."""
-    if localization == "colocalization":
+    """Refuse options under which colocalization, or what it teaches, has nothing to go by, or no grid like that."""
+    if localization in ("colocalization", "learned"):
         require(
             shared.has_pretrained_weights,
             "localization",
             localization,
             "another one where pretrained is 'none': random features do not tell objects from background",
         )
+    if localization == "colocalization":
         expected = f"{shared.stride} where localization is 'colocalization', which has a grid of its own"
         require(localization_stride == shared.stride, "localization_stride", localization_stride, expected)
 

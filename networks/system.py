@@ -118,6 +118,7 @@ class System(nn.Module):
     prediction: tuple[str, ...]  # those that are ensembled
     ensembling: str = "mean_probability"  # how, one of `outputs.ENSEMBLINGS`; `run_defaults` may choose another
     loss_weights: Mapping[str, float]  # the weight of each of its loss terms
+    needed_for: Mapping[str, tuple[str, ...]] = {}  # loss terms of no one branch -> branches they need; left out: all
     trained_through_others: ClassVar[tuple[str, ...]] = ()  # branches that learn without a loss of their own
     warmup_branches: ClassVar[tuple[str, ...]] = ("raw",)  # what trains in the first epochs; (): it has no warm-up
     needs_labels: ClassVar[bool] = False  # whether `forward` gets the step's targets as `labels` in training
@@ -138,6 +139,7 @@ class System(nn.Module):
         self.backbone = backbone
         self.dropout = nn.Dropout(shared.dropout)
         self.colocalization: nn.Module | None = None  # `networks.colocalization`, of a system that finds objects by it
+        self.learned_localization: nn.Module | None = None  # the same of `networks.learned_localization`
 
     def forward(
         self,
@@ -152,21 +154,33 @@ class System(nn.Module):
         Only the passes that `branches` need are computed (None: all). `labels` [B] come in training, where
         `needs_labels`; `mask_background` blanks what is not the object, where the system knows that. A system that has
         a colocalization takes `boxes` [B, 4] besides, those that `find_objects` has found and augmentation has carried;
-        without them it finds the objects itself.
+        without them it finds the objects itself. A learned localization is taught by them, and in evaluation leaves
+        them aside.
         """
         raise NotImplementedError
 
     @property
     def takes_boxes(self) -> bool:
         """Whether `forward` takes the objects' `boxes`, which `find_objects` finds once, before training."""
-        return self.colocalization is not None
+        return self.colocalization is not None or self.learned_localization is not None
 
     def find_objects(self, images: Tensor) -> Tensor:
         """Return the boxes [B, 4] of the objects in normalised images [B, 3, S, S], in input_size pixels, inclusive.
 
-        Only where `takes_boxes`, and after `prepare`: training does not change them.
+        Only where `takes_boxes`, and after `prepare`: training does not change them. Where they teach a localization,
+        until `objects_are_found`.
         """
-        return self.colocalization.boxes(images)
+        learned = self.learned_localization
+        return (self.colocalization if learned is None else learned.teacher[0]).boxes(images)
+
+    def is_taught_by(self, boxes: Tensor | None) -> bool:
+        """Whether a pass with these boxes teaches a localization."""
+        return self.training and boxes is not None and self.learned_localization is not None
+
+    def objects_are_found(self) -> None:
+        """Let go, before training, of what only `find_objects` needs."""
+        if self.learned_localization is not None:
+            self.learned_localization.forget_teacher()
 
     def steps(self, images: Tensor, labels: Tensor, boxes: Tensor | None = None) -> Iterator[Step]:
         """Yield the optimizer steps of a batch of normalised images [B, 3, S, S] and labels [B].
@@ -179,10 +193,15 @@ class System(nn.Module):
     def losses(self, output: NetworkOutput, targets: Tensor, *, label_smoothing: float = 0.0) -> dict[str, Tensor]:
         """Return every loss term that an output allows, by name, as float32 scalars: the cross-entropy of each branch.
 
-        `targets` [B] int64, or shares of the classes [B, classes] where `takes_mixed_pictures`. Cross-entropies weight
-        the classes by `class_weights`; other terms do not.
+        And `localization`, where one is taught. `targets` [B] int64, or shares of the classes [B, classes] where
+        `takes_mixed_pictures`. Cross-entropies weight the classes by `class_weights`; other terms do not.
         """
-        return classification_losses(output, targets, label_smoothing=label_smoothing, class_weights=self.class_weights)
+        terms = classification_losses(
+            output, targets, label_smoothing=label_smoothing, class_weights=self.class_weights
+        )
+        if self.learned_localization is not None and output.extras is not None:
+            terms["localization"] = self.learned_localization.loss(output.extras["inside"], output.extras["boxes"])
+        return terms
 
     @classmethod
     def takes_mixed_pictures(cls) -> bool:
@@ -200,7 +219,8 @@ class System(nn.Module):
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Return all trainable parameters by group: `trunk` learns at the learning rate, `heads` times its factor."""
-        heads = [p for head in self.heads() for p in head.parameters() if p.requires_grad]
+        parts = [part for part in (*self.heads(), self.learned_localization) if part is not None]
+        heads = [p for part in parts for p in part.parameters() if p.requires_grad]
         known = {id(p) for p in heads}
         trunk = [p for p in self.parameters() if p.requires_grad and id(p) not in known]
         return {"trunk": trunk, "heads": heads}
@@ -216,8 +236,11 @@ class System(nn.Module):
         last incomplete batch): normalised images [B, 3, S, S] and labels [B], on the device. Here a colocalization is
         fitted, where there is one.
         """
+        pictures = (images for images, _ in batches)
         if self.colocalization is not None:
-            self.colocalization.fit(images for images, _ in batches)
+            self.colocalization.fit(pictures)
+        if self.learned_localization is not None:
+            self.learned_localization.take_teacher(self.backbone, self.input_size, pictures)
 
     def look_at_own(self, view: str) -> int:
         """Look, from here on, at what one of `own_views` names; return how many views that are with the picture."""

@@ -28,6 +28,7 @@ from utils.data import image_batches
 from utils.reporting.metrics import EpochMeter, confusion_matrix, inclusive_to_edges
 from utils.reporting.results import ResultCollector
 from utils.training.execution import Execution
+from utils.training.learning import given_boxes
 
 BATCH, CLASSES, SIZE, LARGER = 4, 5, 96, 128
 CUDA = torch.device("cuda")
@@ -56,6 +57,7 @@ SYSTEMS: tuple[System, ...] = (
 OPTIONS: tuple[System, ...] = (  # that compute something else on the device
     ("sgkrl", {"crop_gradient": True, "localization_stride": 16, "graph_edges": "overlap", "graph_residual": False}),
     ("sgkrl", {"graph_edges": "distance", "spatial_weights": "absolute", "without": ("fusion",)}),
+    ("sgkrl", {"localization": "learned"}),
     ("flrdf", {"suppression": 0.5, "box_agreement": True}),
     ("scrim", {"parts_of_every_level": False}),
     ("dcl", {"guessed_places": True, "swap_classes": "two"}),
@@ -131,7 +133,8 @@ def fields(output: NetworkOutput) -> list[Tensor]:
 def assert_runs(network: nn.Module, *, training: bool, autocast: bool) -> None:
     """Forward pass, losses and prediction, in training those of every step."""
     images, labels = make_images(), make_labels()
-    steps = iter(network.steps(images, labels) if training else [Step(images, labels)])
+    boxes = torch.empty(BATCH, 4, device=CUDA) if network.takes_boxes else None
+    steps = iter(network.steps(images, labels, **given_boxes(boxes)) if training else [Step(images, labels)])
     while True:
         with on_a_gpu():
             step = next(steps, None)
@@ -142,6 +145,7 @@ def assert_runs(network: nn.Module, *, training: bool, autocast: bool) -> None:
 
 def assert_step_runs(network: nn.Module, step: Step, *, autocast: bool) -> None:
     training, more = network.training, {"labels": step.targets} if network.needs_labels else {}
+    more |= given_boxes(step.boxes)
     with torch.set_grad_enabled(training):
         with on_a_gpu(autocast=autocast):
             output = network(step.images, mask_background=True, branches=step.branches, **more)

@@ -23,7 +23,7 @@ class Toy(System):
     def __init__(self, branches=BRANCHES, *, warmup_branches=("raw",), mask_from_epoch=None):
         torch.nn.Module.__init__(self)
         self.branches, self.warmup_branches, self.mask_from_epoch = branches, warmup_branches, mask_from_epoch
-        self.trunk, self.head = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+        self.trunk, self.head, self.learned_localization = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), None
 
     def heads(self):
         return [self.head]
@@ -66,6 +66,14 @@ def test_a_term_of_several_branches_needs_them_all():
     assert plan_epoch(system, 2, weights).branches == ("raw", "part", "concat")
     assert plan_epoch(system, 1, weights).branches == ("raw",)
     assert set(plan_epoch(system, 2, weights | {"ranking": 0.0}).branches) == {"raw", "concat"}
+
+
+def test_a_term_may_name_the_branches_it_needs():
+    system = Toy(("raw", "part", "concat"), warmup_branches=("raw", "ranking"))
+    system.needed_for = {"ranking": ("part",)}
+    assert plan_epoch(system, 1, {}).branches == ("raw", "part")
+    assert plan_epoch(system, 2, {"concat": 1.0, "ranking": 1.0}).branches == ("part", "concat")
+    assert plan_epoch(system, 2, {"ranking": 1.0, "location": 1.0}).branches == system.branches
 
 
 def test_warm_up_trains_what_the_system_says():

@@ -59,7 +59,7 @@ def _is_meter(value: object) -> bool:
 
 
 def _are_found_boxes(value: object) -> bool:
-    if not isinstance(value, dict) or value.keys() != {"training", "selection"}:
+    if not isinstance(value, dict) or value.keys() not in ({"training", "selection"}, {"training"}):
         return False
     return all(isinstance(boxes, Tensor) and boxes.ndim == 2 and boxes.shape[1] == 4 for boxes in value.values())
 

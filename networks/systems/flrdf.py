@@ -16,9 +16,10 @@ from torch import Tensor
 
 from networks.backbone import Backbone
 from networks.classifier import Classifier
-from networks.colocalization import Colocalization, check_colocalization
+from networks.colocalization import check_colocalization
 from networks.crops import crop_objects, resize_images
 from networks.jigsaw import permute_blocks, random_permutations
+from networks.learned_localization import FoundBy, add_localization
 from networks.localization import activation_map, cell_boxes_to_pixels, localize
 from networks.outputs import NetworkOutput, requested_branches
 from networks.suppression import RegionSuppression
@@ -34,7 +35,7 @@ class Options:
     classify_suppressed: bool = True  # raw classifies the suppressed map; without it only a fixed suppression works
     box_agreement: bool = False  # the box keeps only what the map before the last one confirms, as in mmal
     jigsaw_blocks: Count = 2  # blocks along a side of the shuffled object; 1: not shuffled
-    localization: Literal["channel_sum", "colocalization"] = "channel_sum"  # what finds the object; docs/settings.md
+    localization: FoundBy = "channel_sum"  # what finds the object; see docs/settings.md
     localization_stride: Literal[32, 16] = 32  # pixels of the input for each cell of the map of the object
     localization_threshold: Positive = 1.0  # cells belong to the object above so many times the map's mean
 
@@ -51,7 +52,7 @@ class Options:
             not self.box_agreement or self.localization == "channel_sum",
             "box_agreement",
             self.box_agreement,
-            "False where localization is 'colocalization', whose boxes no map that learns confirms",
+            "False where localization is not 'channel_sum': only such boxes does a second map confirm",
         )
         blocks = shared.input_size // shared.stride
         cells = f"at most {blocks}: a block is a cell of {shared.stride} pixels or more"
@@ -82,8 +83,7 @@ class FLRDF(System):
         self.loss_weights = dict.fromkeys(self.branches, 1.0)
         self.suppression = RegionSuppression(backbone.embedding_channels, options.suppression)
         self.classifier = Classifier(backbone.embedding_channels, num_classes)
-        if options.localization == "colocalization":
-            self.colocalization = Colocalization(backbone, self.input_size)
+        add_localization(self, options.localization, backbone.embedding_channels, options.localization_stride)
 
     def forward(
         self,
@@ -102,7 +102,7 @@ class FLRDF(System):
         changes nothing.
         """
         wanted = requested_branches(branches, self.branches if self.training else self.evaluated)
-        logits = {}
+        logits, extras = {}, None
         if "raw" in wanted or self.colocalization is None:
             raw = self.backbone(
                 resize_images(images, self.input_size), dense=self.localization_stride < self.backbone.stride
@@ -110,16 +110,21 @@ class FLRDF(System):
             suppressed = self.suppression(raw.final)
             embedding = suppressed.mean(dim=(2, 3)) if self.classify_suppressed else raw.embedding
             logits["raw"] = self.classifier(self.dropout(embedding))
-        if wanted <= {"raw"}:
+        if wanted <= {"raw"} and not self.is_taught_by(boxes):
             return NetworkOutput(logits)
 
         if self.colocalization is not None:
             object_boxes = self.find_objects(images) if boxes is None else boxes
+        elif self.learned_localization is not None:
+            localization, extras = self.learned_localization.find(suppressed, boxes)
+            object_boxes = boxes if extras else cell_boxes_to_pixels(localization.boxes, self.localization_stride)
         else:
             activation = activation_map(suppressed)
             confirming = activation_map(raw.penultimate) if self.box_agreement else activation
             localization = localize(activation, confirming, threshold=self.localization_threshold)
             object_boxes = cell_boxes_to_pixels(localization.boxes, self.localization_stride)
+        if wanted <= {"raw"}:
+            return NetworkOutput(logits, object_boxes, extras=extras)
         crops = crop_objects(images, object_boxes, input_size=self.input_size)
         crops = resize_images(crops, self.input_size)
         if "object" in wanted:
@@ -128,7 +133,7 @@ class FLRDF(System):
             permutations = random_permutations(len(crops), self.jigsaw_blocks**2, crops.device)
             shuffled = permute_blocks(crops, permutations, self.jigsaw_blocks)
             logits["jigsaw"] = self.classifier(self.dropout(self.backbone(shuffled, kind="part").embedding))
-        return NetworkOutput(logits, object_boxes)
+        return NetworkOutput(logits, object_boxes, extras=extras)
 
     def heads(self) -> list[Classifier]:
         """Not the suppression: it shapes the boxes, which must not jump."""

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from networks.backbone import Backbone
 from networks.classifier import Classifier
-from networks.colocalization import Colocalization, check_colocalization
+from networks.colocalization import check_colocalization
 from networks.crops import crop_objects, crop_windows, resize_images
+from networks.learned_localization import FoundBy, add_localization
 from networks.localization import activation_map, cell_boxes_to_pixels, localize
 from networks.outputs import NetworkOutput, requested_branches
 from networks.system import Shared, System
@@ -25,7 +26,7 @@ from utils.options import Positive
 @dataclass(frozen=True)
 class Options:
     windows: Windows = "birds"  # which windows of the object are looked at: birds, vehicles, or groups of one's own
-    localization: Literal["channel_sum", "colocalization"] = "channel_sum"  # what finds the object; docs/settings.md
+    localization: FoundBy = "channel_sum"  # what finds the object; see docs/settings.md
     localization_stride: Literal[32, 16] = 32  # pixels of the input for each cell of the map of the object
     localization_threshold: Positive = 1.0  # cells belong to the object above so many times the map's mean
 
@@ -56,8 +57,7 @@ class MMALNet(System):
         self.classifier = Classifier(backbone.embedding_channels, num_classes)
         stride = backbone.stride
         self.window_selector = WindowSelector(options.windows, grid_size=self.input_size // stride, stride=stride)
-        if options.localization == "colocalization":
-            self.colocalization = Colocalization(backbone, self.input_size)
+        add_localization(self, options.localization, backbone.embedding_channels, options.localization_stride)
 
     def forward(
         self,
@@ -76,29 +76,34 @@ class MMALNet(System):
         `mask_background` changes nothing.
         """
         wanted = requested_branches(branches, self.branches)
-        logits = {}
+        logits, extras = {}, None
         if "raw" in wanted or self.colocalization is None:
             raw = self.backbone(
                 resize_images(images, self.input_size), dense=self.localization_stride < self.backbone.stride
             )
             logits["raw"] = self.classifier(self.dropout(raw.embedding))
-        if wanted <= {"raw"}:
+        if wanted <= {"raw"} and not self.is_taught_by(boxes):
             return NetworkOutput(logits)
 
         if self.colocalization is not None:
             object_boxes = self.find_objects(images) if boxes is None else boxes
+        elif self.learned_localization is not None:
+            localization, extras = self.learned_localization.find(raw.final, boxes)
+            object_boxes = boxes if extras else cell_boxes_to_pixels(localization.boxes, self.localization_stride)
         else:
             activations = activation_map(raw.final), activation_map(raw.penultimate)
             cells = localize(*activations, threshold=self.localization_threshold).boxes
             object_boxes = cell_boxes_to_pixels(cells, self.localization_stride)
+        if wanted <= {"raw"}:
+            return NetworkOutput(logits, object_boxes, extras=extras)
         crops = crop_objects(images, object_boxes, input_size=self.input_size)
         cropped = self.backbone(resize_images(crops, self.input_size), kind="object")
         logits["object"] = self.classifier(self.dropout(cropped.embedding))
         window_boxes = self.window_selector(activation_map(cropped.final))
         if "window" not in wanted:
-            return NetworkOutput(logits, object_boxes, window_boxes)
+            return NetworkOutput(logits, object_boxes, window_boxes, extras=extras)
 
         windows = self.backbone(crop_windows(crops, window_boxes, input_size=self.input_size), kind="part")
         embeddings = windows.embedding.unflatten(0, (-1, self.window_selector.count))  # [B, N, C]
         logits["window"] = self.classifier(self.dropout(embeddings))
-        return NetworkOutput(logits, object_boxes, window_boxes)
+        return NetworkOutput(logits, object_boxes, window_boxes, extras=extras)

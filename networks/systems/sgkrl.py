@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from networks.attention import SemanticFusion, SemanticWeighting
 from networks.backbone import Backbone
 from networks.classifier import Classifier
-from networks.colocalization import Colocalization, check_colocalization
+from networks.colocalization import check_colocalization
 from networks.crops import crop_objects, crop_windows, resize_images
 from networks.early_exit import look_where_unsure
 from networks.graph import GraphHead
+from networks.learned_localization import FoundBy, add_localization
 from networks.localization import activation_map, adaptive_mask, cell_boxes_to_pixels, localize, with_gradient
 from networks.outputs import NetworkOutput, requested_branches
 from networks.system import Shared, System
@@ -39,7 +40,7 @@ Without = Annotated[
 @dataclass(frozen=True)
 class Options:
     windows: Windows = "birds"  # which windows of the object are looked at: birds, vehicles, or groups of one's own
-    localization: Literal["channel_sum", "colocalization"] = "channel_sum"  # what finds the object; docs/settings.md
+    localization: FoundBy = "channel_sum"  # what finds the object; see docs/settings.md
     localization_stride: Literal[32, 16] | None = None  # pixels a cell of the object's map; None: docs/settings.md
     localization_threshold: Positive | None = None  # cells of the object are above so many means; None: likewise
     graph_neighbours: Count = 3  # how many of the nearest windows a window is linked to, if there are as many
@@ -55,7 +56,7 @@ class Options:
         """As published (32, 1) on random weights; on pretrained ones what finds birds better, see docs/settings.md."""
         pretrained = shared.has_pretrained_weights
         stride, threshold = shared.stride, 1.2 if pretrained else 1.0
-        if pretrained and shared.input_size < 448 and self.localization == "channel_sum":
+        if pretrained and shared.input_size < 448 and self.localization != "colocalization":
             stride = min(shared.localization_strides)
         return replace(
             self,
@@ -71,7 +72,7 @@ class Options:
             not self.crop_gradient or self.localization == "channel_sum",
             "crop_gradient",
             self.crop_gradient,
-            "False where localization is 'colocalization', whose boxes no map that learns has made",
+            "False where localization is not 'channel_sum': it moves the map whose sum of channels makes the box",
         )
         require(
             "weighting" not in self.without or self.spatial_weights != "absolute",
@@ -136,8 +137,7 @@ class SGKRL(System):
             dropout=shared.dropout,
             zero_start=options.graph_residual,
         )
-        if options.localization == "colocalization":
-            self.colocalization = Colocalization(backbone, self.input_size)
+        add_localization(self, options.localization, channels, options.localization_stride)
 
     def forward(
         self,
@@ -155,18 +155,19 @@ class SGKRL(System):
         lies outside the adaptive object mask before the object is cut. Only the passes that `branches` need are
         computed (None: all). With an `exit_threshold` below 1, evaluation looks at the windows of unsure images only:
         see `networks.early_exit`. `boxes` [B, 4]: where the objects are, if that is known; see `System.takes_boxes`.
-        Masks are not known then, so that with `mask_background` the objects are found all the same.
+        Masks are not known then, so that with `mask_background` the objects are found all the same. `extras`, where
+        boxes teach the localization: its logits `inside` [B, g, g], and these `boxes`.
         """
         wanted = requested_branches(branches, self.branches)
         threshold = 1.0 if self.training else self.exit_threshold
-        logits = {}
+        logits, extras = {}, None
         # 1. Look at the picture, if only to find the object, or to be sure of it.
         if wanted & {"raw", "fused"} or self.colocalization is None or threshold < 1:
             raw = self.backbone(
                 resize_images(images, self.input_size), dense=self.localization_stride < self.backbone.stride
             )
             logits["raw"] = self.classifier(self.dropout(raw.embedding))
-            if wanted <= {"raw"}:
+            if wanted <= {"raw"} and not self.is_taught_by(boxes):
                 return NetworkOutput(logits)
 
             # 2. Fuse the stages: every cell of the final map gathers what it needs from the shallower ones.
@@ -175,19 +176,22 @@ class SGKRL(System):
                 fused = self.fusion(raw)
                 logits["fused"] = self.classifier(self.dropout(fused.mean(dim=(2, 3))))
 
-        # 3. Find the object in the fused map, or in what the trunk saw before it was trained.
+        # 3. Find the object in the fused map, by what that has learnt, or in what the trunk saw before it was trained.
+        if self.learned_localization is not None:
+            localization, extras = self.learned_localization.find(fused, boxes)
+            boxes = boxes if extras else None
         if boxes is not None and not mask_background:
             object_boxes, object_masks = boxes, None
         else:
+            stride = self.localization_stride
             if self.colocalization is not None:
                 localization, stride = self.colocalization(images), self.colocalization.stride
-            else:
+            elif self.learned_localization is None:
                 activations = activation_map(fused), activation_map(raw.penultimate)
                 localization = localize(*activations, threshold=self.localization_threshold)
-                stride = self.localization_stride
             object_boxes, object_masks = cell_boxes_to_pixels(localization.boxes, stride), adaptive_mask(localization)
         if not wanted & {"object", "window", "graph"}:
-            return NetworkOutput(logits, object_boxes, None, object_masks)
+            return NetworkOutput(logits, object_boxes, None, object_masks, extras=extras)
 
         # 4. Cut it out, enlarged, and look at it.
         masks = object_masks if mask_background else None
@@ -204,13 +208,13 @@ class SGKRL(System):
         # 6. Choose windows of several scales on the weighted map.
         window_boxes = self.window_selector(activation_map(weighted))
         if not wanted & {"window", "graph"}:
-            return NetworkOutput(logits, object_boxes, window_boxes, object_masks)
+            return NetworkOutput(logits, object_boxes, window_boxes, object_masks, extras=extras)
 
         # 7. Look at them, and let the graph reason on what they show together.
         logits["window"], logits["graph"] = look_where_unsure(
             self._look_at_windows, crops, window_boxes, logits, self.prediction, threshold, self.ensembling
         )
-        return NetworkOutput(logits, object_boxes, window_boxes, object_masks)
+        return NetworkOutput(logits, object_boxes, window_boxes, object_masks, extras=extras)
 
     def _look_at_windows(self, crops: Tensor, window_boxes: Tensor) -> tuple[Tensor, Tensor]:
         """Logits `window` and `graph` from object crops and windows [B, N, 4] on them."""

@@ -30,14 +30,16 @@ class EpochPlan(NamedTuple):
 def plan_epoch(system: System, epoch: int, loss_weights: Mapping[str, float], *, warmup_epochs: int = 1) -> EpochPlan:
     """Plan an epoch, counted from 1: in warm-up only the system's `warmup_branches` train, then every term.
 
-    A term that is not the loss of one branch may need any of them, so that all are computed.
+    A term that is not the loss of one branch needs those that `needed_for` says; without a word, it may need any.
     """
     if epoch <= warmup_epochs:
         weights = dict.fromkeys(system.warmup_branches, 1.0)
     else:
         weights = {name: weight for name, weight in loss_weights.items() if weight > 0}
-    needed = tuple(weights) if weights.keys() <= set(system.branches) else tuple(system.branches)
-    return EpochPlan(weights, needed, system.masks_background(epoch))
+    own = {name: (name,) for name in system.branches}
+    needed = {branch for term in weights for branch in (own | system.needed_for).get(term, system.branches)}
+    branches = tuple(name for name in system.branches if name in needed)
+    return EpochPlan(weights, branches, system.masks_background(epoch))
 
 
 def freeze_trunk(system: System, optimizer: torch.optim.Optimizer, *, frozen: bool) -> None:

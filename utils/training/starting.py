@@ -52,9 +52,10 @@ def start_from(settings: Any, system: System, class_names: Sequence[str], restor
     if not any(name.startswith(TRUNK) for name in fitting):
         raise CheckpointError(f"initial_weights {path}: nothing in it fits this network ({settings.model})")
     if system.takes_boxes and not any(name.startswith("colocalization.trunk.") for name in fitting):
+        such_a_run = "a run with that localization, or " if system.colocalization is not None else ""
         raise CheckpointError(
-            f"initial_weights {path} has no frozen trunk that localization 'colocalization' could find objects by: "
-            "give a run with that localization, or pretrained weights instead"
+            f"initial_weights {path} has no frozen trunk that localization {system.options.localization!r} could find "
+            f"objects by: give {such_a_run}pretrained weights instead"
         )
     system.load_state_dict(expected | fitting)
     of_theirs = of_classes & state.keys()
