@@ -107,7 +107,7 @@ class Settings:
     last_stride: Literal[1, 2] | None = None  # 1: the last stage without its stride, final maps twice as fine (cal)
     batch_norm: Literal["shared", "per_pass", "frozen"] | None = None  # whose running statistics a pass uses
     prediction: Branches | None = None  # branches that are ensembled; None: the system's own
-    ensembling: Literal["mean_probability", "mean_logits", "sum_logits"] | None = None  # what of theirs predicts
+    ensembling: Literal["mean_probability", "mean_logits", "sum_logits", "learned"] | None = None  # what predicts
     dropout: Share | None = None  # before every classifier; the attention of the fusion keeps its published 0.2
 
     # ---- Training -------------------------------------------------------------------------------------------------

@@ -30,7 +30,6 @@ from datasets import (
     load_labelled,
     loading_of,
 )
-from networks.outputs import ENSEMBLINGS
 from networks.views import VIEWS, look_at_views
 from utils.checkpoint import CheckpointError, load_checkpoint, load_published
 from utils.config_slips import config_as_edited
@@ -46,7 +45,7 @@ from utils.reporting.exit_threshold import let_exit_early
 from utils.reporting.mistakes import draw_mistakes, mistaken_batches
 from utils.reporting.panels import draw_panel, spread_over
 from utils.reporting.report_files import ending_of, folder_of_report, write_files
-from utils.reporting.report_text import as_text
+from utils.reporting.report_text import as_text, ensembled_text, weights_of_branches
 from utils.reporting.results import ResultCollector
 from utils.reporting.runlog import log_evaluation
 from utils.training.allocator import keep_freed_memory
@@ -102,8 +101,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
 
     # Report.
-    names = network.prediction
-    ensembled = f"{ENSEMBLINGS[network.ensembling]} of {', '.join(names)}" if len(names) > 1 else names[0]
     report = {
         "checkpoint": str(options.checkpoint),
         "epoch": saved["epoch"],
@@ -111,7 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "selected_on": saved["selected_on"],
         "data": {"root": settings.data_root, "notes": list(data.notes)},
         "order": f"shuffled with seed {settings.seed}" if options.shuffle else listing_order(listed),
-        "prediction": ensembled + (f", over {views} views ({', '.join(options.views)})" if options.views else ""),
+        "prediction": ensembled_text(network, views, options.views),
+        "ensemble_weights": weights_of_branches(network),
         "views": views,
         **results.report(class_names),
         "boxes": {n.removeprefix("box_iou/"): v for n, v in figures.items() if n.startswith("box_iou/")} or None,
@@ -170,6 +168,10 @@ def rebuild_published(path: Path, content: dict, overrides: dict, more: Sequence
     """Return the network of a published checkpoint, which says little about itself, and the data set asked for."""
     words = [word for name, value in overrides.items() for word in (f"--{name}", str(value))]
     settings = parse_settings([*words, *more])
+    if settings.ensembling == "learned":
+        raise CheckpointError(
+            f"{path} has no learnt weights of its branches, as no published checkpoint has: choose another ensembling"
+        )
     catalogue, _ = load_catalogue(settings)
     epoch = content.get("epoch")
     saved = {

@@ -11,6 +11,8 @@ import importlib
 import pkgutil
 from collections.abc import Mapping
 
+import torch
+
 import networks.systems
 from networks.backbone import STRIDE, Backbone
 from networks.outputs import ENSEMBLINGS, SEVERAL_PER_IMAGE
@@ -106,8 +108,8 @@ def build_network(
             None: the system's own choice, or 448.
         dropout: before every classifier; None: the system's own choice, or 0.5.
         prediction: the branches that are ensembled; None: the system's own choice.
-        ensembling: mean_probability, mean_logits or sum_logits, what of these is the prediction; None: the system's
-            own choice, or mean_probability.
+        ensembling: mean_probability, mean_logits, sum_logits or learned, what of these is the prediction; None: the
+            system's own choice, or mean_probability. `learned`: the buffer `ensemble_weights`, which begins equal.
         options: the system's own settings, such as `windows="birds"`: see `Options` in its file.
 
     Raises UserError for what cannot be built, SettingsError for options that the system does not have.
@@ -156,6 +158,8 @@ def build_on_trunk(
     if ensembling not in ENSEMBLINGS:
         raise UserError(f"ensembling {shown(ensembling)} came; choose one of {', '.join(ENSEMBLINGS)}")
     network.ensembling = ensembling
+    if ensembling == "learned" and len(network.prediction) > 1:
+        network.ensemble_weights = torch.full((len(network.prediction),), 1 / len(network.prediction))
     return network
 
 

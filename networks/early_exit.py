@@ -23,6 +23,7 @@ def look_where_unsure(
     prediction: tuple[str, ...],
     threshold: float,
     ensembling: str = "mean_probability",
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return what `look(crops, window_boxes)` does, logits `window` [B, N, classes] and `graph` [B, classes].
 
@@ -31,7 +32,8 @@ def look_where_unsure(
     """
     if threshold >= 1:
         return look(crops, window_boxes)
-    graph = early_prediction(logits, prediction, ensembling).float().clone()  # it may be the logits of a branch itself
+    # cloned, as it may be the logits of a branch itself
+    graph = early_prediction(logits, prediction, ensembling, weights).float().clone()
     window = graph[:, None].repeat(1, window_boxes.shape[1], 1)
     unsure = (object_confidence(logits) <= threshold).nonzero().squeeze(1)
     if len(unsure):

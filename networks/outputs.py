@@ -66,23 +66,36 @@ ENSEMBLINGS = {
     "mean_probability": "mean probability",
     "mean_logits": "mean of logits",
     "sum_logits": "sum of logits",
+    "learned": "weighted sum of the log-probabilities",
 }
 
 
-def combine_branches(output: NetworkOutput, branches: tuple[str, ...], ensembling: str = "mean_probability") -> Tensor:
-    """Return the prediction of `branches` as logits [B, classes]; of one branch, its logits as they are."""
+def combine_branches(
+    output: NetworkOutput,
+    branches: tuple[str, ...],
+    ensembling: str = "mean_probability",
+    weights: Tensor | None = None,
+) -> Tensor:
+    """Return the prediction of `branches` as logits [B, classes]; of one branch, its logits as they are.
+
+    `weights` [branches]: see `combine_logits`.
+    """
     if len(branches) == 1:
         return output.logits[branches[0]]
-    return combine_logits(torch.stack([output.logits[name].float() for name in branches]), ensembling)
+    return combine_logits(torch.stack([output.logits[name].float() for name in branches]), ensembling, weights)
 
 
-def combine_logits(logits: Tensor, ensembling: str) -> Tensor:
+def combine_logits(logits: Tensor, ensembling: str, weights: Tensor | None = None) -> Tensor:
     """Return the logits [B, classes] that those of N members, [N, B, classes], have together.
 
-    `mean_probability`: the logarithm of the mean class probability; `mean_logits` and `sum_logits` of the logits.
+    `mean_probability`: the logarithm of the mean class probability; `mean_logits` and `sum_logits` of the logits;
+    `learned`: the sum of the log-probabilities, each member's times its weight, of `weights` [N] (None: 1/N each).
     """
     if ensembling == "mean_probability":
         return torch.logsumexp(logits.log_softmax(-1), dim=0) - math.log(len(logits))
+    if ensembling == "learned":
+        members = logits.log_softmax(-1)
+        return members.mean(dim=0) if weights is None else (weights[:, None, None] * members).sum(dim=0)
     return logits.mean(dim=0) if ensembling == "mean_logits" else logits.sum(dim=0)
 
 
@@ -92,12 +105,20 @@ def object_confidence(logits: dict[str, Tensor]) -> Tensor:
 
 
 def early_prediction(
-    logits: dict[str, Tensor], prediction: tuple[str, ...], ensembling: str = "mean_probability"
+    logits: dict[str, Tensor],
+    prediction: tuple[str, ...],
+    ensembling: str = "mean_probability",
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Return [B, classes] logits: the prediction of those of its branches that need no windows.
 
-    For a sum of logits their mean, so that a branch that repeats it makes the sum neither smaller nor larger.
+    For a sum of logits their mean, and of `weights`, those of the branches of `prediction`, their shares of the sum of
+    those left: so a branch that repeats it makes the prediction neither smaller nor larger. Where all of these are 0,
+    the branches count alike.
     """
     ensembling = "mean_logits" if ensembling == "sum_logits" else ensembling
     branches = tuple(name for name in prediction if name not in ("window", "graph")) or ("object",)
-    return combine_branches(NetworkOutput(logits), branches, ensembling)
+    if weights is not None and len(branches) > 1:
+        left = torch.stack([weights[prediction.index(name)] for name in branches])
+        weights = torch.where(left.sum() > 0, left / left.sum(), 1 / len(branches))
+    return combine_branches(NetworkOutput(logits), branches, ensembling, weights)

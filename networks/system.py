@@ -18,6 +18,8 @@ from networks.outputs import NetworkOutput, combine_branches
 from networks.trunks import traits_of
 from utils.options import require
 
+ENSEMBLE_WEIGHTS = "ensemble_weights"  # a buffer of a system whose ensembling is learned
+
 
 class Shared(NamedTuple):
     """The shared settings that a system's defaults and checks may look at; see `config.Settings` for what they mean.
@@ -138,6 +140,8 @@ class System(nn.Module):
         self.input_size = shared.input_size  # side in pixels of what the backbone sees
         self.backbone = backbone
         self.dropout = nn.Dropout(shared.dropout)
+        # Where `ensembling` is learned, [len(prediction)], not negative: the weight of each branch's log-probabilities
+        self.register_buffer(ENSEMBLE_WEIGHTS, None)
         self.colocalization: nn.Module | None = None  # `networks.colocalization`, of a system that finds objects by it
         self.learned_localization: nn.Module | None = None  # the same of `networks.learned_localization`
 
@@ -211,7 +215,7 @@ class System(nn.Module):
 
     def predict_logits(self, output: NetworkOutput) -> Tensor:
         """Return the prediction, logits [B, classes], of the branches of `prediction` ensembled by `ensembling`."""
-        return combine_branches(output, self.prediction, self.ensembling)
+        return combine_branches(output, self.prediction, self.ensembling, self.ensemble_weights)
 
     def heads(self) -> list[nn.Module]:
         """Return the parts that start from random weights and may want a higher learning rate than the trunk."""

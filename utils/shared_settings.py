@@ -88,6 +88,12 @@ def refuse_contradictions(settings: Any, system: Any) -> None:
         settings.validation > 0 or settings.select_on == "test",
         "a share above 0, unless select_on is 'test': something has to choose the best epoch",
     )
+    needs(
+        "ensembling",
+        settings.ensembling != "learned" or settings.select_on != "test",
+        "another one where select_on is 'test': the weights of the branches are learnt on the images that choose the "
+        "best epoch, and test images shall not make the prediction",
+    )
     needs("warmup_epochs", settings.warmup_epochs == 0 or len(system.warmup_branches) > 0, "0 for this model")
     needs(
         "warmup_epochs",

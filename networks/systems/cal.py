@@ -160,7 +160,9 @@ class CAL(System):
         return 1 + len(self.crops)
 
     def predict_logits(self, output: NetworkOutput) -> Tensor:
-        """Return the prediction [B, classes]; each crop counts as much as the picture."""
+        """Return the prediction [B, classes]; each crop counts as much as the picture, unless weights are learnt."""
+        if self.ensembling == "learned":  # of the crops together
+            return super().predict_logits(output)
         names = tuple(name for name in self.prediction for _ in range(len(self.crops) if name == "crop" else 1))
         return combine_branches(output, names, self._rule if len(self.crops) > 1 else self.ensembling)
 

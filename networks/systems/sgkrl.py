@@ -212,7 +212,14 @@ class SGKRL(System):
 
         # 7. Look at them, and let the graph reason on what they show together.
         logits["window"], logits["graph"] = look_where_unsure(
-            self._look_at_windows, crops, window_boxes, logits, self.prediction, threshold, self.ensembling
+            self._look_at_windows,
+            crops,
+            window_boxes,
+            logits,
+            self.prediction,
+            threshold,
+            self.ensembling,
+            self.ensemble_weights,
         )
         return NetworkOutput(logits, object_boxes, window_boxes, object_masks, extras=extras)
 

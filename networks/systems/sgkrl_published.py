@@ -152,7 +152,14 @@ class PublishedSGKRL(System):
 
         threshold = 1.0 if self.training else self.exit_threshold
         logits["window"], logits["graph"] = look_where_unsure(
-            self._look_at_windows, crops, window_boxes, logits, self.prediction, threshold, self.ensembling
+            self._look_at_windows,
+            crops,
+            window_boxes,
+            logits,
+            self.prediction,
+            threshold,
+            self.ensembling,
+            self.ensemble_weights,
         )
         return NetworkOutput(logits, object_boxes, window_boxes, object_masks)
 

@@ -34,7 +34,8 @@ class ExitCollector:
 
     def __call__(self, batch, output: NetworkOutput, prediction: Tensor) -> None:
         labels = batch.labels.to(prediction.device)
-        early = early_prediction(output.logits, self.network.prediction, self.network.ensembling)
+        network = self.network
+        early = early_prediction(output.logits, network.prediction, network.ensembling, network.ensemble_weights)
         self.confidences.append(object_confidence(output.logits))
         self.early_correct.append(early.argmax(dim=1) == labels)
         self.full_correct.append(prediction.argmax(dim=1) == labels)

@@ -3,8 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+from networks.outputs import ENSEMBLINGS
+from networks.system import System
 from utils.reporting.report import epoch_of, order_where_it_matters
+
+
+def weights_of_branches(network: System) -> dict[str, float] | None:
+    """Return the learnt weight of each branch in a system's prediction; None where none are learnt."""
+    if network.ensemble_weights is None:
+        return None
+    return dict(zip(network.prediction, network.ensemble_weights.tolist(), strict=True))
+
+
+def ensembled_text(network: System, views: int, names: Sequence[str] | None) -> str:
+    """Return in words what a system's prediction is, over so many views of these names."""
+    weights = weights_of_branches(network) or {}
+    branches = [f"{branch} ({weights[branch]:.2f})" if weights else branch for branch in network.prediction]
+    ensembled = f"{ENSEMBLINGS[network.ensembling]} of {', '.join(branches)}" if len(branches) > 1 else branches[0]
+    return ensembled + (f", over {views} views ({', '.join(names)})" if names else "")
 
 
 def as_text(report: dict) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from networks.system import System
+from networks.system import ENSEMBLE_WEIGHTS, System
 from utils.checkpoint import CheckpointError
 from utils.training.distributed import share_buffers
 
@@ -17,9 +17,10 @@ from utils.training.distributed import share_buffers
 class Average(AveragedModel):
     """The exponential moving average of a system, to be updated with it after every optimizer step.
 
-    Batch-norm statistics are averaged as the weights are; counters and indices are the system's. After n updates the
-    average decays by (1 + n) / (10 + n) as long as that is less than `decay`, as TensorFlow's ExponentialMovingAverage
-    does with `num_updates`: a run that is short beside 1 / (1 - decay) steps does not keep the weights it began with.
+    Batch-norm statistics are averaged as the weights are; counters and indices are the system's. How much each branch
+    weighs in the prediction (`ensembling` learned) is learnt for the average itself. After n updates the average decays
+    by (1 + n) / (10 + n) as long as that is less than `decay`, as TensorFlow's ExponentialMovingAverage does with
+    `num_updates`: a run that is short beside 1 / (1 - decay) steps does not keep the weights it began with.
     """
 
     def __init__(self, system: System, decay: float) -> None:
@@ -42,8 +43,8 @@ class Average(AveragedModel):
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    """Return a module's parameters and buffers."""
-    return chain(module.parameters(), module.buffers())
+    """Return a module's parameters and buffers, without the weights of its branches."""
+    return chain(module.parameters(), (b for name, b in module.named_buffers() if name != ENSEMBLE_WEIGHTS))
 
 
 def network_of(average: AveragedModel, beside: nn.Module) -> nn.Module:

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from networks import build_network
 from networks.folding import cast_for_autocast, fold_batch_norm
-from networks.system import System
+from networks.system import ENSEMBLE_WEIGHTS, System
 from utils.checkpoint import CheckpointError, fits, load_run
 from utils.errors import UserError
 from utils.older_runs import UnknownSettingsError
@@ -188,6 +189,21 @@ def load_trained(
         network = build_from_settings(settings, len(saved["class_names"]), load_weights=False)
     except UserError as error:
         raise CheckpointError(f"{path} has impossible settings ({error}): {REMEDY}") from None
+    _refuse_other_ensemble(path, network, state)
     with fits(path, REMEDY):
         load_weights(network, state, len(saved["class_names"]))
     return make_ready(network, settings, saved | {"weights": kind})
+
+
+def _refuse_other_ensemble(path: Path, network: System, state: Mapping[str, Tensor]) -> None:
+    """Weights of branches are learnt for all of them together, and only in training."""
+    ours, theirs = network.ensemble_weights, state.get(ENSEMBLE_WEIGHTS)
+    if (None if ours is None else ours.shape) == (None if theirs is None else theirs.shape):
+        return
+    has, wanted = (
+        "no learnt weights of branches" if weights is None else f"learnt weights of {weights.numel()} branches"
+        for weights in (theirs, ours)
+    )
+    raise CheckpointError(
+        f"{path} has {has}, and its ensembling and prediction ask for {wanted}: leave both as its run had them"
+    )

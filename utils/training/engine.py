@@ -15,6 +15,7 @@ from tqdm import tqdm
 from networks.outputs import NetworkOutput
 from utils.reporting.metrics import EpochMeter, inclusive_to_edges
 from utils.training.distributed import evaluation_network, is_main, unwrap
+from utils.training.ensemble import EnsembleLearning
 from utils.training.execution import Execution
 from utils.training.found_boxes import boxes_to_look_at
 from utils.training.learning import Learning, Objective, given_boxes
@@ -112,6 +113,7 @@ def evaluate(
     label_smoothing: float = 0.0,
     branches: tuple[str, ...] | None = None,
     on_batch: Callable[[object, NetworkOutput, Tensor], None] | None = None,
+    learn_ensemble: bool = False,
     description: str = "evaluate",
 ) -> dict[str, float]:
     """Evaluate on all `batches` and return the averages, `accuracy/prediction` among them, and images/s.
@@ -119,12 +121,14 @@ def evaluate(
     `branches` and those of the prediction are computed (None: those that the network wants evaluated); the total loss
     is the weighted sum of the trained terms that come of them, and left out where none does. `on_batch(batch, output,
     prediction)` sees every batch with its output and the prediction's logits [B, classes]. The overlap of boxes is
-    measured where the batches carry true ones.
+    measured where the batches carry true ones. `learn_ensemble`: where the system's ensembling is learned, its weights
+    are learnt from these images afterwards, and the accuracy of the prediction is that with them.
     """
     network = evaluation_network(network).eval()
     system = unwrap(network)
     branches = tuple(dict.fromkeys((*(system.evaluated if branches is None else branches), *system.prediction)))
     meter, start = EpochMeter(execution.device), time.perf_counter()
+    ensemble = EnsembleLearning(system) if learn_ensemble and system.ensemble_weights is not None else None
     for batch in tqdm(batches, desc=description, disable=_bar_disabled(), leave=False):
         labels = batch.labels.to(execution.device, non_blocking=True)
         with execution.autocast():
@@ -147,8 +151,10 @@ def evaluate(
             boxes=boxes,
             true_boxes=true_boxes,
         )
+        if ensemble is not None:
+            ensemble.add(output, labels)
         if on_batch is not None:
             on_batch(batch, output, prediction)
     meter.reduce()
-    averages = meter.compute()
+    averages = meter.compute() | (ensemble.finish() if ensemble is not None else {})
     return averages | {"images_per_second": averages["images"] / (time.perf_counter() - start)}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from networks.system import System
+from networks.system import ENSEMBLE_WEIGHTS, System
 from utils.checkpoint import CheckpointError, load_run
 from utils.older_runs import UnknownSettingsError
 from utils.training.averaging import weights_of
@@ -47,7 +47,8 @@ def start_from(settings: Any, system: System, class_names: Sequence[str], restor
     of_classes = set() if same_classes else _of_classes(settings, expected, len(class_names))
     for name, value in expected.items():
         found = _as_kept(state.get(name), value, name)
-        if found is not None and found.shape == value.shape and name not in of_classes:
+        fits = found is not None and found.shape == value.shape and name not in of_classes
+        if fits and name != ENSEMBLE_WEIGHTS:  # those are of other branches, or of what these were
             fitting[name] = found
     if not any(name.startswith(TRUNK) for name in fitting):
         raise CheckpointError(f"initial_weights {path}: nothing in it fits this network ({settings.model})")
