@@ -91,6 +91,7 @@ class Backbone(nn.Module):
         dense: bool = False,
         split: bool = False,
         until: str = "final",
+        start: str = "images",
     ) -> Features:
         """Map images [B, 3, H, W], normalised with ImageNet's mean and deviation, to their `Features`.
 
@@ -104,6 +105,10 @@ class Backbone(nn.Module):
         `split`, with ResNets only: what the blocks that make `stage3` and `final` add up is in the features, too.
 
         `until` "stage2" or "stage3": the pass ends with that map, and later ones, the embedding among them, are None.
+
+        `start` "stage3": in place of images come maps [B, C3, h, w] of that stage, whole or cut out, and only the last
+        stage looks at them; `stage2` is None then, and `stage3` what came. An argument rather than a method of its own,
+        so that hooks and torch.compile meet such a pass as they do any other.
         """
         if dense and not self.family.dense:
             raise UserError("dense maps were asked for; only ResNets have them")
@@ -112,7 +117,11 @@ class Backbone(nn.Module):
         if self.batch_norm == "per_pass":
             look_at(self.trunk, kind)
         frozen = self.batch_norm == "frozen"
-        maps = self.family.look(self.trunk, images, frozen=frozen, dense=dense, split=split, until=until)
+        if start == "stage3":
+            maps = self.family.finish(self.trunk, images, frozen=frozen, dense=dense, split=split)
+            maps = maps._replace(stage3=images)
+        else:
+            maps = self.family.look(self.trunk, images, frozen=frozen, dense=dense, split=split, until=until)
         embedding = None if maps.final is None else maps.final.mean(dim=(2, 3))
         stages = (maps.stage2, maps.stage3, maps.penultimate, maps.final)
         return Features(*stages, embedding, maps.stage3_split, maps.final_split)

@@ -46,7 +46,8 @@ def forward_with_evidence(
         if looks_at_other_view(network):
             return features
         torch.set_grad_enabled(True)
-        maps = {name: _leaf(getattr(features, name)) for name in ("stage2", "stage3", "final")}
+        maps = {name: getattr(features, name) for name in ("stage2", "stage3", "final")}
+        maps = {name: _leaf(map_) for name, map_ in maps.items() if map_ is not None}  # a pass may start at stage 3
         splits = {name: getattr(features, name) for name in ("stage3_split", "final_split")}
         splits = {name: Split(*map(_leaf, split)) for name, split in splits.items() if split is not None}
         passes.append((*maps.values(), *(map_ for split in splits.values() for map_ in split)))

@@ -19,8 +19,8 @@ from utils.errors import UserError
 class Features(NamedTuple):
     """Feature maps of one backbone pass over pictures of H x W pixels; H/16 for H/32 where `last_stride` is 1.
 
-    In a pass that was told to end earlier (see `Backbone.forward`), what comes after is None, and so are the last two
-    where they were not asked for.
+    In a pass that was told to end earlier or to start later (see `Backbone.forward`), what comes after or before is
+    None, and so are the last two where they were not asked for.
     """
 
     stage2: Tensor  # [B, C2, H/8, W/8]

@@ -17,10 +17,11 @@ class Split(NamedTuple):
 class Maps(NamedTuple):
     """The maps of one pass over pictures of H x W pixels; `last_stride` 1 makes the last two twice as fine.
 
-    A pass that ends earlier has None for those that come after, and one that is not to split has none of the last two.
+    A pass that ends earlier has None for those that come after, one that starts later for those before, and one that is
+    not to split has none of the last two.
     """
 
-    stage2: Tensor  # [B, C2, H/8, W/8]
+    stage2: Tensor | None = None  # [B, C2, H/8, W/8]
     stage3: Tensor | None = None  # [B, C3, H/16, W/16]
     penultimate: Tensor | None = None  # [B, C, H/32, W/32] of the last stage's second-to-last block, if it has one
     final: Tensor | None = None  # [B, C, H/32, W/32], not negative
@@ -70,12 +71,26 @@ class Family:
         raise NotImplementedError
 
     @staticmethod
-    def look(trunk: nn.Module, images: Tensor, *, frozen: bool, dense: bool, split: bool, until: str) -> Maps:
+    def begin(trunk: nn.Module, images: Tensor, *, frozen: bool, split: bool, until: str) -> Maps:
+        """Map images [B, 3, H, W] to their `stage2` and, where `until` is not that, `stage3`, split as in `look`."""
+        raise NotImplementedError
+
+    @staticmethod
+    def finish(trunk: nn.Module, stage3: Tensor, *, frozen: bool, dense: bool, split: bool) -> Maps:
+        """Map a stage-3 map [B, C3, h, w] to those of the last stage, `penultimate` and `final`, split as in `look`."""
+        raise NotImplementedError
+
+    @classmethod
+    def look(cls, trunk: nn.Module, images: Tensor, *, frozen: bool, dense: bool, split: bool, until: str) -> Maps:
         """Map images [B, 3, H, W] to their maps up to the one called `until`, `stage2`, `stage3` or `final`.
 
         `frozen`: the batch norms use their running statistics. `dense` and `split` are for families that have them.
         """
-        raise NotImplementedError
+        maps = cls.begin(trunk, images, frozen=frozen, split=split, until=until)
+        if until != "final":
+            return maps
+        last = cls.finish(trunk, maps.stage3, frozen=frozen, dense=dense, split=split)
+        return maps._replace(penultimate=last.penultimate, final=last.final, final_split=last.final_split)
 
     @classmethod
     def traits(cls, name: str) -> Traits:

@@ -36,8 +36,12 @@ class ConvNeXts(Family):
         trunk.classifier = nn.Sequential(trunk.classifier[0])  # the normalisation
 
     @staticmethod
-    def look(trunk: nn.Module, images: Tensor, *, frozen: bool, dense: bool, split: bool, until: str) -> Maps:
-        return _look(trunk.features, images, lambda x: x, trunk.classifier[0], until)
+    def begin(trunk: nn.Module, images: Tensor, *, frozen: bool, split: bool, until: str) -> Maps:
+        return Maps(*_begin(trunk.features, images, until))
+
+    @staticmethod
+    def finish(trunk: nn.Module, stage3: Tensor, *, frozen: bool, dense: bool, split: bool) -> Maps:
+        return _finish(trunk.features, stage3, trunk.classifier[0])
 
 
 class Swins(Family):
@@ -60,21 +64,24 @@ class Swins(Family):
         trunk.head = nn.Identity()
 
     @staticmethod
-    def look(trunk: nn.Module, images: Tensor, *, frozen: bool, dense: bool, split: bool, until: str) -> Maps:
-        return _look(trunk.features, images, trunk.permute, lambda x: trunk.permute(trunk.norm(x)), until)
+    def begin(trunk: nn.Module, images: Tensor, *, frozen: bool, split: bool, until: str) -> Maps:
+        return Maps(*map(trunk.permute, _begin(trunk.features, images, until)))
+
+    @staticmethod
+    def finish(trunk: nn.Module, stage3: Tensor, *, frozen: bool, dense: bool, split: bool) -> Maps:
+        channels_last = stage3.permute(0, 2, 3, 1)  # as its stages have it
+        return _finish(trunk.features, channels_last, lambda x: trunk.permute(trunk.norm(x)))
 
 
-Step = Callable[[Tensor], Tensor]
-
-
-def _look(features: nn.Sequential, images: Tensor, channels_first: Step, normalise: Step, until: str) -> Maps:
-    """Run the stages; both steps return maps [B, C, h, w]."""
-    stem, stage1, halve1, stage2, halve2, stage3, halve3, stage4 = features
+def _begin(features: nn.Sequential, images: Tensor, until: str) -> list[Tensor]:
+    """Run the second stage and, where `until` is not \"stage2\", the third; their maps have the family's own layout."""
+    stem, stage1, halve1, stage2, halve2, stage3, *_ = features
     second = stage2(halve1(stage1(stem(images))))
-    if until == "stage2":
-        return Maps(channels_first(second))
-    third = stage3(halve2(second))
-    if until == "stage3":
-        return Maps(channels_first(second), channels_first(third))
+    return [second] if until == "stage2" else [second, stage3(halve2(second))]
+
+
+def _finish(features: nn.Sequential, third: Tensor, normalise: Callable[[Tensor], Tensor]) -> Maps:
+    """Run the last stage on a map in the family's own layout; `normalise` returns maps [B, C, h, w]."""
+    *_, halve3, stage4 = features
     penultimate, final = (F.relu(normalise(x)) for x in run_stage(stage4, halve3(third)))
-    return Maps(channels_first(second), channels_first(third), penultimate, final)
+    return Maps(penultimate=penultimate, final=final)

@@ -30,13 +30,13 @@ class RegNets(Family):
         trunk.fc = nn.Identity()
 
     @staticmethod
-    def look(trunk: nn.Module, images: Tensor, *, frozen: bool, dense: bool, split: bool, until: str) -> Maps:
-        stage1, stage2, stage3, stage4 = trunk.trunk_output
+    def begin(trunk: nn.Module, images: Tensor, *, frozen: bool, split: bool, until: str) -> Maps:
+        stage1, stage2, stage3, _ = trunk.trunk_output
         x = stage2(stage1(trunk.stem(images)))
-        if until == "stage2":
-            return Maps(x)
-        deeper = stage3(x)
-        if until == "stage3":
-            return Maps(x, deeper)
-        penultimate, final = run_stage(stage4, deeper)
-        return Maps(x, deeper, penultimate if len(stage4) > 1 else None, final)
+        return Maps(x) if until == "stage2" else Maps(x, stage3(x))
+
+    @staticmethod
+    def finish(trunk: nn.Module, stage3: Tensor, *, frozen: bool, dense: bool, split: bool) -> Maps:
+        *_, stage4 = trunk.trunk_output
+        penultimate, final = run_stage(stage4, stage3)
+        return Maps(penultimate=penultimate if len(stage4) > 1 else None, final=final)

@@ -46,22 +46,22 @@ class ResNets(Family):
             stage[0].conv1.stride = (2, 2)
             stage[0].conv2.stride = (1, 1)
 
+    # Frozen batch norms are computed inside the convolutions, without calling the blocks: hooks see nothing. Nor are
+    # blocks called that are split.
     @staticmethod
-    def look(trunk: nn.Module, images: Tensor, *, frozen: bool, dense: bool, split: bool, until: str) -> Maps:
-        """Frozen batch norms are computed inside the convolutions, without calling the blocks: hooks see nothing.
-
-        Nor are blocks called that are split.
-        """
+    def begin(trunk: nn.Module, images: Tensor, *, frozen: bool, split: bool, until: str) -> Maps:
         x = trunk.maxpool(F.relu(_convolve(trunk.conv1, trunk.bn1, images, frozen=frozen), inplace=True))
         _, stage1, _ = _stage(trunk.layer1, x, frozen=frozen)
         _, stage2, _ = _stage(trunk.layer2, stage1, frozen=frozen)
         if until == "stage2":
             return Maps(stage2)
         _, stage3, stage3_split = _stage(trunk.layer3, stage2, frozen=frozen, split=split)
-        if until == "stage3":
-            return Maps(stage2, stage3, stage3_split=stage3_split)
+        return Maps(stage2, stage3, stage3_split=stage3_split)
+
+    @staticmethod
+    def finish(trunk: nn.Module, stage3: Tensor, *, frozen: bool, dense: bool, split: bool) -> Maps:
         penultimate, final, final_split = _stage(trunk.layer4, stage3, frozen=frozen, dense=dense, split=split)
-        return Maps(stage2, stage3, penultimate, final, stage3_split, final_split)
+        return Maps(penultimate=penultimate, final=final, final_split=final_split)
 
 
 def _stage(
