@@ -17,7 +17,7 @@ Look = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 def look_where_unsure(
     look: Look,
-    crops: Tensor,
+    seen: Tensor,
     window_boxes: Tensor,
     logits: dict[str, Tensor],
     prediction: tuple[str, ...],
@@ -25,17 +25,17 @@ def look_where_unsure(
     ensembling: str = "mean_probability",
     weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return what `look(crops, window_boxes)` does, logits `window` [B, N, classes] and `graph` [B, classes].
+    """Return what `look(seen, window_boxes)` does, logits `window` [B, N, classes] and `graph` [B, classes].
 
     With a `threshold` below 1 only images whose `object` branch is at most so sure are looked at, for which the host
     waits for the device; the logits of the others repeat the prediction of the branches before the windows.
     """
     if threshold >= 1:
-        return look(crops, window_boxes)
+        return look(seen, window_boxes)
     # cloned, as it may be the logits of a branch itself
     graph = early_prediction(logits, prediction, ensembling, weights).float().clone()
     window = graph[:, None].repeat(1, window_boxes.shape[1], 1)
     unsure = (object_confidence(logits) <= threshold).nonzero().squeeze(1)
     if len(unsure):
-        window[unsure], graph[unsure] = (found.float() for found in look(crops[unsure], window_boxes[unsure]))
+        window[unsure], graph[unsure] = (found.float() for found in look(seen[unsure], window_boxes[unsure]))
     return window, graph

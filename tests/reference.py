@@ -7,6 +7,7 @@ A window size is `(height, width)` in cells; a window set is a tuple of `(sizes,
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -132,6 +133,33 @@ def crop_and_resize(image: Tensor, box: tuple[int, int, int, int], size: int) ->
 
 
 # ---- windows ------------------------------------------------------------------------------------------------------
+
+
+def crop_cells(map_: np.ndarray, box: tuple[float, ...], size: int, input_size: int) -> np.ndarray:
+    """One inclusive pixel box cut out of a `[C, g, g]` map of the whole input: `[C, size, size]`, cell by cell."""
+    _, rows, columns = map_.shape
+    x0, y0, x1, y1 = box
+    left, width = x0 * columns / input_size, (x1 + 1 - x0) * columns / input_size  # in cells
+    top, height = y0 * rows / input_size, (y1 + 1 - y0) * rows / input_size
+    across, down = math.ceil(width / size), math.ceil(height / size)  # samples of a cell
+    result = np.zeros((len(map_), size, size))
+    for row, column in itertools.product(range(size), repeat=2):
+        for i, j in itertools.product(range(down), range(across)):
+            y = top + (row + (i + 0.5) / down) * height / size
+            x = left + (column + (j + 0.5) / across) * width / size
+            result[:, row, column] += bilinear(map_, y - 0.5, x - 0.5) / (down * across)
+    return result
+
+
+def bilinear(map_: np.ndarray, y: float, x: float) -> np.ndarray:
+    """The values `[C]` at a place of a `[C, h, w]` map, whose first cell's centre is (0, 0); border cells go on."""
+    _, rows, columns = map_.shape
+    y, x = min(max(y, 0), rows - 1), min(max(x, 0), columns - 1)
+    above, left = math.floor(y), math.floor(x)
+    below, right = min(above + 1, rows - 1), min(left + 1, columns - 1)
+    upper = (1 - (x - left)) * map_[:, above, left] + (x - left) * map_[:, above, right]
+    lower = (1 - (x - left)) * map_[:, below, left] + (x - left) * map_[:, below, right]
+    return (1 - (y - above)) * upper + (y - above) * lower
 
 
 def scale_window_set(window_set: WindowSet, grid_size: int) -> WindowSet:

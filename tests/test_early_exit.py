@@ -65,6 +65,24 @@ def test_sure_images_skip_the_windows_and_the_others_are_untouched(network) -> N
         assert torch.isfinite(output.logits[name]).all()
 
 
+@pytest.mark.parametrize("source", ["pixels", "stage3"])
+def test_windows_of_unsure_images_alone_are_cut_out(source: str) -> None:
+    """Of the right pictures, whatever they are cut from."""
+    torch.manual_seed(3)
+    options = {"num_classes": 4, "backbone": "resnet18", "input_size": SIZE, "windows": WINDOWS}
+    network = build_network("sgkrl", window_source=source, **options).eval()
+    network.classifier.weight.data *= 3
+    images = pictures()
+    full, _ = run(network, images, 1.0)
+    confidence = object_confidence(full.logits)
+    threshold = confidence.sort().values[2].item()
+    output, passes = run(network, images, threshold)
+    unsure = confidence <= threshold
+    assert [len(seen) for seen in passes] == [5, 5, 2 * int(unsure.sum())]
+    for name in ("window", "graph"):
+        torch.testing.assert_close(output.logits[name][unsure], full.logits[name][unsure], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("ensembling", ["mean_logits", "sum_logits"])
 def test_images_that_exit_early_are_ensembled_alike(network, ensembling: str, monkeypatch) -> None:
     monkeypatch.setattr(network, "ensembling", ensembling)

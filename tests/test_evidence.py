@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from networks import MODELS, build_network, find_system
+from networks.crops import boxes_in_image
 from networks.evidence import _lay_over, forward_with_evidence
 
 pytestmark = pytest.mark.usefixtures("thin_trunk")
@@ -39,9 +40,11 @@ def test_for_a_plain_classifier_it_is_the_class_activation_map(images):
         assert torch.allclose(evidence[index], expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_the_output_is_the_plain_one_and_nothing_is_left_behind(model, images):
-    network = build(model)
+@pytest.mark.parametrize(
+    ("model", "options"), [*((model, {}) for model in MODELS), ("sgkrl", {"window_source": "stage3"})], ids=str
+)
+def test_the_output_is_the_plain_one_and_nothing_is_left_behind(model, options, images):
+    network = build(model, **options)
     with torch.no_grad():
         expected = network(images, branches=network.evaluated)
     output, evidence = forward_with_evidence(network, images, size=24, branches=network.evaluated)
@@ -80,6 +83,19 @@ def test_a_prediction_from_the_object_points_into_its_box(images):
     outside[0:32, 31:64] = False
     assert (evidence[:, outside] == 0).all()
     assert evidence[:, ~outside].amax() > 0
+
+
+def test_windows_of_cells_count_where_they_looked(images):
+    """The prediction is that of the graph, to which only the windows' last maps lead."""
+    network = build("sgkrl", window_source="stage3", prediction=("graph",))
+    output, evidence = forward_with_evidence(network, images, size=96)
+    assert evidence.amax() > 0
+    places = boxes_in_image(output.window_boxes, output.object_boxes, 96)
+    for number, boxes in enumerate(places.tolist()):
+        outside = torch.ones(96, 96, dtype=torch.bool)
+        for x0, y0, x1, y1 in boxes:
+            outside[int(y0) : int(y1) + 2, int(x0) : int(x1) + 2] = False
+        assert (evidence[number][outside] == 0).all()
 
 
 def test_maps_laid_over_boxes_equal_a_slow_reference():

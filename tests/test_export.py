@@ -27,6 +27,7 @@ from utils.training.building import build_from_settings, load_trained
 PROJECT = Path(export.__file__).resolve().parent
 WINDOWS = ((((5, 5),), 2), (((8, 8),), 1))
 FOUR_WINDOWS = ((((5, 5),), 2), (((8, 8),), 2))  # a node and its three neighbours in a single picture, as published
+CELLS = {"window_source": "stage3"}
 EVERY_RUN = ("sgkrl",)  # with the most parts; the example below traces mmal, the slow tests the other systems
 ONNX_IS_THERE = all(importlib.util.find_spec(name) for name in (*export.ONNX_PACKAGES, "onnxruntime"))
 NAMES = ["blue", "green <b>", "rød"]
@@ -60,6 +61,7 @@ def random_images(count: int, size: int, seed: int = 0) -> torch.Tensor:
             marks=pytest.mark.slow,
         ),
         pytest.param("mmal", {"batch_norm": "per_pass"}, marks=pytest.mark.slow),
+        ("sgkrl", CELLS),
     ],
     ids=str,
 )
@@ -159,12 +161,17 @@ def test_the_example_runs_the_file_without_this_code(checkpoint, pictures, tmp_p
 
 @pytest.mark.skipif(not ONNX_IS_THERE, reason="onnx, onnxscript or onnxruntime is missing: ONNX files are not tried")
 @pytest.mark.parametrize(
-    "model", [model if model in EVERY_RUN else pytest.param(model, marks=pytest.mark.slow) for model in MODELS]
+    ("model", "options"),
+    [
+        *(pytest.param(model, {}, marks=[] if model in EVERY_RUN else pytest.mark.slow) for model in MODELS),
+        ("sgkrl", CELLS),
+    ],
+    ids=str,
 )
-def test_onnx_predicts_as_the_eager_systems_do(model, tmp_path):
+def test_onnx_predicts_as_the_eager_systems_do(model, options, tmp_path):
     import onnxruntime
 
-    pipeline = pipeline_of(model)
+    pipeline = pipeline_of(model, **options)
     export.save_onnx(pipeline, tmp_path / "model.onnx", {"class_names": NAMES, "image_size": 128})
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
     assert json.loads(session.get_modelmeta().custom_metadata_map["class_names"]) == NAMES

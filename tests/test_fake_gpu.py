@@ -58,6 +58,8 @@ OPTIONS: tuple[System, ...] = (  # that compute something else on the device
     ("sgkrl", {"crop_gradient": True, "localization_stride": 16, "graph_edges": "overlap", "graph_residual": False}),
     ("sgkrl", {"graph_edges": "distance", "spatial_weights": "absolute", "without": ("fusion",)}),
     ("sgkrl", {"localization": "learned"}),
+    ("sgkrl", {"window_source": "stage3", "batch_norm": "per_pass"}),
+    ("mmal", {"window_source": "stage3", "batch_norm": "frozen"}),
     ("flrdf", {"suppression": 0.5, "box_agreement": True}),
     ("scrim", {"parts_of_every_level": False}),
     ("dcl", {"guessed_places": True, "swap_classes": "two"}),
@@ -196,7 +198,7 @@ def test_system_runs_with_options(fake: None, system: System) -> None:
     assert_runs(build(system), training=True, autocast=True)
 
 
-@pytest.mark.parametrize("system", SYSTEMS, ids=str)
+@pytest.mark.parametrize("system", (*SYSTEMS, ("sgkrl", {"window_source": "stage3"})), ids=str)
 def test_evidence(fake: None, system: System, monkeypatch: pytest.MonkeyPatch) -> None:
     """But for the gradients, which need the autograd engine. Here the host may wait: the maps are for people."""
     monkeypatch.setattr(torch.autograd, "grad", lambda scores, maps, **_: [torch.zeros_like(one) for one in maps])

@@ -32,7 +32,8 @@ def trained_looking(model: str, backbone: str = "resnet18", **settings: object) 
 
 @pytest.mark.parametrize(
     ("model", "backbone", "settings"),
-    [(model, "resnet18", {}) for model in MODELS] + [("resnet", "resnet50", {"stride_on_first_conv": True})],
+    [(model, "resnet18", {}) for model in MODELS]
+    + [("resnet", "resnet50", {"stride_on_first_conv": True}), ("sgkrl", "resnet18", {"window_source": "stage3"})],
 )
 def test_folded_networks_compute_the_same(model: str, backbone: str, settings: dict) -> None:
     """Logits within 1e-4 of their size in float32; boxes and windows the same."""

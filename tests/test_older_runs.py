@@ -90,6 +90,7 @@ YOUNG = {
     "localization_stride": 32,
     "localization_threshold": 1.0,
     "spatial_weights": "absolute",
+    "window_source": "pixels",
     "without": (),
 }
 

@@ -54,6 +54,7 @@ OPTIONS_BEFORE: dict[str, object] = {
     "localization_stride": 32,
     "localization_threshold": 1.0,
     "spatial_weights": "absolute",
+    "window_source": "pixels",
     "without": (),
 }
 OPTIONS_BEFORE_OF_SYSTEM: dict[str, dict[str, object]] = {"resnet": {"localization": "none"}}

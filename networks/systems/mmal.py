@@ -14,11 +14,12 @@ from torch import Tensor
 from networks.backbone import Backbone
 from networks.classifier import Classifier
 from networks.colocalization import check_colocalization
-from networks.crops import crop_objects, crop_windows, resize_images
+from networks.crops import crop_objects, resize_images
 from networks.learned_localization import FoundBy, add_localization
 from networks.localization import activation_map, cell_boxes_to_pixels, localize
 from networks.outputs import NetworkOutput, requested_branches
 from networks.system import Shared, System
+from networks.window_pass import WindowSource, cut_from, look_at_windows
 from networks.windows import Windows, WindowSelector
 from utils.options import Positive
 
@@ -26,6 +27,7 @@ from utils.options import Positive
 @dataclass(frozen=True)
 class Options:
     windows: Windows = "birds"  # which windows of the object are looked at: birds, vehicles, or groups of one's own
+    window_source: WindowSource = "pixels"  # what is cut out for a window: pixels, or stage3, cells; docs/settings.md
     localization: FoundBy = "channel_sum"  # what finds the object; see docs/settings.md
     localization_stride: Literal[32, 16] = 32  # pixels of the input for each cell of the map of the object
     localization_threshold: Positive = 1.0  # cells belong to the object above so many times the map's mean
@@ -103,7 +105,8 @@ class MMALNet(System):
         if "window" not in wanted:
             return NetworkOutput(logits, object_boxes, window_boxes, extras=extras)
 
-        windows = self.backbone(crop_windows(crops, window_boxes, input_size=self.input_size), kind="part")
-        embeddings = windows.embedding.unflatten(0, (-1, self.window_selector.count))  # [B, N, C]
+        source = self.options.window_source
+        seen = cut_from(source, crops, cropped)
+        embeddings = look_at_windows(self.backbone, seen, window_boxes, source=source, input_size=self.input_size)
         logits["window"] = self.classifier(self.dropout(embeddings))
         return NetworkOutput(logits, object_boxes, window_boxes, extras=extras)

@@ -18,13 +18,14 @@ from networks.attention import SemanticFusion, SemanticWeighting
 from networks.backbone import Backbone
 from networks.classifier import Classifier
 from networks.colocalization import check_colocalization
-from networks.crops import crop_objects, crop_windows, resize_images
+from networks.crops import crop_objects, resize_images
 from networks.early_exit import look_where_unsure
 from networks.graph import GraphHead
 from networks.learned_localization import FoundBy, add_localization
 from networks.localization import activation_map, adaptive_mask, cell_boxes_to_pixels, localize, with_gradient
 from networks.outputs import NetworkOutput, requested_branches
 from networks.system import Shared, System
+from networks.window_pass import WindowSource, cut_from, look_at_windows
 from networks.windows import Windows, WindowSelector
 from utils.options import Count, Limit, Positive, Probability, require
 
@@ -40,6 +41,7 @@ Without = Annotated[
 @dataclass(frozen=True)
 class Options:
     windows: Windows = "birds"  # which windows of the object are looked at: birds, vehicles, or groups of one's own
+    window_source: WindowSource = "pixels"  # what is cut out for a window: pixels, or stage3, cells; docs/settings.md
     localization: FoundBy = "channel_sum"  # what finds the object; see docs/settings.md
     localization_stride: Literal[32, 16] | None = None  # pixels a cell of the object's map; None: docs/settings.md
     localization_threshold: Positive | None = None  # cells of the object are above so many means; None: likewise
@@ -213,7 +215,7 @@ class SGKRL(System):
         # 7. Look at them, and let the graph reason on what they show together.
         logits["window"], logits["graph"] = look_where_unsure(
             self._look_at_windows,
-            crops,
+            cut_from(self.options.window_source, crops, cropped),
             window_boxes,
             logits,
             self.prediction,
@@ -223,10 +225,11 @@ class SGKRL(System):
         )
         return NetworkOutput(logits, object_boxes, window_boxes, object_masks, extras=extras)
 
-    def _look_at_windows(self, crops: Tensor, window_boxes: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits `window` and `graph` from object crops and windows [B, N, 4] on them."""
-        windows = self.backbone(crop_windows(crops, window_boxes, input_size=self.input_size), kind="part")
-        nodes = self.dropout(windows.embedding.unflatten(0, (-1, self.window_selector.count)))  # [B, N, C]
+    def _look_at_windows(self, seen: Tensor, window_boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits `window` and `graph` of windows [B, N, 4] of the object crops, cut from what was `seen` of these."""
+        source = self.options.window_source
+        embeddings = look_at_windows(self.backbone, seen, window_boxes, source=source, input_size=self.input_size)
+        nodes = self.dropout(embeddings)  # [B, N, C]
         by_window, by_graph = self.classifier(nodes), self.graph(nodes, window_boxes)
         return by_window, by_graph + by_window.mean(dim=1) if self.graph_residual else by_graph
 

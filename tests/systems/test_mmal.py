@@ -13,7 +13,13 @@ from networks.systems.mmal import MMALNet
 pytestmark = pytest.mark.usefixtures("thin_trunk")
 
 MMAL = Variant("mmal")
+WINDOWS_OF_CELLS = Variant("mmal", window_source="stage3")
 ONE_WINDOW = ((((14, 14),), 1),)
+
+
+@pytest.mark.parametrize("check", system_checks.CHECKS, ids=lambda check: check.__name__)
+def test_windows_of_cells(check: system_checks.Check) -> None:
+    check(WINDOWS_OF_CELLS)
 
 
 def test_branches() -> None:
@@ -118,6 +124,7 @@ def test_no_gradient_flows_through_the_crops() -> None:
 
 def test_dropout_acts_on_every_branch() -> None:
     system_checks.dropout_acts_on_every_branch(MMAL)
+    system_checks.dropout_acts_on_every_branch(WINDOWS_OF_CELLS)
 
 
 @pytest.mark.parametrize(

@@ -37,8 +37,10 @@ VARIANTS = {
     "without fusion": Variant("sgkrl", without=("fusion",)),
     "without weighting": Variant("sgkrl", without=("weighting",)),
     "without parts": Variant("sgkrl", without=("fusion", "weighting")),
+    "windows of cells": Variant("sgkrl", window_source="stage3"),
 }
 ALL = {"default": DEFAULT, **VARIANTS}
+OF_PIXELS = [name for name in ALL if name != "windows of cells"]
 
 
 @pytest.mark.parametrize("check", system_checks.CHECKS, ids=lambda check: check.__name__)
@@ -95,7 +97,8 @@ def test_output(variant: str) -> None:
         assert output.logits["window"].shape == (2, 7, CLASSES)
         others = ["object_boxes", "window_boxes", "object_masks"]
         assert list(flat(output)) == [*(f"logits.{name}" for name in network.branches), *others]
-        half = (2 * 7, 3, SIZE // 2, SIZE // 2)
+        cells = (2 * 7, network.backbone.channels["stage3"], SIZE // 32, SIZE // 32)
+        half = cells if variant == "windows of cells" else (2 * 7, 3, SIZE // 2, SIZE // 2)
         assert [tuple(x.shape) for x in given] == [(2, 3, SIZE, SIZE), (2, 3, SIZE, SIZE), half]
 
 
@@ -155,7 +158,7 @@ def test_objects_of_larger_images_are_cut_out_of_these(variant: str) -> None:
     assert not torch.allclose(from_large.logits["object"], from_small.logits["object"], atol=1e-5)
 
 
-@pytest.mark.parametrize("variant", ALL)
+@pytest.mark.parametrize("variant", OF_PIXELS)
 def test_crops_of_larger_images_have_more_detail(variant: str) -> None:
     object_checks.crops_of_larger_images_have_more_detail(ALL[variant])
 
@@ -192,7 +195,7 @@ def test_who_learns_from_a_branch(variant: str) -> None:
     assert found == {branch: expected[branch] - left_out for branch in ALL[variant].evaluated.branches}
 
 
-@pytest.mark.parametrize("variant", [name for name in ALL if name != "other choices"])
+@pytest.mark.parametrize("variant", [name for name in OF_PIXELS if name != "other choices"])
 def test_no_gradient_flows_through_the_crops(variant: str) -> None:
     object_checks.no_gradient_flows_through_the_crops(ALL[variant])
 
@@ -309,6 +312,7 @@ def test_step_by_step(factor: int) -> None:
         ({"windows": "fish"}, ("fish", "birds", "vehicles")),
         ({"windows": ((4, 4), 2)}, ("windows",)),
         ({"exit_threshold": 1.5}, ("exit_threshold", "1.5", "0", "1")),
+        ({"window_source": "stage2"}, ("window_source", "stage2", "pixels", "stage3")),
     ),
     ids=str,
 )
