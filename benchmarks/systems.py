@@ -28,6 +28,11 @@ from utils.training.execution import Execution
 from utils.training.precision import resolve_precision
 
 PLAIN = "resnet"
+# name -> a system with other options than its own; measured where they are asked for
+VARIANTS = {
+    "sgkrl-stage3-windows": ("sgkrl", {"window_source": "stage3"}),
+    "mmal-stage3-windows": ("mmal", {"window_source": "stage3"}),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> dict:
@@ -50,7 +55,14 @@ def main(arguments: Sequence[str] | None = None) -> dict:
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Cost of every system beside the plain ResNet.")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, metavar="MODEL", help="default: all")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=(*MODELS, *VARIANTS),
+        default=MODELS,
+        metavar="MODEL",
+        help="default: all systems",
+    )
     parser.add_argument("--backbone", default="resnet50")
     parser.add_argument("--input_size", type=int, default=448)
     parser.add_argument("--classes", type=int, default=200)
@@ -70,10 +82,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def built(model: str, options: argparse.Namespace, device: torch.device) -> System:
     """The network as train.py builds it on pretrained weights; which they are does not change its cost."""
     torch.manual_seed(0)
-    network = build_network(
-        model, num_classes=options.classes, backbone=options.backbone, input_size=options.input_size
-    )
-    return network.to(device)
+    shared = {"num_classes": options.classes, "backbone": options.backbone, "input_size": options.input_size}
+    model, own = VARIANTS.get(model, (model, {}))
+    return build_network(model, **shared, **own).to(device)
 
 
 def prepared(model: str, mode: str, options: argparse.Namespace, execution: Execution) -> Inference | TrainingStep:
@@ -158,10 +169,10 @@ def as_table(systems: dict[str, dict]) -> str:
 
 
 def as_passes(shapes: Sequence[Sequence[int]]) -> str:
-    """For instance "448, 448, 7 x 224": what one image sends through the backbone."""
+    """For instance "448, 448, 7 x 224": what one image sends through the backbone, in pixels or in cells of a map."""
     images = shapes[0][0]
-    passes = [(shape[0] // images, shape[-1]) for shape in shapes]
-    return ", ".join(f"{side}" if number == 1 else f"{number} x {side}" for number, side in passes)
+    passes = [(shape[0] // images, f"{shape[-1]}{'' if shape[1] == 3 else ' cells'}") for shape in shapes]
+    return ", ".join(side if number == 1 else f"{number} x {side}" for number, side in passes)
 
 
 if __name__ == "__main__":

@@ -83,6 +83,21 @@ def test_costs_beside_the_plain_network(benchmark, tmp_path: Path, capsys) -> No
     assert "| 96, 96, 7 x 48 |" in capsys.readouterr().out
 
 
+def test_costs_of_a_system_with_other_options(benchmark, tmp_path: Path) -> None:
+    """Windows of cells: the same system, whose last pass takes the last stage of the trunk alone."""
+    path = tmp_path / "systems.json"
+    words = f"--models sgkrl sgkrl-stage3-windows --backbone resnet18 --input_size 96 --classes 5 --json {path}"
+    words += " --device cpu --precision float32 --rounds 1 --inference_batch 2 --train_batch 2"
+    systems = benchmark("systems")
+    systems.main(words.split())
+    plain, cells = json.loads(path.read_text(encoding="utf-8"))["systems"].values()
+    assert plain["parameters"] == cells["parameters"]
+    assert systems.as_passes(plain["inference"]["passes"]) == "96, 96, 7 x 48"
+    assert systems.as_passes(cells["inference"]["passes"]) == "96, 96, 7 x 3 cells"
+    for mode in ("inference", "train"):
+        assert cells[mode]["gmac_per_image"] < plain[mode]["gmac_per_image"]
+
+
 def test_ratios_compare_times_of_the_same_round(benchmark) -> None:
     ratio = benchmark("measuring").ratio
     assert ratio({"seconds": [2.0, 40.0, 6.0]}, {"seconds": [1.0, 20.0, 2.0]}) == 2.0
