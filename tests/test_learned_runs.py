@@ -96,7 +96,7 @@ def test_killed_runs_end_as_one_that_was_not(tiny_run, tmp_path) -> None:
 
 
 def test_two_processes_learn_the_weights_of_one(tiny_run, tmp_path) -> None:
-    """In one process and in two, of a network that hardly learns; each of the two fits nothing but the other's."""
+    """Of a network that hardly learns, and of the validation images of both processes."""
     options = (*LEARNED, "--dropout", "0", "--flip", "0", "--brightness", "0", "--contrast", "0")
     found = []
     for name, launch in (("one", run_script), ("two", run_two_processes)):
