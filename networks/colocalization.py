@@ -44,6 +44,10 @@ def check_colocalization(localization: str, localization_stride: int, shared: Sh
     if localization == "colocalization":
         expected = f"{shared.stride} where localization is 'colocalization', which has a grid of its own"
         require(localization_stride == shared.stride, "localization_stride", localization_stride, expected)
+    if localization == "learned":
+        weights = dict(shared.loss_weights or {})
+        expected = "localization above 0 where localization is 'learned': nothing else teaches it"
+        require(weights.get("localization") != 0, "loss_weights", weights, expected)
 
 
 class Colocalization(nn.Module):

@@ -20,11 +20,11 @@ import test
 import train
 from config import rebuilt
 from datasets import choose_split, evaluation_loader, load_catalogue, training_loader
-from networks.colocalization import Colocalization
+from networks.colocalization import Colocalization, check_colocalization
 from networks.learned_localization import LearnedLocalization, share_in_box
 from networks.localization import cell_boxes_to_pixels
 from networks.outputs import NetworkOutput
-from networks.system import System
+from networks.system import Shared, System
 from utils.checkpoint import load_checkpoint
 from utils.options import SettingsError
 from utils.training.building import build_from_settings
@@ -211,6 +211,9 @@ def test_settings_that_have_nothing_to_go_by_are_refused() -> None:
     for model in MODELS:
         with pytest.raises(SettingsError, match="localization is 'learned'; expected another one where pretrained"):
             Variant(model, localization="learned").build()
+    without_its_loss = Shared(pretrained="DEFAULT", loss_weights={"localization": 0.0})
+    with pytest.raises(SettingsError, match="loss_weights is .* nothing else teaches it"):
+        check_colocalization("learned", 32, without_its_loss)
     with pytest.raises(SettingsError, match="crop_gradient"):
         built("sgkrl", crop_gradient=True)
     with pytest.raises(SettingsError, match="box_agreement"):
