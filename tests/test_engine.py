@@ -38,6 +38,7 @@ class Toy(System):
     def __init__(self, *, boxes: bool = True) -> None:
         nn.Module.__init__(self)
         self.register_buffer("ensemble_weights", None)
+        self.colocalization = self.learned_localization = None
         self.boxes = boxes
         self.convolution = nn.Conv2d(3, 6, 3)
         self.norm = nn.BatchNorm2d(6)
