@@ -10,7 +10,7 @@ new picture takes no pass of the frozen copy.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,14 @@ from networks.localization import Localization, bounding_boxes, largest_componen
 from networks.system import System
 
 FoundBy = Literal["channel_sum", "colocalization", "learned"]  # what finds objects in a system that has the choice
+
+
+class Found(NamedTuple):
+    """An object on a map, as what was learnt tells it."""
+
+    boxes: Tensor  # [B, 4] in pixels of the input, ends inclusive
+    localization: Localization  # the cells that they are drawn round
+    extras: dict[str, Tensor] | None  # for the loss, where boxes teach
 
 
 class LearnedLocalization(nn.Module):
@@ -38,19 +46,24 @@ class LearnedLocalization(nn.Module):
         """Return logits [B, H, W] float32 for features [B, C, H, W]: above 0 where a cell is the object's."""
         return self.inside(self.norm(features.movedim(1, -1))).squeeze(-1).float()
 
-    def localize(self, logits: Tensor) -> Localization:
-        """Find the object by logits [B, H, W]: the largest component of the cells that are its."""
-        cells = largest_component(logits.detach() > 0)
-        return Localization(cells, bounding_boxes(cells))
+    def localize(self, logits: Tensor) -> tuple[Tensor, Localization]:
+        """Find the object by logits [B, H, W]: the largest component of the cells that are its.
 
-    def find(self, features: Tensor, boxes: Tensor | None) -> tuple[Localization, dict[str, Tensor] | None]:
-        """Find the object on features [B, C, H, W]; return with it the `extras` for the loss, where boxes [B, 4] teach.
-
-        In evaluation they do not.
+        Returns boxes [B, 4] in pixels of the input, ends inclusive, and the cells. As what is taught is the share of a
+        cell that lies in a box, its edges lie within the outermost cells: see `edges_within_cells`.
         """
+        shares = logits.detach().sigmoid()
+        cells = largest_component(shares > 0.5)
+        localization = Localization(cells, bounding_boxes(cells))
+        found = cells.flatten(1).any(dim=1, keepdim=True)
+        edges = torch.where(found, edges_within_cells(shares, localization.boxes), localization.boxes) * self.stride
+        return torch.cat([edges[:, :2], edges[:, 2:] - 1], dim=1), localization
+
+    def find(self, features: Tensor, boxes: Tensor | None) -> Found:
+        """Find the object on features [B, C, H, W], where `boxes` [B, 4] may teach, which they do not in evaluation."""
         logits = self(features)
         taught = self.training and boxes is not None
-        return self.localize(logits), {"inside": logits, "boxes": boxes} if taught else None
+        return Found(*self.localize(logits), {"inside": logits, "boxes": boxes} if taught else None)
 
     def loss(self, logits: Tensor, boxes: Tensor) -> Tensor:
         """Return the mean cross-entropy of logits [B, H, W] and the share of each cell that lies in its image's box.
@@ -70,6 +83,25 @@ class LearnedLocalization(nn.Module):
 
     def forget_teacher(self) -> None:
         self.teacher = ()
+
+
+def edges_within_cells(shares: Tensor, boxes: Tensor) -> Tensor:
+    """Return boxes [B, 4] float32 in cells, edges (x0, y0, x1, y1), by the shares [B, H, W] of cells that are inside.
+
+    `boxes` [B, 4] are the whole cells that they lie in, ends exclusive. From a box's middle to each side it is as far
+    as the shares that way add up to: each column's, or row's, highest in the box, relative to the highest of all.
+    """
+    rows, columns = (torch.arange(size, device=shares.device) for size in shares.shape[1:])
+    in_columns = (columns >= boxes[:, 0, None]) & (columns < boxes[:, 2, None])  # [B, W]
+    in_rows = (rows >= boxes[:, 1, None]) & (rows < boxes[:, 3, None])  # [B, H]
+    inside = shares * (in_rows[:, :, None] & in_columns[:, None, :])
+    starts, ends = [], []
+    for line, places, axis in ((inside.amax(dim=1), columns, 0), (inside.amax(dim=2), rows, 1)):  # along x, along y
+        line = line / line.amax(dim=1, keepdim=True)
+        middle = (boxes[:, axis, None] + boxes[:, axis + 2, None]) // 2
+        starts.append(middle[:, 0] - (line * (places < middle)).sum(dim=1))
+        ends.append(middle[:, 0] + (line * (places >= middle)).sum(dim=1))
+    return torch.stack([*starts, *ends], dim=1)
 
 
 def add_localization(system: System, found_by: FoundBy, channels: int, stride: int) -> None:

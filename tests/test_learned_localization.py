@@ -21,7 +21,7 @@ import train
 from config import rebuilt
 from datasets import choose_split, evaluation_loader, load_catalogue, training_loader
 from networks.colocalization import Colocalization, check_colocalization
-from networks.learned_localization import LearnedLocalization, share_in_box
+from networks.learned_localization import LearnedLocalization, edges_within_cells, share_in_box
 from networks.localization import cell_boxes_to_pixels
 from networks.outputs import NetworkOutput
 from networks.system import Shared, System
@@ -96,7 +96,41 @@ def test_it_learns_to_find_what_it_was_shown() -> None:
         learned.loss(learned(features), cell_boxes_to_pixels(cells, 16)).backward()
         optimizer.step()
     features, cells = pictures(1000)
-    assert torch.equal(learned.localize(learned(features)).boxes, cells)
+    found, localization = learned.localize(learned(features))
+    assert torch.equal(localization.boxes, cells)
+    edges = 16 * cells.float() - torch.tensor([0.0, 0, 1, 1])
+    torch.testing.assert_close(found, edges, rtol=0, atol=4.0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_edges_lie_within_the_outermost_cells_where_shares_say(seed: int) -> None:
+    """Of a box's own shares they are the box's; of others, what the sums written out cell by cell are."""
+    generator = torch.Generator().manual_seed(seed)
+    starts = 100 * torch.rand(6, 2, generator=generator)
+    boxes = torch.cat([starts, starts + 40 + 80 * torch.rand(6, 2, generator=generator)], dim=1).clamp(max=223)
+    shares = share_in_box(boxes, (14, 14), 16)
+    whole = torch.cat([boxes[:, :2] / 16, (boxes[:, 2:] + 1) / 16], dim=1)
+    around = torch.cat([whole[:, :2].floor(), whole[:, 2:].ceil()], dim=1).long()
+    torch.testing.assert_close(edges_within_cells(shares, around), whole, rtol=0, atol=1e-4)
+
+    shares = torch.rand(6, 14, 14, generator=generator)
+    for found, one, (x0, y0, x1, y1) in zip(
+        edges_within_cells(shares, around).tolist(), shares.numpy(), around.tolist(), strict=True
+    ):
+        expected = []
+        for line, start, end in ((one[y0:y1].max(axis=0), x0, x1), (one[:, x0:x1].max(axis=1), y0, y1)):
+            line = line[start:end] / line[start:end].max()
+            middle = (start + end) // 2
+            expected.append((middle - line[: middle - start].sum(), middle + line[middle - start :].sum()))
+        assert found == pytest.approx([*(pair[0] for pair in expected), *(pair[1] for pair in expected)], abs=1e-4)
+
+
+def test_where_no_cell_is_the_objects_the_whole_picture_is_looked_at() -> None:
+    logits = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(0))
+    logits -= torch.tensor([9.0, 99, 999])[:, None, None]
+    found, localization = LearnedLocalization(4, stride=16).localize(logits)
+    assert not localization.cells.any()
+    assert found.tolist() == [[0, 0, 127, 127]] * 3
 
 
 # ---- In a system ----------------------------------------------------------------------------------------------------
@@ -125,7 +159,7 @@ def test_evaluation_finds_objects_by_what_was_learnt(model: str) -> None:
         assert torch.equal(network(images, boxes=BOXES).object_boxes, output.object_boxes)
         assert output.extras is None
         network.learned_localization.inside.bias.fill_(100.0)
-        assert network(images).object_boxes.tolist() == [[0, 0, 127, 127]] * 4
+        torch.testing.assert_close(network(images).object_boxes, torch.tensor([[0.0, 0, 127, 127]] * 4))
         alone = torch.cat([network.predict_logits(network(image)) for image in images.split(1)])
         torch.testing.assert_close(network.predict_logits(network(images)), alone, rtol=1e-3, atol=1e-4)
 
@@ -163,9 +197,8 @@ def test_where_the_background_is_masked_boxes_and_masks_are_its_own() -> None:
     network, images = fresh().train(), make_images(SIZE, 4)
     network.dropout.p = 0.0
     output = network(images, boxes=BOXES, mask_background=True)
-    own = network.learned_localization.localize(output.extras["inside"])
-    expected = cell_boxes_to_pixels(own.boxes, network.localization_stride)
-    assert torch.equal(output.object_boxes, expected)
+    own, _ = network.learned_localization.localize(output.extras["inside"])
+    assert torch.equal(output.object_boxes, own)
     assert output.object_masks is not None
     assert torch.equal(output.extras["boxes"], BOXES)  # the loss is of the boxes that teach all the same
 

@@ -116,8 +116,8 @@ class FLRDF(System):
         if self.colocalization is not None:
             object_boxes = self.find_objects(images) if boxes is None else boxes
         elif self.learned_localization is not None:
-            localization, extras = self.learned_localization.find(suppressed, boxes)
-            object_boxes = boxes if extras else cell_boxes_to_pixels(localization.boxes, self.localization_stride)
+            own, _, extras = self.learned_localization.find(suppressed, boxes)
+            object_boxes = boxes if extras else own
         else:
             activation = activation_map(suppressed)
             confirming = activation_map(raw.penultimate) if self.box_agreement else activation

@@ -180,15 +180,16 @@ class SGKRL(System):
 
         # 3. Find the object in the fused map, by what that has learnt, or in what the trunk saw before it was trained.
         if self.learned_localization is not None:
-            localization, extras = self.learned_localization.find(fused, boxes)
-            boxes = boxes if extras else None
-        if boxes is not None and not mask_background:
+            own, localization, extras = self.learned_localization.find(fused, boxes)
+            object_boxes = boxes if extras and not mask_background else own
+            object_masks = adaptive_mask(localization)
+        elif boxes is not None and not mask_background:
             object_boxes, object_masks = boxes, None
         else:
             stride = self.localization_stride
             if self.colocalization is not None:
                 localization, stride = self.colocalization(images), self.colocalization.stride
-            elif self.learned_localization is None:
+            else:
                 activations = activation_map(fused), activation_map(raw.penultimate)
                 localization = localize(*activations, threshold=self.localization_threshold)
             object_boxes, object_masks = cell_boxes_to_pixels(localization.boxes, stride), adaptive_mask(localization)
