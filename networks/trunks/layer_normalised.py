@@ -74,7 +74,7 @@ class Swins(Family):
 
 
 def _begin(features: nn.Sequential, images: Tensor, until: str) -> list[Tensor]:
-    """Run the second stage and, where `until` is not \"stage2\", the third; their maps have the family's own layout."""
+    """Run the second stage and, where `until` is not stage2, the third; their maps have the family's own layout."""
     stem, stage1, halve1, stage2, halve2, stage3, *_ = features
     second = stage2(halve1(stage1(stem(images))))
     return [second] if until == "stage2" else [second, stage3(halve2(second))]
