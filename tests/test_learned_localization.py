@@ -22,7 +22,7 @@ from config import rebuilt
 from datasets import choose_split, evaluation_loader, load_catalogue, training_loader
 from networks.colocalization import Colocalization, check_colocalization
 from networks.learned_localization import LearnedLocalization, edges_within_cells, share_in_box
-from networks.localization import cell_boxes_to_pixels
+from networks.localization import adaptive_mask, cell_boxes_to_pixels
 from networks.outputs import NetworkOutput
 from networks.system import Shared, System
 from utils.checkpoint import load_checkpoint
@@ -197,9 +197,9 @@ def test_where_the_background_is_masked_boxes_and_masks_are_its_own() -> None:
     network, images = fresh().train(), make_images(SIZE, 4)
     network.dropout.p = 0.0
     output = network(images, boxes=BOXES, mask_background=True)
-    own, _ = network.learned_localization.localize(output.extras["inside"])
+    own, localization = network.learned_localization.localize(output.extras["inside"])
     assert torch.equal(output.object_boxes, own)
-    assert output.object_masks is not None
+    assert torch.equal(output.object_masks, adaptive_mask(localization))
     assert torch.equal(output.extras["boxes"], BOXES)  # the loss is of the boxes that teach all the same
 
 
@@ -211,6 +211,8 @@ def test_the_teacher_is_a_frozen_copy_that_is_no_part_of_the_network(monkeypatch
     expected = Colocalization(network.backbone, SIZE)
     expected.fit(images for images, _ in batches)
     found = network.find_objects(batches[0][0])
+    (teacher,) = network.learned_localization.teacher
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
     assert torch.equal(found, expected.boxes(batches[0][0]))
     assert len(found.unique(dim=0)) > 1
     assert network.state_dict().keys() == state.keys()
