@@ -29,6 +29,7 @@ from small_systems import (
 from torch import Tensor, nn
 from torch.nn.parallel import scatter_gather
 from torch.utils._pytree import tree_map_only
+from tracing import traced
 
 from networks import defaults_of
 from networks.classifier import Classifier
@@ -436,8 +437,7 @@ def _assert_not_rounded(output: NetworkOutput, network: System, *, batch: int) -
 @torch.no_grad()
 def forward_traces_without_graph_break(network: System, images: Tensor) -> None:
     """Not among `CHECKS`: it is dear."""
-    torch.compiler.reset()
-    compiled = torch.compile(network.eval(), backend="eager", fullgraph=True)
+    compiled = traced(network.eval())
     assert_same(compiled(images, mask_background=True), network(images, mask_background=True))
 
 

@@ -10,6 +10,7 @@ import pytest
 import reference
 import torch
 from torch import Tensor
+from tracing import traced
 
 from networks.graph import (
     GraphConvolution,
@@ -111,8 +112,7 @@ def test_published_neighbours_keep_self_edges_where_corners_coincide() -> None:
 def test_published_neighbours_are_the_same_traced_and_under_autocast(nodes: int) -> None:
     corners = torch.from_numpy(random_corners(6, nodes, span=6, seed=nodes)).float()
     expected = published_neighbours(corners, 3)
-    torch.compiler.reset()
-    compiled = torch.compile(published_neighbours, fullgraph=True, backend="eager")
+    compiled = traced(published_neighbours)
     assert torch.equal(compiled(corners, 3), expected)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(published_neighbours(corners, 3), expected)
@@ -335,8 +335,7 @@ def test_no_host_synchronisation_and_no_graph_break(build: Callable[..., GraphHe
         with reference.ForbidHostReads():
             result = head(*inputs)
         torch.testing.assert_close(result, expected)
-        torch.compiler.reset()
-        compiled = torch.compile(head, fullgraph=True, backend="eager")(*inputs)
+        compiled = traced(head)(*inputs)
     torch.testing.assert_close(compiled, expected)
 
 

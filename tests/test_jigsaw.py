@@ -10,6 +10,7 @@ import pytest
 import reference
 import torch
 from torch import Tensor
+from tracing import traced
 
 from networks.jigsaw import cyclic_permutations, exchange_with_corner, permute_blocks, random_permutations
 
@@ -303,7 +304,6 @@ def test_no_host_synchronisation_and_no_graph_break(function: Callable[[Tensor, 
     with reference.ForbidHostReads():
         result = function(images, blocks)
     assert torch.equal(result, expected)
-    torch.compiler.reset()
-    compiled = torch.compile(function, backend="eager", fullgraph=True)
+    compiled = traced(function)
     torch.manual_seed(4)
     assert torch.equal(compiled(images, blocks), expected)

@@ -9,6 +9,7 @@ import pytest
 import reference
 import torch
 from torch import Tensor
+from tracing import traced
 
 from networks.localization import (
     Localization,
@@ -437,8 +438,7 @@ def test_no_host_synchronisation(grid: tuple[int, int]) -> None:
 
 def test_traces_without_graph_break() -> None:
     activation, penultimate = torch.rand(2, 3, 5, 5, generator=torch.Generator().manual_seed(2)).unbind()
-    torch.compiler.reset()
-    result = torch.compile(everything, fullgraph=True, backend="eager")(activation, penultimate)
+    result = traced(everything)(activation, penultimate)
     for one, other in zip(result, everything(activation, penultimate), strict=True):
         assert torch.equal(one, other)
 

@@ -10,6 +10,7 @@ import reference
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tracing import traced
 
 from networks.parts import ANCHOR_SCALES, CoarsePart, Navigator, PartProposals, anchor_boxes, anchor_levels
 
@@ -493,8 +494,7 @@ def test_proposals_make_the_host_wait_nowhere() -> None:
     expected = everything(maps, features)
     with reference.ForbidHostReads():
         everything(maps, features)
-    torch.compiler.reset()
-    compiled = torch.compile(everything, fullgraph=True, backend="eager")(maps, features)
+    compiled = traced(everything)(maps, features)
     for got, wanted in zip(compiled, expected, strict=True):
         torch.testing.assert_close(got, wanted)
 

@@ -9,6 +9,7 @@ import pytest
 import reference
 import torch
 from torch import Tensor
+from tracing import traced
 
 from networks.suppression import RegionSuppression, suppress
 
@@ -309,8 +310,7 @@ def test_no_host_synchronisation_and_no_graph_break(control: str | float) -> Non
     with reference.ForbidHostReads():
         result = suppression(features)
     assert torch.equal(result, expected)
-    torch.compiler.reset()
-    compiled = torch.compile(suppression, backend="eager", fullgraph=True)
+    compiled = traced(suppression)
     torch.testing.assert_close(compiled(features), expected)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.models.regnet import RegNet
 from torchvision.models.resnet import Bottleneck
+from tracing import traced
 
 import train
 from config import parse_settings
@@ -259,8 +260,8 @@ def test_evidence_and_a_program_of_them(name: str) -> None:
 def test_they_are_traced_without_a_graph_break(name: str) -> None:
     backbone, images = Backbone(name).eval(), make_images(96)
     with torch.no_grad():
-        traced = torch.compile(backbone, backend="eager", fullgraph=True)
-        assert torch.equal(traced(images).final, backbone(images).final)
+        compiled = traced(backbone)
+        assert torch.equal(compiled(images).final, backbone(images).final)
 
 
 def test_a_run_goes_on_exactly(tiny_run, tmp_path) -> None:

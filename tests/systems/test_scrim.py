@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from small_systems import Variant, flat, learners, run
 from test_parts import COUNTS, FORMER_SCALES, gate_by_hand, list_anchors, list_boxes, propose
 from torch import Tensor, nn
+from tracing import traced
 
 from networks import Shared, build_network, build_on_trunk
 from networks.losses import classification_losses, contrastive_loss, ranking_loss
@@ -385,8 +386,7 @@ def test_losses_make_the_host_wait_nowhere() -> None:
     with reference.ForbidHostReads():
         terms = network.losses(output, LABELS)
     assert all(torch.equal(terms[name], expected[name]) for name in expected)
-    torch.compiler.reset()
-    compiled = torch.compile(network.losses, fullgraph=True, backend="eager")(output, LABELS)
+    compiled = traced(network.losses)(output, LABELS)
     for name in expected:
         torch.testing.assert_close(compiled[name], expected[name])
 
