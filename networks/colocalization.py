@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -104,9 +105,7 @@ class Colocalization(nn.Module):
         device = "cpu" if self.mean.device.type == "mps" else self.mean.device  # MPS has no float64
         sums = torch.zeros(channels + 1, channels + 1, dtype=torch.float64, device=device)
         for images in batches:
-            cells = self._features(images).movedim(1, -1).flatten(0, -2).to(device).double()
-            cells = F.pad(cells, (0, 1), value=1.0)  # so that the sums and the count are the last row
-            sums += cells.T @ cells
+            sums += sums_of_products(self._features(images).movedim(1, -1).flatten(0, -2), device)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(sums)
         mean = sums[-1, :-1] / sums[-1, -1]
@@ -115,3 +114,26 @@ class Colocalization(nn.Module):
         agrees = component @ covariance.sum(dim=1) >= 0  # the covariance of the indicator and the sum of the channels
         self.mean.copy_(mean)
         self.component.copy_(component if agrees else -component)
+
+
+def sums_of_products(cells: Tensor, device: torch.device | str) -> Tensor:
+    """Return [C + 1, C + 1] float64 on a device: what cells [n, C] and a channel of ones, the last one, sum up to.
+
+    That is, for two channels, the sum of their product over the cells. Products are in float32, also under autocast:
+    of deviations from the cells' mean, which keep the digits that are lost in products of cells that are far from 0.
+    """
+    kind = cells.device.type
+    with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
+        cells = cells.float()
+        centre = cells.mean(dim=0)
+        deviations = cells - centre
+        products = deviations.T @ deviations
+    # From here on exact but for the rounding of float64; the deviations' sum is what the mean was rounded by.
+    deviation = deviations.to(device).sum(dim=0, dtype=torch.float64)
+    centre = centre.to(device).double()
+    total = deviation + len(cells) * centre
+    sums = torch.empty(len(total) + 1, len(total) + 1, dtype=torch.float64, device=device)
+    sums[:-1, :-1] = products.to(device) + total.outer(centre) + centre.outer(deviation)
+    sums[-1, :-1] = sums[:-1, -1] = total
+    sums[-1, -1] = len(cells)
+    return sums

@@ -27,13 +27,17 @@ pytestmark = pytest.mark.usefixtures("thin_trunk")
 
 
 class Cells(nn.Module):
-    """A trunk whose final map is the picture's three colours and their squares, cell by cell."""
+    """A trunk whose final map is the picture's three colours and, with `squares`, their squares, cell by cell."""
 
-    embedding_channels, stride = 6, 32
+    stride = 32
+
+    def __init__(self, *, squares: bool = True) -> None:
+        super().__init__()
+        self.squares, self.embedding_channels = squares, 6 if squares else 3
 
     def forward(self, images: torch.Tensor) -> Features:
         cells = nn.functional.avg_pool2d(images, 32)
-        final = torch.cat([cells, cells.square()], dim=1)
+        final = torch.cat([cells, cells.square()], dim=1) if self.squares else cells
         return Features(final, final, final, final, final.mean(dim=(2, 3)))
 
 
@@ -50,18 +54,49 @@ def batches() -> list[torch.Tensor]:
     return list(images.split([4, 2, 1]))
 
 
-def test_finds_mean_and_first_principal_component_of_all_cells(batches: list[torch.Tensor]) -> None:
-    colocalization = fitted(batches)
-    cells = np.concatenate(
-        [Cells()(batch).final.permute(0, 2, 3, 1).reshape(-1, 6).double().numpy() for batch in batches]
-    )
+def assert_fitted(colocalization: Colocalization, batches: list[torch.Tensor], *, within: float = 1e-6) -> None:
+    """Mean and component are those of NumPy's singular value decomposition of all cells in float64."""
+    maps = [colocalization.trunk(batch).final for batch in batches]
+    cells = np.concatenate([final.movedim(1, -1).flatten(0, -2).double().numpy() for final in maps])
     mean = cells.mean(axis=0)
     _, _, directions = np.linalg.svd(cells - mean, full_matrices=False)
     component = directions[0]
     if np.corrcoef((cells - mean) @ component, cells.sum(axis=1))[0, 1] < 0:
         component = -component
-    np.testing.assert_allclose(colocalization.mean.numpy(), mean, atol=1e-5)
-    np.testing.assert_allclose(colocalization.component.numpy(), component, atol=1e-4)
+    np.testing.assert_allclose(colocalization.mean.numpy(), mean, rtol=1e-7, atol=1e-7)
+    np.testing.assert_allclose(colocalization.component.numpy(), component, rtol=0, atol=within)
+
+
+def test_finds_mean_and_first_principal_component_of_all_cells(batches: list[torch.Tensor]) -> None:
+    assert_fitted(fitted(batches), batches, within=1e-5)  # the second one has nine tenths of its variance
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_component_keeps_its_digits_where_cells_are_far_from_zero(
+    batches: list[torch.Tensor], autocast: bool
+) -> None:
+    """A thousand times as far as they differ, and in another place for each batch; also in half precision's context."""
+    offsets = torch.tensor([900.0, 1000.0, 1100.0])[:, None, None]
+    batches = [batch + offsets + number for number, batch in enumerate(batches)]
+    colocalization = Colocalization(Cells(squares=False), input_size=448)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        colocalization.fit(batches)
+    assert_fitted(colocalization, batches)
+
+
+def test_processes_find_it_together(batches: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each looks at other pictures, which lie elsewhere; the sums of all are what is reduced."""
+    batches = [batch + 100 * number for number, batch in enumerate(batches)]
+    shares, summed = (batches[:1], batches[1:]), []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda sums: summed.append(sums.clone()))
+    for share in shares:
+        fitted(share)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda sums: sums.copy_(sum(summed)))
+    found = [fitted(share) for share in shares]
+    assert_fitted(found[0], batches)
+    assert torch.equal(found[0].mean, found[1].mean)
+    assert torch.equal(found[0].component, found[1].component)
 
 
 def test_finds_the_largest_component_of_cells_that_indicate_the_object(batches: list[torch.Tensor]) -> None:
