@@ -25,10 +25,10 @@ FoundBy = Literal["channel_sum", "colocalization", "learned"]  # what finds obje
 
 
 class Found(NamedTuple):
-    """An object on a map, as what was learnt tells it."""
+    """An object on a map: where what teaches says that it is, or as what was learnt tells it."""
 
     boxes: Tensor  # [B, 4] in pixels of the input, ends inclusive
-    localization: Localization  # the cells that they are drawn round
+    localization: Localization | None  # the cells that they are drawn round; None: they were given
     extras: dict[str, Tensor] | None  # for the loss, where boxes teach
 
 
@@ -59,11 +59,17 @@ class LearnedLocalization(nn.Module):
         edges = torch.where(found, edges_within_cells(shares, localization.boxes), localization.boxes) * self.stride
         return torch.cat([edges[:, :2], edges[:, 2:] - 1], dim=1), localization
 
-    def find(self, features: Tensor, boxes: Tensor | None) -> Found:
-        """Find the object on features [B, C, H, W], where `boxes` [B, 4] may teach, which they do not in evaluation."""
+    def find(self, features: Tensor, boxes: Tensor | None, *, cells: bool = False) -> Found:
+        """Find the object on features [B, C, H, W], where `boxes` [B, 4] may teach, which they do not in evaluation.
+
+        Those that teach are the object's, unless its `cells` are wanted, too: then it is found all the same.
+        """
         logits = self(features)
         taught = self.training and boxes is not None
-        return Found(*self.localize(logits), {"inside": logits, "boxes": boxes} if taught else None)
+        extras = {"inside": logits, "boxes": boxes} if taught else None
+        if taught and not cells:
+            return Found(boxes, None, extras)
+        return Found(*self.localize(logits), extras)
 
     def loss(self, logits: Tensor, boxes: Tensor) -> Tensor:
         """Return the mean cross-entropy of logits [B, H, W] and the share of each cell that lies in its image's box.

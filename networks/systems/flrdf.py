@@ -116,8 +116,7 @@ class FLRDF(System):
         if self.colocalization is not None:
             object_boxes = self.find_objects(images) if boxes is None else boxes
         elif self.learned_localization is not None:
-            own, _, extras = self.learned_localization.find(suppressed, boxes)
-            object_boxes = boxes if extras else own
+            object_boxes, _, extras = self.learned_localization.find(suppressed, boxes)
         else:
             activation = activation_map(suppressed)
             confirming = activation_map(raw.penultimate) if self.box_agreement else activation

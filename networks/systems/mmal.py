@@ -90,8 +90,7 @@ class MMALNet(System):
         if self.colocalization is not None:
             object_boxes = self.find_objects(images) if boxes is None else boxes
         elif self.learned_localization is not None:
-            own, _, extras = self.learned_localization.find(raw.final, boxes)
-            object_boxes = boxes if extras else own
+            object_boxes, _, extras = self.learned_localization.find(raw.final, boxes)
         else:
             activations = activation_map(raw.final), activation_map(raw.penultimate)
             cells = localize(*activations, threshold=self.localization_threshold).boxes

@@ -180,9 +180,9 @@ class SGKRL(System):
 
         # 3. Find the object in the fused map, by what that has learnt, or in what the trunk saw before it was trained.
         if self.learned_localization is not None:
-            own, localization, extras = self.learned_localization.find(fused, boxes)
-            object_boxes = boxes if extras and not mask_background else own
-            object_masks = adaptive_mask(localization)
+            learned = self.learned_localization
+            object_boxes, localization, extras = learned.find(fused, boxes, cells=mask_background)
+            object_masks = None if localization is None else adaptive_mask(localization)
         elif boxes is not None and not mask_background:
             object_boxes, object_masks = boxes, None
         else:
