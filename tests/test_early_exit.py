@@ -8,12 +8,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 from reference import recorded_passes
-from torch import Tensor
+from torch import Tensor, nn
 
 import train
 from networks import build_network
 from networks.outputs import early_prediction, object_confidence
-from utils.reporting.early_exit import ExitCollector, ExitPoint, choose_threshold, curve_text, exit_curve
+from utils.reporting.early_exit import (
+    ExitCollector,
+    ExitPoint,
+    choose_threshold,
+    cost_of_window,
+    curve_text,
+    exit_curve,
+)
 
 pytestmark = pytest.mark.usefixtures("thin_trunk")
 
@@ -165,6 +172,33 @@ def test_collected_batches_make_the_curve_of_all(network) -> None:
         assert tuple(one) == pytest.approx(tuple(other), abs=1e-4)
     assert whole.curve()[-1].cost == pytest.approx(2 + 2 / 4)
     assert whole.curve()[0].cost == pytest.approx(2)
+
+
+def test_windows_of_cells_cost_what_the_last_stage_multiplies() -> None:
+    options = {"num_classes": 4, "backbone": "resnet18", "input_size": SIZE, "windows": WINDOWS, "pretrained": "none"}
+    assert cost_of_window(build_network("sgkrl", **options)) == 1 / 4
+    network = build_network("sgkrl", window_source="stage3", **options).eval()
+    stem = network.backbone.trunk.conv1.weight.numel() * (SIZE // 2) ** 2  # it is run without its module's hooks
+    multiplied = {"picture": 2 * stem, "window": 0}
+
+    def count(name: str, module: nn.Conv2d, maps: Tensor) -> None:
+        products = module.weight.numel() * maps[0, 0].numel()
+        multiplied["picture"] += products if len(maps) == 1 else 0
+        multiplied["window"] += products if len(maps) == 2 and ".layer4." in name else 0
+
+    for name, module in network.backbone.named_modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda module, _, maps, name=f".{name}": count(name, module, maps))
+    with torch.no_grad():
+        network(pictures(1))  # the picture, the object, and two windows of it
+    expected = multiplied["window"] / (multiplied["picture"] / 2)
+    assert cost_of_window(network) == pytest.approx(expected)
+    assert all(parameter.device.type == "cpu" for parameter in network.parameters())
+    collector = ExitCollector(network)
+    with torch.no_grad():
+        output = network(pictures())
+    collector(SimpleNamespace(labels=torch.arange(5) % 4), output, network.predict_logits(output))
+    assert collector.curve()[-1].cost == pytest.approx(2 + 2 * expected)
 
 
 def test_test_py_prints_the_curve_and_uses_the_threshold(tiny_run, tmp_path, evaluation_script, capsys) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from networks.outputs import NetworkOutput, early_prediction, object_confidence
+from networks.system import System
 from utils.errors import UserError
 
 
@@ -26,7 +29,7 @@ class ExitCollector:
     The network must compute all its branches meanwhile: its `exit_threshold` is 1.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: System) -> None:
         self.network = network
         self.confidences: list[Tensor] = []
         self.early_correct: list[Tensor] = []
@@ -41,9 +44,27 @@ class ExitCollector:
         self.full_correct.append(prediction.argmax(dim=1) == labels)
 
     def curve(self) -> list[ExitPoint]:
-        """Return `exit_curve` of all images seen; a window is a quarter of a pass."""
+        """Return `exit_curve` of all images seen."""
         collected = (torch.cat(values).cpu() for values in (self.confidences, self.early_correct, self.full_correct))
-        return exit_curve(*collected, early_cost=2.0, rest_cost=self.network.window_selector.count / 4)
+        windows = self.network.window_selector.count * cost_of_window(self.network)
+        return exit_curve(*collected, early_cost=2.0, rest_cost=windows)
+
+
+def cost_of_window(network: System) -> float:
+    """Return what the trunk computes for a window, in passes over one picture of input_size.
+
+    A window of pixels is a quarter of a picture, one of cells a quarter of what the last stage looks at.
+    """
+    if getattr(network.options, "window_source", "pixels") == "pixels":
+        return 1 / 4
+    backbone = copy.deepcopy(network.backbone).to("meta", torch.float32)  # to count operations, not to do them
+    picture = torch.empty(1, 3, network.input_size, network.input_size, device="meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as of_picture:
+        stage3 = backbone(picture).stage3
+    half = stage3.shape[-1] // 2
+    with torch.no_grad(), FlopCounterMode(display=False) as of_window:
+        backbone(stage3[..., :half, :half], start="stage3")
+    return of_window.get_total_flops() / of_picture.get_total_flops()
 
 
 def exit_curve(
