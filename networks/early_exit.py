@@ -1,7 +1,7 @@
 """Images that are sure of their class after the object pass skip the windows, the dearest part of evaluation.
 
 Ours; after the early exits of Teerapittayanon, McDanel & Kung, "BranchyNet: Fast Inference via Early Exiting from Deep
-Neural Networks", ICPR 2016. `utils.reporting.early_exit` finds a threshold that costs no accuracy.
+Neural Networks", ICPR 2016. Training learns a threshold that costs no accuracy: `utils.training.exit_learning`.
 """
 
 from __future__ import annotations
@@ -24,18 +24,20 @@ def look_where_unsure(
     threshold: float,
     ensembling: str = "mean_probability",
     weights: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return what `look(seen, window_boxes)` does, logits `window` [B, N, classes] and `graph` [B, classes].
 
     With a `threshold` below 1 only images whose `object` branch is at most so sure are looked at, for which the host
-    waits for the device; the logits of the others repeat the prediction of the branches before the windows.
+    waits for the device; the logits of the others repeat the prediction of the branches before the windows. Which
+    images are unsure, [B] bool, comes with them: None where all were looked at.
     """
     if threshold >= 1:
-        return look(seen, window_boxes)
+        return *look(seen, window_boxes), None
     # cloned, as it may be the logits of a branch itself
     graph = early_prediction(logits, prediction, ensembling, weights).float().clone()
     window = graph[:, None].repeat(1, window_boxes.shape[1], 1)
-    unsure = (object_confidence(logits) <= threshold).nonzero().squeeze(1)
-    if len(unsure):
-        window[unsure], graph[unsure] = (found.float() for found in look(seen[unsure], window_boxes[unsure]))
-    return window, graph
+    unsure = object_confidence(logits) <= threshold
+    places = unsure.nonzero().squeeze(1)
+    if len(places):
+        window[places], graph[places] = (found.float() for found in look(seen[places], window_boxes[places]))
+    return window, graph, unsure

@@ -68,11 +68,11 @@ def forward_with_evidence(
     input_size = network.input_size
     evidence = torch.zeros(len(images), size, size, device=images.device)
     looked_at = _boxes_of_passes(output, len(images), input_size)  # the last of them may have been left out
-    for of_pass, boxes in zip(passes, looked_at, strict=False):
+    for of_pass, (rows, boxes) in zip(passes, looked_at, strict=False):
         for map_ in of_pass:
             if (gradient := gradients[map_]) is not None:
                 contributions = (map_.detach().float() * gradient.float()).sum(dim=1)  # [B * N, g, g]
-                evidence += _lay_over(contributions.unflatten(0, (len(images), -1)), boxes, input_size, size)
+                evidence[rows] += _lay_over(contributions.unflatten(0, (len(boxes), -1)), boxes, input_size, size)
     return output, evidence.clamp(min=0)
 
 
@@ -87,17 +87,20 @@ def _detached(field: object) -> object:
     return None if field is None else field.detach()
 
 
-def _boxes_of_passes(output: NetworkOutput, count: int, input_size: int) -> Sequence[Tensor]:
-    """Where in the picture each pass of the systems looks, in their order: inclusive boxes [B, N, 4]."""
+def _boxes_of_passes(output: NetworkOutput, count: int, input_size: int) -> Sequence[tuple[slice | Tensor, Tensor]]:
+    """Which images each pass of the systems looks at, in their order, and where: inclusive boxes [n, N, 4] in these."""
+    every = slice(None)
     whole = torch.tensor([0.0, 0.0, input_size - 1, input_size - 1]).expand(count, 1, 4)
-    boxes = [whole]
+    passes = [(every, whole)]
     if output.object_boxes is not None:
-        boxes.append(output.object_boxes[:, None])
+        passes.append((every, output.object_boxes[:, None]))
         if output.window_boxes is not None:
-            boxes.append(boxes_in_image(output.window_boxes, output.object_boxes, input_size))
+            rows = every if output.unsure is None else output.unsure
+            boxes = boxes_in_image(output.window_boxes, output.object_boxes, input_size)
+            passes.append((rows, boxes[rows]))
     if output.part_boxes is not None:
-        boxes.append(output.part_boxes)
-    return boxes
+        passes.append((every, output.part_boxes))
+    return passes
 
 
 def _lay_over(contributions: Tensor, boxes: Tensor, input_size: int, size: int) -> Tensor:

@@ -47,6 +47,7 @@ class NetworkOutput(NamedTuple):
     object_masks: Tensor | None = None  # [B, g, g] bool, the adaptive object mask in grid cells
     part_boxes: Tensor | None = None  # [B, N, 4], in the input scaled to input_size x input_size; may reach beyond it
     extras: dict[str, Tensor] | None = None  # what only a loss needs, by name, batch first
+    unsure: Tensor | None = None  # [B] bool, with an early exit: images whose windows were looked at; None: all
 
 
 # Branches with several predictions of an image, of its regions or its pairs: no single one, only a mean over them.

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from networks import MODELS, build_network, find_system
 from networks.crops import boxes_in_image
 from networks.evidence import _lay_over, forward_with_evidence
+from networks.outputs import object_confidence
 
 pytestmark = pytest.mark.usefixtures("thin_trunk")
 
@@ -124,3 +125,19 @@ def test_the_evidence_of_a_cell_is_the_same_however_large_its_box():
         for box in ([0, 0, 95, 95], [0, 0, 47, 47], [24, 48, 95, 71])
     ]
     assert torch.allclose(torch.stack(sums), sums[0].expand(3), rtol=1e-4)
+
+
+def test_windows_of_images_that_exit_early_have_no_evidence(images):
+    """And those of the others the same as one by one."""
+    network = build("sgkrl")
+    network.classifier.weight.data *= 3
+    with torch.no_grad():
+        confidence = object_confidence(network(images).logits)
+    network.exit_threshold = confidence.sort().values[1].item()  # the surest exits
+    output, evidence = forward_with_evidence(network, images, size=12)
+    assert output.unsure.tolist() == (confidence <= network.exit_threshold).tolist()
+    assert output.unsure.sum() == 2
+    for index in range(3):
+        alone, expected = forward_with_evidence(network, images[index : index + 1], size=12)
+        assert torch.allclose(evidence[index], expected[0], rtol=1e-3, atol=1e-5)
+        assert torch.allclose(output.logits["graph"][index], alone.logits["graph"][0], atol=1e-5)

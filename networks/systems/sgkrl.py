@@ -214,7 +214,7 @@ class SGKRL(System):
             return NetworkOutput(logits, object_boxes, window_boxes, object_masks, extras=extras)
 
         # 7. Look at them, and let the graph reason on what they show together.
-        logits["window"], logits["graph"] = look_where_unsure(
+        logits["window"], logits["graph"], unsure = look_where_unsure(
             self._look_at_windows,
             cut_from(self.options.window_source, crops, cropped),
             window_boxes,
@@ -224,7 +224,7 @@ class SGKRL(System):
             self.ensembling,
             self.ensemble_weights,
         )
-        return NetworkOutput(logits, object_boxes, window_boxes, object_masks, extras=extras)
+        return NetworkOutput(logits, object_boxes, window_boxes, object_masks, extras=extras, unsure=unsure)
 
     def _look_at_windows(self, seen: Tensor, window_boxes: Tensor) -> tuple[Tensor, Tensor]:
         """Logits `window` and `graph` of windows [B, N, 4] of the object crops, cut from what was `seen` of these."""

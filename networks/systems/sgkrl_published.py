@@ -80,7 +80,6 @@ class PublishedSGKRL(System):
         "fusion3.v_proj.": "fusion.stage2.value.",
         "fusion3.out_proj.": "fusion.stage2.out.",
     }
-    can_exit_early = True
 
     branches = ("raw", "object", "window", "graph")
     evaluated = branches
@@ -91,6 +90,7 @@ class PublishedSGKRL(System):
         self.localization_stride = options.localization_stride
         self.localization_threshold = options.localization_threshold
         self.exit_threshold = options.exit_threshold
+        self.can_exit_early = options.graph_scope == "image"  # or the graph needs the windows of all images
         self.loss_weights = dict.fromkeys(self.branches, 1.0)
         channels = backbone.embedding_channels
         self.classifier = Classifier(channels, num_classes)
@@ -151,7 +151,7 @@ class PublishedSGKRL(System):
             return NetworkOutput(logits, object_boxes, window_boxes, object_masks)
 
         threshold = 1.0 if self.training else self.exit_threshold
-        logits["window"], logits["graph"] = look_where_unsure(
+        logits["window"], logits["graph"], unsure = look_where_unsure(
             self._look_at_windows,
             crops,
             window_boxes,
@@ -161,7 +161,7 @@ class PublishedSGKRL(System):
             self.ensembling,
             self.ensemble_weights,
         )
-        return NetworkOutput(logits, object_boxes, window_boxes, object_masks)
+        return NetworkOutput(logits, object_boxes, window_boxes, object_masks, unsure=unsure)
 
     def _look_at_windows(self, crops: Tensor, window_boxes: Tensor) -> tuple[Tensor, Tensor]:
         """Logits `window` and `graph` from object crops and windows [B, N, 4] on them."""

@@ -115,6 +115,8 @@ def image_panel(
     found = {"object_box": output.object_boxes, "mask": output.object_masks, "window_boxes": output.window_boxes}
     if output.part_boxes is not None:
         found["part_boxes"] = parts_to_show(output)
+    if output.unsure is not None and not output.unsure[index]:
+        del found["window_boxes"]  # nobody has looked at them
     found = {name: value[index] for name, value in found.items() if value is not None}
     return prediction_panel(picture, names, probabilities, **found, **more)
 
