@@ -30,6 +30,7 @@ from utils.data.kinds import LeftOut, is_picture
 from utils.data.workers import start_loader
 from utils.errors import UserError, exit_with_one_sentence
 from utils.files import make_output_folder
+from utils.reporting.exit_threshold import LEARNED, learned_threshold, threshold
 from utils.reporting.metrics import inclusive_to_edges
 from utils.reporting.panels import image_panel
 from utils.reporting.pictures import save_png
@@ -50,6 +51,13 @@ def parse_arguments(arguments: Sequence[str] | None):
         "--weights", choices=("plain", "ema"), help="of a run with ema_decay (default: ema, the average)"
     )
     parser.add_argument("--views", nargs="+", choices=VIEWS, help="name by these views of a picture, too; slower")
+    parser.add_argument(
+        "--exit_threshold",
+        type=threshold,
+        default=LEARNED,
+        metavar="P",
+        help="pictures surer than P skip the last passes, 1: none does (%(default)s: in training, to cost nothing)",
+    )
     parser.add_argument("--out", type=named, default=Path("predictions"), metavar="DIR", help="drawings (%(default)s)")
     parser.add_argument("--no_drawings", action="store_true", help="names only, which is faster")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of text")
@@ -74,8 +82,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     machine = {"device": options.device, "workers": options.workers, "evaluation_batch_size": options.batch_size}
     machine["compile"] = False  # it takes longer than a folder of pictures
     places = {"data_root": ".", "checkpoint_dir": "."}
-    trained = load_trained(options.checkpoint, rebuilt, weights=options.weights, **places, **machine)
+    by_training = options.exit_threshold == LEARNED
+    exits = {} if by_training or options.exit_threshold == 1 else {"exit_threshold": options.exit_threshold}
+    trained = load_trained(options.checkpoint, rebuilt, weights=options.weights, **places, **machine, **exits)
     network, class_names = trained.network, trained.saved["class_names"]
+    if network.can_exit_early:
+        network.exit_threshold = learned_threshold(trained.saved) if by_training else options.exit_threshold
     corners = comes_with_corners(trained.settings, options.views)
     if options.views:
         look_at_views(network, options.views, corners=corners)

@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         selection, words = validation_images(trained.settings, data, READERS)
         return evaluation_loader(trained.settings, selection, corners=corners), words
 
-    settings = let_exit_early(network, settings, options, shared, rebuilt=rebuilt, validation=validation)
+    settings = let_exit_early(trained, options, shared, rebuilt=rebuilt, validation=validation)
     exits = network.can_exit_early and network.exit_threshold < 1
     # where images exit, these repeat other branches, so that no figure is theirs
     copied = ("window", "graph") if exits else ()
@@ -125,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         [entries[position] for position in results.surest_mistakes()],
         partial(load_batch, settings=settings, corners=corners),
         loading=loading_of(settings),
-        step=1 if exits else settings.evaluation_batch_size,  # with an early exit, passes differ between images
+        step=settings.evaluation_batch_size,
     )
     drawn = draw_mistakes(trained, mistaken)
     if options.embeddings or (folder / "log.jsonl").exists():  # a run's folder, whose curves TensorBoard shows

@@ -131,7 +131,7 @@ class System(nn.Module):
     learning_rate_factors: ClassVar[Mapping[str, float]] = {}
     class_weights: Tensor | None = None  # [classes], of cross-entropies; set before training
     smallest_batch: ClassVar[int] = 1  # images that each device learns from at least: 2 if heads normalise over them
-    can_exit_early: ClassVar[bool] = False  # whether it has an `exit_threshold`
+    can_exit_early: bool = False  # whether sure images may skip a pass in evaluation, by its `exit_threshold`
     own_views: ClassVar[tuple[str, ...]] = ()  # of `networks.views.VIEWS`, those that only some systems have
 
     def __init__(self, backbone: Backbone, options: object, shared: Shared):

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from reference import recorded_passes
+from test_train import read_log
 from torch import Tensor, nn
 
+import predict
 import train
 from networks import build_network
 from networks.outputs import early_prediction, object_confidence
+from utils.checkpoint import CheckpointError, load_checkpoint, load_run, save_checkpoint
+from utils.errors import UserError
+from utils.options import SettingsError
 from utils.reporting.early_exit import (
     ExitCollector,
     ExitPoint,
@@ -21,6 +27,8 @@ from utils.reporting.early_exit import (
     curve_text,
     exit_curve,
 )
+from utils.training import exit_learning
+from utils.training.building import load_trained
 
 pytestmark = pytest.mark.usefixtures("thin_trunk")
 
@@ -199,6 +207,150 @@ def test_windows_of_cells_cost_what_the_last_stage_multiplies() -> None:
         output = network(pictures())
     collector(SimpleNamespace(labels=torch.arange(5) % 4), output, network.predict_logits(output))
     assert collector.curve()[-1].cost == pytest.approx(2 + 2 * expected)
+
+
+def test_a_curve_is_of_the_weights_that_branches_end_with() -> None:
+    """They are learnt after the last batch."""
+    torch.manual_seed(3)
+    options = {"num_classes": 4, "backbone": "resnet18", "input_size": SIZE, "windows": WINDOWS}
+    network = build_network("sgkrl", ensembling="learned", **options).eval()
+    outputs, labels = [run(network, pictures(n), 1.0)[0] for n in (3, 4)], torch.tensor([0, 1, 2, 3, 0, 1, 2])
+    before, after = ExitCollector(network), ExitCollector(network)
+    for output, part in zip(outputs, (labels[:3], labels[3:]), strict=True):
+        before.add(output, part)
+    network.ensemble_weights.copy_(torch.tensor([0.0, 0.0, 3.0, 0.1]))
+    for output, part in zip(outputs, (labels[:3], labels[3:]), strict=True):
+        after.add(output, part)
+    assert before.curve() == after.curve()
+
+
+def test_several_processes_learn_one_threshold(network, monkeypatch) -> None:
+    """Also where one had no image."""
+    outputs, labels = [run(network, pictures(n), 1.0)[0] for n in (2, 3)], torch.tensor([0, 1, 2, 3, 0])
+    none, both = ExitCollector(network), ExitCollector(network)
+    with pytest.raises(UserError, match="no image came"):
+        none.curve()
+    both.add(outputs[0], labels[:2])
+    both.add(outputs[1], labels[2:])
+    expected = choose_threshold(both.curve()).threshold
+    second = ExitCollector(network)
+    second.add(outputs[1], labels[2:])
+    monkeypatch.setattr(exit_learning, "gather", lambda own: [none.collected(), own, second.collected()])
+    learning = exit_learning.ExitLearning(network)
+    learning.add(outputs[0], labels[:2])
+    assert learning.finish() == {"exit_threshold": expected}
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "skips"),
+    [
+        ("sgkrl", {}, True),
+        ("sgkrl", {"prediction": ("graph",)}, True),
+        ("sgkrl", {"prediction": ("raw", "object")}, False),
+        ("sgkrl_published", {}, False),  # predicts by the object
+        ("sgkrl_published", {"prediction": ("raw", "graph")}, True),
+        ("sgkrl_published", {"prediction": ("graph",), "graph_scope": "batch"}, False),
+        ("mmal", {}, False),
+    ],
+)
+def test_a_threshold_is_learnt_where_a_prediction_can_do_without_windows(
+    model: str, options: dict, skips: bool
+) -> None:
+    system = build_network(model, num_classes=4, backbone="resnet18", input_size=SIZE, windows=WINDOWS, **options)
+    assert exit_learning.has_passes_to_skip(system) is skips
+
+
+RUN = ("--warmup_epochs", "0", "--epochs", "2", "--keep_checkpoints", "2", "--ema_decay", "0.5")
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_run, tmp_path_factory) -> Path:
+    """The folder of a run over two epochs with an average of the weights; tests only read it."""
+    folder = tmp_path_factory.mktemp("exits")
+    train.main(tiny_run(folder, *RUN, model="sgkrl"))
+    return folder / "folder-sgkrl"
+
+
+@pytest.mark.parametrize(("epoch", "weights"), [(1, "ema"), (2, "plain")])
+def test_every_checkpoint_holds_what_test_py_would_choose(trained, evaluation_script, epoch, weights, tmp_path) -> None:
+    checkpoint, group = trained / f"epoch-00{epoch}.pth", "validation_ema" if weights == "ema" else "validation"
+    held = load_checkpoint(checkpoint)["exit_threshold"]
+    assert held.keys() == {"plain", "ema"}
+    assert held[weights] == read_log(trained)[epoch - 1][f"{group}/exit_threshold"]
+    chosen = []
+    for asked in (["--exit_curve"], ["--exit_threshold", "learned"]):
+        out = tmp_path / asked[-1]
+        evaluation_script.main([str(checkpoint), *asked, "--weights", weights, "--out", str(out), "--workers", "0"])
+        (report,) = (path for path in out.glob("*.json"))
+        chosen.append(json.loads(report.read_text(encoding="utf-8"))["settings"]["options"]["exit_threshold"])
+    assert chosen[1] == held[weights]
+    assert chosen[0] == pytest.approx(held[weights], abs=1e-3)
+
+
+def test_test_images_choose_no_threshold(tiny_run, tmp_path) -> None:
+    train.main(tiny_run(tmp_path, "--warmup_epochs", "0", "--select_on", "test", model="sgkrl"))
+    assert "exit_threshold" not in load_checkpoint(tmp_path / "folder-sgkrl" / "best.pth")
+    assert "test/exit_threshold" not in read_log(tmp_path / "folder-sgkrl")[-1]
+
+
+def names_of(arguments: list[str], monkeypatch, capsys) -> tuple[list[dict], list[int]]:
+    """What predict.py says, and how many images each pass of its network saw."""
+    seen: list[int] = []
+
+    def load(*words, **options):
+        loaded = load_trained(*words, **options)
+        loaded.network.backbone.register_forward_pre_hook(lambda _, images: seen.append(len(images[0])))
+        return loaded
+
+    monkeypatch.setattr(predict, "load_trained", load)
+    capsys.readouterr()
+    predict.main([*arguments, "--json", "--workers", "0", "--device", "cpu"])
+    return [json.loads(line)["predictions"] for line in capsys.readouterr().out.splitlines()], seen
+
+
+def test_predict_py_lets_sure_pictures_exit(trained, picture_tree, tmp_path, monkeypatch, capsys) -> None:
+    saved = load_checkpoint(trained / "best.pth")
+    tree, checkpoint = str(picture_tree / "red"), tmp_path / "best.pth"
+    given = ["--checkpoint", str(checkpoint), tree, "--out", str(tmp_path / "out")]
+    save_checkpoint(checkpoint, saved | {"exit_threshold": {"plain": 1.0, "ema": 1.0}})
+    everything, passes = names_of([*given, "--no_drawings"], monkeypatch, capsys)
+    assert passes[:2] == [8, 8] and passes[2] % 8 == 0 and len(passes) == 3
+    save_checkpoint(checkpoint, saved | {"exit_threshold": {"plain": 1.0, "ema": 0.0}})
+    early, passes = names_of([*given, "--no_drawings"], monkeypatch, capsys)
+    assert passes == [8, 8]
+    assert early != everything
+    drawn, passes = names_of(given, monkeypatch, capsys)
+    assert passes == [8, 8]
+    assert [[p["name"] for p in names] for names in drawn] == [[p["name"] for p in names] for names in early]
+    for asked in (["--exit_threshold", "1"], ["--weights", "plain", "--exit_threshold", "learned"]):
+        _, passes = names_of([*given, "--no_drawings", *asked], monkeypatch, capsys)
+        assert len(passes) == 3
+    assert names_of([*given, "--no_drawings", "--exit_threshold", "1"], monkeypatch, capsys)[0] == everything
+    save_checkpoint(checkpoint, {name: value for name, value in saved.items() if name != "exit_threshold"})
+    assert names_of([*given, "--no_drawings"], monkeypatch, capsys)[0] == everything  # an older run
+
+
+@pytest.mark.parametrize("asked", ["2", "0.5"])
+def test_predict_py_refuses_what_is_no_threshold_here(tiny_run, trained, picture_tree, tmp_path, asked) -> None:
+    if asked == "0.5":
+        train.main(tiny_run(tmp_path))
+    checkpoint = trained / "best.pth" if asked == "2" else tmp_path / "folder-resnet" / "best.pth"
+    with pytest.raises(SettingsError, match="exit_threshold is"):
+        predict.main(["--checkpoint", str(checkpoint), str(picture_tree), "--exit_threshold", asked])
+
+
+def test_a_threshold_that_is_none_is_a_damaged_checkpoint(trained, tmp_path) -> None:
+    content = load_checkpoint(trained / "best.pth")
+    for wrong in (0.5, {"plain": 1.5}, {"other": 0.5}, {"plain": "high"}):
+        save_checkpoint(tmp_path / "best.pth", content | {"exit_threshold": wrong})
+        with pytest.raises(CheckpointError, match="its exit_threshold is not probabilities"):
+            load_run(tmp_path / "best.pth")
+
+
+def test_test_py_says_where_no_threshold_was_learnt(tiny_run, tmp_path, evaluation_script) -> None:
+    train.main(tiny_run(tmp_path))
+    with pytest.raises(SettingsError, match="best.pth holds none.*--exit_curve"):
+        evaluation_script.main([str(tmp_path / "folder-resnet" / "best.pth"), "--exit_threshold", "learned"])
 
 
 def test_test_py_prints_the_curve_and_uses_the_threshold(tiny_run, tmp_path, evaluation_script, capsys) -> None:

@@ -172,7 +172,7 @@ def test_log_has_a_line_per_epoch(finished):
         logged |= {f"validation/loss/{name}" for name in (*BRANCHES, "total")}
         logged |= {f"validation/accuracy/{name}" for name in (*BRANCHES, "prediction")}
         logged |= {"schedule/learning_rate", "speed/train_images_per_second", "speed/validation_images_per_second"}
-        assert line.keys() == logged | {"epoch", "train/images", "validation/images"}
+        assert line.keys() == logged | {"validation/exit_threshold", "epoch", "train/images", "validation/images"}
         assert (line["train/images"], line["validation/images"]) == (12, 6)
         assert line["train/loss/total"] == pytest.approx(sum(line[f"train/loss/{name}"] for name in trained), rel=1e-6)
     assert lines[0]["schedule/learning_rate"] == pytest.approx(0.01 / 25)  # one_cycle begins at a 25th

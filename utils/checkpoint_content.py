@@ -64,6 +64,12 @@ def _are_found_boxes(value: object) -> bool:
     return all(isinstance(boxes, Tensor) and boxes.ndim == 2 and boxes.shape[1] == 4 for boxes in value.values())
 
 
+def _are_thresholds(value: object) -> bool:
+    if not isinstance(value, dict) or not value.keys() <= {"plain", "ema"}:
+        return False
+    return all(_is_number(threshold) and 0 <= threshold <= 1 for threshold in value.values())
+
+
 # In every checkpoint of a run, those to go on from and those to evaluate
 NETWORK = {
     "settings": Entry(lambda value: isinstance(value, dict) and len(value) > 0, "settings by name"),
@@ -90,6 +96,7 @@ OPTIONAL = {
         lambda v: isinstance(v, Tensor) and v.dtype == torch.uint8 and v.ndim == 1, "a record of the run's pictures"
     ),
     "found_boxes": Entry(_are_found_boxes, "boxes of the run's pictures"),
+    "exit_threshold": Entry(_are_thresholds, "probabilities from 0 to 1 for the weights plain and ema"),
 }
 
 

@@ -85,6 +85,7 @@ class Run:
         self.progress: dict[str, Any] | None = None  # what an epoch had done when the run was interrupted
         # Of a system that takes boxes: those of the pictures of `training` and of `selection`, [n, 4] each
         self.found_boxes: dict[str, Tensor] | None = None
+        self.exit_threshold: dict[str, float] = {}  # of weights "plain" and "ema" as the last epoch left them
 
     def __enter__(self) -> Run:
         with contextlib.ExitStack() as stack:
@@ -199,6 +200,7 @@ class Run:
     def epoch(self, epoch: int, loader: DataLoader) -> Iterator[None]:
         """Set an epoch's beginning, or the place in it where the run goes on; a loss that is not finite is recorded."""
         self.current, self.steps = epoch, len(loader)
+        self.exit_threshold = {}  # of other weights
         self.learning_rate = self.optimizer.param_groups[0]["lr"]
         self.meter, self.steps_done = EpochMeter(self.device), 0
         if self.progress is not None:
@@ -266,6 +268,11 @@ class Run:
         if evaluated_average is not None:
             groups[f"{prefix}_ema"] = evaluated_average
         self.log.log_epoch(epoch, groups)
+        self.exit_threshold = {
+            weights: figures["exit_threshold"]
+            for weights, figures in {"plain": evaluated, "ema": evaluated_average or {}}.items()
+            if "exit_threshold" in figures
+        }
         chosen_by = evaluated if evaluated_average is None else evaluated_average
         self._save_epoch(epoch, chosen_by["accuracy/prediction"])
 
@@ -310,6 +317,7 @@ class Run:
             "best": self.best,
             "network": self.system.state_dict(),
             **({} if self.average is None else {"ema": self.average.state_dict()}),
+            **({"exit_threshold": self.exit_threshold} if self.exit_threshold else {}),
         }
 
     def training_state(self, progress: dict[str, object] | None) -> dict[str, object]:

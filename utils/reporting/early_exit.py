@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,30 +24,46 @@ class ExitPoint(NamedTuple):
 
 
 class ExitCollector:
-    """Collects batch by batch, as `on_batch` of `training.engine.evaluate`, what exiting early would do to each image.
+    """Collects batch by batch what exiting early would do to each image.
 
     The network must compute all its branches meanwhile: its `exit_threshold` is 1.
     """
 
     def __init__(self, network: System) -> None:
         self.network = network
-        self.confidences: list[Tensor] = []
-        self.early_correct: list[Tensor] = []
-        self.full_correct: list[Tensor] = []
+        self._judged: list[tuple[Tensor, ...]] = []  # of each batch [n] each: confidence, right early, right after all
+        self._waiting: list[tuple[dict[str, Tensor], Tensor]] = []  # logits and labels of batches that are not judged
 
-    def __call__(self, batch, output: NetworkOutput, prediction: Tensor) -> None:
-        labels = batch.labels.to(prediction.device)
+    def __call__(self, batch: Any, output: NetworkOutput, prediction: Tensor) -> None:
+        """Take a batch of `datasets`, as `on_batch` of `training.engine.evaluate`."""
+        self.add(output, batch.labels.to(prediction.device))
+
+    def add(self, output: NetworkOutput, labels: Tensor) -> None:
+        """Take a batch with its labels [B]. Where weights of branches are learnt, it is judged by what they end as."""
+        logits = {name: output.logits[name] for name in {*self.network.prediction, "object"}}
+        self._waiting.append((logits, labels))
+        if self.network.ensemble_weights is None:
+            self._judge()
+
+    def _judge(self) -> None:
         network = self.network
-        early = early_prediction(output.logits, network.prediction, network.ensembling, network.ensemble_weights)
-        self.confidences.append(object_confidence(output.logits))
-        self.early_correct.append(early.argmax(dim=1) == labels)
-        self.full_correct.append(prediction.argmax(dim=1) == labels)
+        for logits, labels in self._waiting:
+            early = early_prediction(logits, network.prediction, network.ensembling, network.ensemble_weights)
+            full = network.predict_logits(NetworkOutput(logits))
+            right = (prediction.argmax(dim=1) == labels for prediction in (early, full))
+            self._judged.append((object_confidence(logits), *right))
+        self._waiting.clear()
+
+    def collected(self) -> list[Tensor]:
+        """Return, [n] each on the CPU, how sure each image is, and whether it is right early, and in the end."""
+        self._judge()
+        none = torch.empty(0), *torch.empty(2, 0, dtype=torch.bool)
+        return [torch.cat([value.cpu() for value in values]) for values in zip(none, *self._judged, strict=True)]
 
     def curve(self) -> list[ExitPoint]:
         """Return `exit_curve` of all images seen."""
-        collected = (torch.cat(values).cpu() for values in (self.confidences, self.early_correct, self.full_correct))
         windows = self.network.window_selector.count * cost_of_window(self.network)
-        return exit_curve(*collected, early_cost=2.0, rest_cost=windows)
+        return exit_curve(*self.collected(), early_cost=2.0, rest_cost=windows)
 
 
 def cost_of_window(network: System) -> float:

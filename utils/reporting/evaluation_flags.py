@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from utils.command_line import Parser, named
+from utils.reporting.exit_threshold import threshold
 
 
 def parse_arguments(arguments: Sequence[str] | None, *, views: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -31,7 +32,12 @@ def parse_arguments(arguments: Sequence[str] | None, *, views: Sequence[str]) ->
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the report (default: the checkpoint's)")
     parser.add_argument("--include_trained", action="store_true", help="evaluate images of training as well, if met")
     early = parser.add_argument_group("early exit (sgkrl, sgkrl_published)")
-    early.add_argument("--exit_threshold", type=float, metavar="P", help="surer images skip the windows (1: none does)")
+    early.add_argument(
+        "--exit_threshold",
+        type=threshold,
+        metavar="P",
+        help="surer images skip the windows (1: none does); learned: those that do in predict.py",
+    )
     early.add_argument("--exit_curve", action="store_true", help="find the threshold that loses nothing on validation")
     comparison = parser.add_argument_group("compare")
     comparison.add_argument("--compare", type=named, nargs="+", metavar="RUN", help="folders of runs, or report files")

@@ -17,6 +17,7 @@ from utils.reporting.metrics import EpochMeter, inclusive_to_edges
 from utils.training.distributed import evaluation_network, is_main, unwrap
 from utils.training.ensemble import EnsembleLearning
 from utils.training.execution import Execution
+from utils.training.exit_learning import ExitLearning, has_passes_to_skip
 from utils.training.found_boxes import boxes_to_look_at
 from utils.training.learning import Learning, Objective, given_boxes
 from utils.training.nonfinite import SkipBudget
@@ -114,6 +115,7 @@ def evaluate(
     branches: tuple[str, ...] | None = None,
     on_batch: Callable[[object, NetworkOutput, Tensor], None] | None = None,
     learn_ensemble: bool = False,
+    learn_exit: bool = False,
     description: str = "evaluate",
 ) -> dict[str, float]:
     """Evaluate on all `batches` and return the averages, `accuracy/prediction` among them, and images/s.
@@ -122,13 +124,16 @@ def evaluate(
     is the weighted sum of the trained terms that come of them, and left out where none does. `on_batch(batch, output,
     prediction)` sees every batch with its output and the prediction's logits [B, classes]. The overlap of boxes is
     measured where the batches carry true ones. `learn_ensemble`: where the system's ensembling is learned, its weights
-    are learnt from these images afterwards, and the accuracy of the prediction is that with them.
+    are learnt from these images afterwards, and the accuracy of the prediction is that with them. `learn_exit`: where
+    its images may exit early, `exit_threshold` comes as well, which the system does not take.
     """
     network = evaluation_network(network).eval()
     system = unwrap(network)
     branches = tuple(dict.fromkeys((*(system.evaluated if branches is None else branches), *system.prediction)))
     meter, start = EpochMeter(execution.device), time.perf_counter()
     ensemble = EnsembleLearning(system) if learn_ensemble and system.ensemble_weights is not None else None
+    exits = ExitLearning(system) if learn_exit and has_passes_to_skip(system) else None
+    learners = [learner for learner in (ensemble, exits) if learner is not None]  # exits depend on the ensemble
     for batch in tqdm(batches, desc=description, disable=_bar_disabled(), leave=False):
         labels = batch.labels.to(execution.device, non_blocking=True)
         with execution.autocast():
@@ -151,10 +156,12 @@ def evaluate(
             boxes=boxes,
             true_boxes=true_boxes,
         )
-        if ensemble is not None:
-            ensemble.add(output, labels)
+        for learner in learners:
+            learner.add(output, labels)
         if on_batch is not None:
             on_batch(batch, output, prediction)
     meter.reduce()
-    averages = meter.compute() | (ensemble.finish() if ensemble is not None else {})
+    averages = meter.compute()
+    for learner in learners:
+        averages |= learner.finish()
     return averages | {"images_per_second": averages["images"] / (time.perf_counter() - start)}
