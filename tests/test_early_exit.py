@@ -10,7 +10,9 @@ import pytest
 import torch
 from reference import recorded_passes
 from test_train import read_log
+from thin_trunk import THIN
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import predict
 import train
@@ -23,7 +25,7 @@ from utils.reporting.early_exit import (
     ExitCollector,
     ExitPoint,
     choose_threshold,
-    cost_of_window,
+    costs_of_passes,
     curve_text,
     exit_curve,
 )
@@ -178,35 +180,46 @@ def test_collected_batches_make_the_curve_of_all(network) -> None:
         whole(SimpleNamespace(labels=labels), output, network.predict_logits(output))
     for one, other in zip(collector.curve(), whole.curve(), strict=True):
         assert tuple(one) == pytest.approx(tuple(other), abs=1e-4)
-    assert whole.curve()[-1].cost == pytest.approx(2 + 2 / 4)
-    assert whole.curve()[0].cost == pytest.approx(2)
+    before, window = costs_of_passes(network)
+    assert whole.curve()[-1].cost == pytest.approx(before + 2 * window)
+    assert whole.curve()[0].cost == pytest.approx(before)
 
 
-def test_windows_of_cells_cost_what_the_last_stage_multiplies() -> None:
-    options = {"num_classes": 4, "backbone": "resnet18", "input_size": SIZE, "windows": WINDOWS, "pretrained": "none"}
-    assert cost_of_window(build_network("sgkrl", **options)) == 1 / 4
-    network = build_network("sgkrl", window_source="stage3", **options).eval()
-    stem = network.backbone.trunk.conv1.weight.numel() * (SIZE // 2) ** 2  # it is run without its module's hooks
-    multiplied = {"picture": 2 * stem, "window": 0}
+@torch.no_grad()
+def counted(network: nn.Module, threshold: float) -> int:
+    """Operations of the trunk in all passes over a picture."""
+    with FlopCounterMode(display=False) as counter:
+        run(network, pictures(1), threshold)
+    return sum(counter.get_flop_counts()[f"{type(network).__name__}.backbone"].values())
 
-    def count(name: str, module: nn.Conv2d, maps: Tensor) -> None:
-        products = module.weight.numel() * maps[0, 0].numel()
-        multiplied["picture"] += products if len(maps) == 1 else 0
-        multiplied["window"] += products if len(maps) == 2 and ".layer4." in name else 0
 
-    for name, module in network.backbone.named_modules():
-        if isinstance(module, nn.Conv2d):
-            module.register_forward_hook(lambda module, _, maps, name=f".{name}": count(name, module, maps))
-    with torch.no_grad():
-        network(pictures(1))  # the picture, the object, and two windows of it
-    expected = multiplied["window"] / (multiplied["picture"] / 2)
-    assert cost_of_window(network) == pytest.approx(expected)
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("sgkrl", {}),
+        ("sgkrl", {"localization_stride": 32}),
+        ("sgkrl", {"window_source": "stage3"}),
+        ("sgkrl_published", {"prediction": ("raw", "graph")}),
+    ],
+)
+def test_passes_cost_what_the_trunk_computes(model: str, options: dict) -> None:
+    shared = {"num_classes": 4, "backbone": "resnet18", "input_size": SIZE, "windows": WINDOWS}
+    network = build_network(model, **shared, **options).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network.backbone(pictures(1))
+    plain = counter.get_total_flops()
+    before, window = costs_of_passes(network)
+    assert before == counted(network, 0.0) / plain
+    assert before + 2 * window == pytest.approx(counted(network, 1.0) / plain)
     assert all(parameter.device.type == "cpu" for parameter in network.parameters())
-    collector = ExitCollector(network)
-    with torch.no_grad():
-        output = network(pictures())
-    collector(SimpleNamespace(labels=torch.arange(5) % 4), output, network.predict_logits(output))
-    assert collector.curve()[-1].cost == pytest.approx(2 + 2 * expected)
+    assert (before == 2) == (network.localization_stride == 32)
+
+
+@pytest.mark.parametrize("name", THIN)
+def test_passes_of_every_family_are_counted(name: str) -> None:
+    network = build_network("sgkrl", num_classes=4, backbone=name, input_size=SIZE, windows=WINDOWS)
+    before, window = costs_of_passes(network)
+    assert 2 <= before < 3 and 0.2 < window < 0.6  # one that is attended to in windows is padded
 
 
 def test_a_curve_is_of_the_weights_that_branches_end_with() -> None:

@@ -62,25 +62,32 @@ class ExitCollector:
 
     def curve(self) -> list[ExitPoint]:
         """Return `exit_curve` of all images seen."""
-        windows = self.network.window_selector.count * cost_of_window(self.network)
-        return exit_curve(*self.collected(), early_cost=2.0, rest_cost=windows)
+        early, window = costs_of_passes(self.network)
+        return exit_curve(*self.collected(), early_cost=early, rest_cost=self.network.window_selector.count * window)
 
 
-def cost_of_window(network: System) -> float:
-    """Return what the trunk computes for a window, in passes over one picture of input_size.
+def costs_of_passes(network: System) -> tuple[float, float]:
+    """Return what the trunk computes for an image before its windows, and for one window.
 
-    A window of pixels is a quarter of a picture, one of cells a quarter of what the last stage looks at.
+    In plain passes over one picture of input_size. Before the windows come the picture, on the finer map where objects
+    are found on that, a frozen copy's look for the object where there is one, and the object.
     """
-    if getattr(network.options, "window_source", "pixels") == "pixels":
-        return 1 / 4
     backbone = copy.deepcopy(network.backbone).to("meta", torch.float32)  # to count operations, not to do them
-    picture = torch.empty(1, 3, network.input_size, network.input_size, device="meta")
-    with torch.no_grad(), FlopCounterMode(display=False) as of_picture:
-        stage3 = backbone(picture).stage3
-    half = stage3.shape[-1] // 2
-    with torch.no_grad(), FlopCounterMode(display=False) as of_window:
-        backbone(stage3[..., :half, :half], start="stage3")
-    return of_window.get_total_flops() / of_picture.get_total_flops()
+
+    def count(side: int, **how: Any) -> int:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            backbone(torch.empty(1, 3, side, side, device="meta"), **how)
+        return counter.get_total_flops()
+
+    side = network.input_size
+    plain = count(side)
+    before = count(side, dense=network.localization_stride < backbone.stride) + plain
+    if network.colocalization is not None:
+        before += count(network.colocalization.size)
+    window = count(side // 2)
+    if getattr(network.options, "window_source", "pixels") == "stage3":
+        window -= count(side // 2, until="stage3")
+    return before / plain, window / plain
 
 
 def exit_curve(
