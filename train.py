@@ -71,7 +71,8 @@ def look_at_pictures(
         beginning.dataset.cache = cache
         batches = with_bar(run.unless_stopped(execution.batches(beginning)), "preparing", len(beginning))
         if system.takes_boxes:
-            print_once("finding the objects in the pictures, once for the whole run")
+            looked_at = [entries["training"]] if system.learned_localization else entries.values()
+            print_once(f"finding the objects in {sum(map(len, looked_at))} pictures, once for the whole run")
             with execution.autocast():
                 system.prepare(batches)
             run.found_boxes = find_all_boxes(run, system, execution, entries, cache)

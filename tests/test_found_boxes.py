@@ -155,10 +155,11 @@ TWO_EPOCHS = ("--epochs", "2", "--crop_scale", "0.5", "--schedule", "one_cycle",
 
 
 def test_a_run_finds_them_once_keeps_them_and_goes_on_bit_for_bit(
-    run_with_boxes, tmp_path, monkeypatch, looked_at, picture_tree
+    run_with_boxes, tmp_path, monkeypatch, looked_at, picture_tree, capsys
 ) -> None:
     """Also with pictures loaded by another process; and not with other pictures."""
     train.main(run_with_boxes(tmp_path / "whole", *TWO_EPOCHS))
+    assert "finding the objects in 18 pictures" in capsys.readouterr().out
     assert sum(looked_at) == 12 + 6
     folder = tmp_path / "whole" / "folder-resnet"
     saved = load_checkpoint(folder / "last.pth")

@@ -275,7 +275,7 @@ def run_that_learns(tiny_run, tmp_path_factory):
 
 
 def test_a_run_finds_boxes_once_learns_from_them_and_goes_on_bit_for_bit(
-    run_that_learns, tmp_path, monkeypatch
+    run_that_learns, tmp_path, monkeypatch, capsys
 ) -> None:
     looked_at: list[int] = []
     forward = Colocalization.forward
@@ -288,6 +288,7 @@ def test_a_run_finds_boxes_once_learns_from_them_and_goes_on_bit_for_bit(
     monkeypatch.setattr(Colocalization, "forward", counted)
     train.main(run_that_learns(tmp_path / "whole"))
     assert sum(looked_at) == 12  # those to select by are not
+    assert "finding the objects in 12 pictures" in capsys.readouterr().out
     folder = tmp_path / "whole" / "folder-sgkrl"
     saved = load_checkpoint(folder / "last.pth")
     assert saved["found_boxes"].keys() == {"training"}
