@@ -56,7 +56,7 @@ def parse_arguments(arguments: Sequence[str] | None):
         type=threshold,
         default=LEARNED,
         metavar="P",
-        help="pictures surer than P skip the last passes, 1: none does (%(default)s: in training, to cost nothing)",
+        help="pictures surer than P skip the last passes, 1: none does (%(default)s: in training)",
     )
     parser.add_argument("--out", type=named, default=Path("predictions"), metavar="DIR", help="drawings (%(default)s)")
     parser.add_argument("--no_drawings", action="store_true", help="names only, which is faster")

@@ -1,7 +1,7 @@
 """Images that are sure of their class after the object pass skip the windows, the dearest part of evaluation.
 
 Ours; after the early exits of Teerapittayanon, McDanel & Kung, "BranchyNet: Fast Inference via Early Exiting from Deep
-Neural Networks", ICPR 2016. Training learns a threshold that costs no accuracy: `utils.training.exit_learning`.
+Neural Networks", ICPR 2016. Training learns a threshold that hardly costs accuracy: `utils.training.exit_learning`.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,11 +15,14 @@ from thin_trunk import THIN
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import config
 import predict
 import train
+from datasets import Pictures, choose_split, loading_of, read_catalogue
 from networks import build_network
 from networks.outputs import early_prediction, object_confidence
 from utils.checkpoint import CheckpointError, load_checkpoint, load_run, save_checkpoint
+from utils.data.image_batches import normalised
 from utils.errors import UserError
 from utils.options import SettingsError
 from utils.reporting.early_exit import (
@@ -245,7 +249,8 @@ def test_several_processes_learn_one_threshold(network, monkeypatch) -> None:
         none.curve()
     both.add(outputs[0], labels[:2])
     both.add(outputs[1], labels[2:])
-    expected = choose_threshold(both.curve()).threshold
+    monkeypatch.setattr(exit_learning, "LOST_AT_MOST", 0.9)  # five images are enough then
+    expected = exit_learning.safe_threshold(*both.collected())
     second = ExitCollector(network)
     second.add(outputs[1], labels[2:])
     monkeypatch.setattr(exit_learning, "gather", lambda own: [none.collected(), own, second.collected()])
@@ -273,31 +278,68 @@ def test_a_threshold_is_learnt_where_a_prediction_can_do_without_windows(
     assert exit_learning.has_passes_to_skip(system) is skips
 
 
+@pytest.mark.parametrize("images", [1, 298, 299, 472, 473, 800, 2000])
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.1])
+def test_a_learnt_threshold_is_the_lowest_that_is_shown_to_be_safe(images: int, share: float) -> None:
+    generator = torch.Generator().manual_seed(images)
+    confidence = (100 * torch.rand(images, generator=generator)).round() / 100  # some are equal
+    early, full = torch.rand(2, images, generator=generator) > torch.tensor([[share], [0.2]])
+    safe = 1.0
+    for threshold in [*sorted(confidence.unique().tolist(), reverse=True), 0.0]:
+        lost = int(((confidence > threshold) & full & ~early).sum())
+        chance = sum(math.comb(images, k) * 0.01**k * 0.99 ** (images - k) for k in range(lost + 1))
+        if chance > 0.05:
+            break
+        safe = threshold
+    learned = exit_learning.safe_threshold(confidence, early, full)
+    assert ((confidence > learned) == (confidence > safe)).all()
+    if images < 299 or not share:
+        assert learned == (1 if images < 299 else 0)
+    if images == 2000 and share == 0.01:
+        assert 0 < learned < 1
+    assert exit_learning.safe_threshold(torch.empty(0), early[:0], full[:0]) == 1
+
+
 RUN = ("--warmup_epochs", "0", "--epochs", "2", "--keep_checkpoints", "2", "--ema_decay", "0.5")
 
 
 @pytest.fixture(scope="module")
 def trained(tiny_run, tmp_path_factory) -> Path:
-    """The folder of a run over two epochs with an average of the weights; tests only read it."""
+    """The folder of a run over two epochs with an average of the weights; six images choose. Tests only read it."""
     folder = tmp_path_factory.mktemp("exits")
-    train.main(tiny_run(folder, *RUN, model="sgkrl"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exit_learning, "LOST_AT_MOST", 0.5)
+        train.main(tiny_run(folder, *RUN, model="sgkrl"))
     return folder / "folder-sgkrl"
 
 
+@torch.no_grad()
+def relearned(checkpoint: Path, weights: str) -> float:
+    """The threshold that follows from a checkpoint's network and validation images."""
+    loaded = load_trained(checkpoint, config.rebuilt, weights=weights)
+    catalogue = read_catalogue("folder", loaded.settings.data_root, test_fraction=0.25)
+    samples = list(Pictures(choose_split(loaded.settings, catalogue)[1], **loading_of(loaded.settings)))
+    collector = ExitCollector(loaded.network)
+    images = normalised(torch.stack([sample.image for sample in samples]))
+    collector.add(loaded.network(images), torch.tensor([sample.label for sample in samples]))
+    return exit_learning.safe_threshold(*collector.collected())
+
+
 @pytest.mark.parametrize(("epoch", "weights"), [(1, "ema"), (2, "plain")])
-def test_every_checkpoint_holds_what_test_py_would_choose(trained, evaluation_script, epoch, weights, tmp_path) -> None:
+def test_every_checkpoint_holds_the_threshold_learnt_for_it(
+    trained, evaluation_script, epoch, weights, tmp_path, monkeypatch
+) -> None:
     checkpoint, group = trained / f"epoch-00{epoch}.pth", "validation_ema" if weights == "ema" else "validation"
     held = load_checkpoint(checkpoint)["exit_threshold"]
     assert held.keys() == {"plain", "ema"}
     assert held[weights] == read_log(trained)[epoch - 1][f"{group}/exit_threshold"]
-    chosen = []
-    for asked in (["--exit_curve"], ["--exit_threshold", "learned"]):
-        out = tmp_path / asked[-1]
-        evaluation_script.main([str(checkpoint), *asked, "--weights", weights, "--out", str(out), "--workers", "0"])
-        (report,) = (path for path in out.glob("*.json"))
-        chosen.append(json.loads(report.read_text(encoding="utf-8"))["settings"]["options"]["exit_threshold"])
-    assert chosen[1] == held[weights]
-    assert chosen[0] == pytest.approx(held[weights], abs=1e-3)
+    monkeypatch.setattr(exit_learning, "LOST_AT_MOST", 0.5)
+    assert held[weights] == pytest.approx(relearned(checkpoint, weights), abs=1e-3)
+    words = ["--exit_threshold", "learned", "--weights", weights, "--out", str(tmp_path), "--workers", "0"]
+    evaluation_script.main([str(checkpoint), *words])
+    (report,) = tmp_path.glob("*.json")
+    settings = json.loads(report.read_text(encoding="utf-8"))["settings"]
+    assert settings["options"]["exit_threshold"] == held[weights]
 
 
 def test_test_images_choose_no_threshold(tiny_run, tmp_path) -> None:

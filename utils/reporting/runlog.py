@@ -33,7 +33,7 @@ DESCRIPTIONS = {
     "accuracy/prediction": "Share of images that the system classifies rightly (top-1).",
     "accuracy/": "Share of images that this branch alone classifies rightly (top-1).",
     "ensemble_weight/": "How much the log-probabilities of this branch weigh in the prediction (ensembling learned).",
-    "exit_threshold": "How sure an image must be to skip the windows in predict.py: as many are right as without.",
+    "exit_threshold": "How sure an image must be to skip the windows in predict.py; 1: none does.",
     "box_iou/mean": "Mean overlap of predicted and true object boxes (intersection over union).",
     "box_iou/share_at_0.5": "Share of images whose object box overlaps the true one by 0.5 or more. "
     "Falling while training: the learning rate is too high.",
