@@ -385,12 +385,12 @@ def test_predict_py_lets_sure_pictures_exit(trained, picture_tree, tmp_path, mon
     assert names_of([*given, "--no_drawings"], monkeypatch, capsys)[0] == everything  # an older run
 
 
-@pytest.mark.parametrize("asked", ["2", "0.5"])
+@pytest.mark.parametrize("asked", ["2", "0.5", "soon"])
 def test_predict_py_refuses_what_is_no_threshold_here(tiny_run, trained, picture_tree, tmp_path, asked) -> None:
     if asked == "0.5":
         train.main(tiny_run(tmp_path))
-    checkpoint = trained / "best.pth" if asked == "2" else tmp_path / "folder-resnet" / "best.pth"
-    with pytest.raises(SettingsError, match="exit_threshold is"):
+    checkpoint = tmp_path / "folder-resnet" / "best.pth" if asked == "0.5" else trained / "best.pth"
+    with pytest.raises(SettingsError, match="'soon' came; expected a prob" if asked == "soon" else "exit_threshold is"):
         predict.main(["--checkpoint", str(checkpoint), str(picture_tree), "--exit_threshold", asked])
 
 

@@ -21,7 +21,10 @@ LEARNED = "learned"  # asks for the threshold that training has kept
 
 def threshold(text: str) -> float | str:
     """Read --exit_threshold; whether it is a probability is for `config.rebuilt` to say."""
-    return text if text == LEARNED else float(text)
+    try:
+        return text if text == LEARNED else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} came; expected a probability, or {LEARNED}") from None
 
 
 def has_learned_threshold(saved: Mapping[str, Any]) -> bool:
