@@ -25,6 +25,7 @@ from utils.checkpoint import CheckpointError, load_checkpoint, load_run, save_ch
 from utils.data.image_batches import normalised
 from utils.errors import UserError
 from utils.options import SettingsError
+from utils.reporting import panels
 from utils.reporting.early_exit import (
     ExitCollector,
     ExitPoint,
@@ -383,6 +384,17 @@ def test_predict_py_lets_sure_pictures_exit(trained, picture_tree, tmp_path, mon
     assert names_of([*given, "--no_drawings", "--exit_threshold", "1"], monkeypatch, capsys)[0] == everything
     save_checkpoint(checkpoint, {name: value for name, value in saved.items() if name != "exit_threshold"})
     assert names_of([*given, "--no_drawings"], monkeypatch, capsys)[0] == everything  # an older run
+
+
+def test_windows_are_drawn_of_pictures_that_did_not_exit(network, monkeypatch) -> None:
+    monkeypatch.setattr(panels, "prediction_panel", lambda *_, **found: found)
+    images = pictures(2)
+    confidence = object_confidence(run(network, images, 1.0)[0].logits)
+    for threshold, drawn in ((1.0, [True, True]), (confidence.min().item(), (confidence == confidence.min()).tolist())):
+        output, _ = run(network, images, threshold)
+        found = [panels.image_panel(None, output, index, [], []) for index in range(2)]
+        assert ["window_boxes" in one for one in found] == drawn
+        assert all("object_box" in one for one in found)
 
 
 @pytest.mark.parametrize("asked", ["2", "0.5", "soon"])
