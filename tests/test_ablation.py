@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -28,14 +29,15 @@ def test_the_averaged_weights_are_the_result_of_a_run_that_has_them(monkeypatch,
     figures = {"validation/accuracy/prediction": 0.5, "validation_ema/accuracy/prediction": 0.75}
     boxes = {"validation/box_iou/share_at_0.5": 0.1, "validation_ema/box_iou/share_at_0.5": 0.2}
 
-    def script(name, flags, environment):
+    def script(name, flags, environment, processes):
         assert ("--ema_decay", "0.999") in itertools.pairwise(flags)
         (tmp_path / "cub-resnet-ema-0").mkdir()
         line = {"epoch": 1, **figures, **boxes, "speed/train_images_per_second": 9.0}
         (tmp_path / "cub-resnet-ema-0" / "log.jsonl").write_text(json.dumps(line) + "\n")
 
     monkeypatch.setattr(ablation, "script", script)
-    result = ablation.run("resnet-ema", 0, ablation.COMMON, tmp_path, test=False, threads=0)
+    options, _ = ablation.parse_arguments(["--runs", str(tmp_path)])
+    result = ablation.run("resnet-ema", 0, ablation.COMMON, options)
     assert result["validation"] == {"accuracy/prediction": 0.75, "box_iou/share_at_0.5": 0.2}
     assert result["boxes_by_epoch"] == [0.2]
 
@@ -52,7 +54,7 @@ def scripts(monkeypatch, broken) -> list[tuple[str, list[str]]]:
     """What train.py and test.py would leave, without them; returns the calls."""
     calls = []
 
-    def script(name, flags, environment):
+    def script(name, flags, environment, processes=1):
         calls.append((name, flags))
         options = {first: second for first, second in itertools.pairwise(flags) if first.startswith("--")}
         if name == "test.py":
@@ -110,6 +112,23 @@ def test_test_images_are_looked_at_once_and_rows_are_paired(scripts, tmp_path, c
     assert "mmal against resnet: +25.0 points" in capsys.readouterr().out
     sweep(tmp_path, "--test")
     assert [name for name, _ in scripts].count("test.py") == 4
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_runs_train_in_as_many_processes_as_asked_for(monkeypatch, tmp_path, processes):
+    commands = []
+
+    def refuse(command, **_):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 1, "", "not now")
+
+    monkeypatch.setattr(ablation.subprocess, "run", refuse)
+    with pytest.raises(SystemExit, match="not now"):
+        sweep(tmp_path, "--processes", str(processes), "--seeds", "0", "--rows", "resnet")
+    (command,) = commands
+    launcher = command[1 : command.index(str(ablation.PROJECT / "train.py"))]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3"]
+    assert launcher == (torchrun if processes == 3 else [])
 
 
 def results_of(path: Path) -> list[dict]:
