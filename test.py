@@ -7,6 +7,7 @@ the data set lists them, mostly class by class; --shuffle mixes them, with the r
 -shuffled: where a graph links the windows of a batch, the order changes predictions.
 
     python test.py checkpoint/demo-sgkrl/best.pth --data_root DIR --out REPORT  # other labelled pictures
+    python test.py checkpoint/demo-sgkrl/best.pth --ensembling learned          # the branches combined otherwise
     python test.py --compare checkpoint/A checkpoint/B ...                      # evaluated runs in one table
     python test.py published.pth --model mmal --dataset cub --data_root DIR     # a checkpoint of the published code
 """
@@ -43,6 +44,7 @@ from utils.reporting.embeddings import project
 from utils.reporting.evaluation_flags import parse_arguments
 from utils.reporting.exit_threshold import let_exit_early
 from utils.reporting.mistakes import draw_mistakes, mistaken_batches
+from utils.reporting.other_ensembling import ensemble_otherwise
 from utils.reporting.panels import draw_panel, spread_over
 from utils.reporting.report_files import ending_of, folder_of_report, write_files
 from utils.reporting.report_text import as_text, ensembled_text, weights_of_branches
@@ -82,11 +84,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     corners = comes_with_corners(settings, options.views)
     views = look_at_views(network, options.views, corners=corners) if options.views else 1
 
-    def validation():
-        selection, words = validation_images(trained.settings, data, READERS)
-        return evaluation_loader(trained.settings, selection, corners=corners), words
+    def validation(needed_for: str):
+        selection, words = validation_images(settings, data, READERS, needed_for)
+        return evaluation_loader(settings, selection, corners=corners), words
 
-    settings = let_exit_early(trained, options, shared, rebuilt=rebuilt, validation=validation)
+    trained = ensemble_otherwise(
+        trained, options, shared, rebuilt=rebuilt, validation=partial(validation, "--ensembling")
+    )
+    settings = let_exit_early(trained, options, shared, rebuilt=rebuilt, validation=partial(validation, "--exit_curve"))
     exits = network.can_exit_early and network.exit_threshold < 1
     # where images exit, these repeat other branches, so that no figure is theirs
     copied = ("window", "graph") if exits else ()
@@ -148,7 +153,8 @@ def rebuild(options: argparse.Namespace, more: Sequence[str]) -> tuple[Trained, 
                 f"{options.checkpoint} was not written by train.py: it lacks settings; a checkpoint of published code "
                 "needs --model (mmal, sgkrl_published ...), --dataset and --data_root"
             )
-        return rebuild_published(options.checkpoint, content, overrides, more)
+        own = {} if options.ensembling is None else {"ensembling": options.ensembling}
+        return rebuild_published(options.checkpoint, content, overrides | own, more)
     if more:
         raise CheckpointError(
             f"unrecognized arguments: {' '.join(more)} (settings of training are read from {options.checkpoint}; only "

@@ -11,8 +11,6 @@ import importlib
 import pkgutil
 from collections.abc import Mapping
 
-import torch
-
 import networks.systems
 from networks.backbone import STRIDE, Backbone
 from networks.outputs import ENSEMBLINGS, SEVERAL_PER_IMAGE
@@ -157,9 +155,7 @@ def build_on_trunk(
     ensembling = ensembling or defaults_of(system, shared).get("ensembling", network.ensembling)
     if ensembling not in ENSEMBLINGS:
         raise UserError(f"ensembling {shown(ensembling)} came; choose one of {', '.join(ENSEMBLINGS)}")
-    network.ensembling = ensembling
-    if ensembling == "learned" and len(network.prediction) > 1:
-        network.ensemble_weights = torch.full((len(network.prediction),), 1 / len(network.prediction))
+    network.ensemble_by(ensembling)
     return network
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from networks.backbone import DENSE_STRIDE, STRIDE, Backbone
@@ -212,6 +213,13 @@ class System(nn.Module):
         """Whether it can be trained by mixup and CutMix: one branch, one step, and the losses above."""
         as_here = (getattr(cls, name) is getattr(System, name) for name in ("steps", "losses", "after_step"))
         return len(cls.branches) == 1 and not cls.needs_labels and all(as_here)
+
+    def ensemble_by(self, ensembling: str) -> None:
+        """Predict by one of `outputs.ENSEMBLINGS` from now on; weights that are to be learned begin equal."""
+        self.ensembling, count = ensembling, len(self.prediction)
+        device = next(self.parameters()).device
+        learned = ensembling == "learned" and count > 1
+        self.ensemble_weights = torch.full((count,), 1 / count, device=device) if learned else None
 
     def predict_logits(self, output: NetworkOutput) -> Tensor:
         """Return the prediction, logits [B, classes], of the branches of `prediction` ensembled by `ensembling`."""

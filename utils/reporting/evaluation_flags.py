@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from networks.outputs import ENSEMBLINGS
 from utils.command_line import Parser, named
 from utils.reporting.exit_threshold import threshold
 
@@ -27,6 +28,11 @@ def parse_arguments(arguments: Sequence[str] | None, *, views: Sequence[str]) ->
     parser.add_argument("--shuffle", action="store_true", help="read the test images in random order (the run's seed)")
     parser.add_argument(
         "--weights", choices=("plain", "ema"), help="of a run with ema_decay (default: ema, the average)"
+    )
+    parser.add_argument(
+        "--ensembling",
+        choices=ENSEMBLINGS,
+        help="combine the branches otherwise (learned: weights from validation images)",
     )
     parser.add_argument("--views", nargs="+", choices=views, help="classify by these views of a picture, too; slower")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the report (default: the checkpoint's)")

@@ -72,15 +72,18 @@ def _has_as_many(settings: Any, saved: Mapping[str, Any], own: Catalogue, reader
     return known == (len(training), len(selection))
 
 
-def validation_images(settings: Any, data: Evaluated, readers: Readers) -> tuple[list[Entry], str]:
-    """Return the images that chose a run's best epoch, and which these are in words. Raises SettingsError for none."""
+def validation_images(settings: Any, data: Evaluated, readers: Readers, needed_for: str) -> tuple[list[Entry], str]:
+    """Return the images that chose a run's best epoch, and which these are in words.
+
+    Raises SettingsError, with the flag of test.py that they are `needed_for`, where there are none.
+    """
     if settings.select_on == "test":
         raise SettingsError(
-            "--exit_curve needs validation images, and this run trained on all training images (select_on is test)"
+            f"{needed_for} needs validation images, and this run trained on all training images (select_on is test)"
         )
     if not data.own:
         raise SettingsError(
-            "--exit_curve needs the run's own validation images, and these are other data: leave it out"
+            f"{needed_for} needs the run's own validation images, and these are other data: leave it out"
         )
     if data.selection is None:  # of an older version, which did not keep them
         _, entries, name = readers.choose_split(settings, readers.load_catalogue(settings)[0])
