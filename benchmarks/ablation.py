@@ -62,6 +62,10 @@ FORMER = (*UNMASKED, "--no-graph_residual", "--spatial_weights", "absolute")
 PUBLISHED = ("--model", "sgkrl_published", *UNMASKED)
 # comparators see the pictures that the other rows see: their own recipes crop and colour them otherwise
 INPUT_SIZE = "INPUT_SIZE"  # stands for what the common flags say
+# stands for as many epochs as take as long as those of the common flags take `trained`, a training step of which is
+# 4.3 plain ones (systems.py at 224 pixels)
+EQUAL_EPOCHS = "EQUAL_EPOCHS"
+PLAIN_STEPS = 4.3
 SAME_PICTURES = (
     *("--resize_size", INPUT_SIZE, "--padding", "0", "--flip", "0.5", "--rotation", "0"),
     *("--brightness", "0.2", "--contrast", "0.2", "--saturation", "0"),
@@ -95,9 +99,8 @@ ROWS: dict[str, tuple[str, ...]] = {
         *("--learning_rate", "1e-3", "--head_learning_rate_factor", "1"),
     ),
     "pmg": ("--model", "pmg", *SAME_PICTURES, "--learning_rate", "1e-3"),  # a quarter: four steps in every batch
-    # as long as six epochs of `trained` take, a training step of which is 4.3 plain ones (systems.py at 224 pixels)
-    "resnet-equal-compute": (*RESNET, "--epochs", "26"),
-    "apinet-equal-compute": ("--model", "apinet", *SAME_PICTURES, "--epochs", "26"),
+    "resnet-equal-compute": (*RESNET, "--epochs", EQUAL_EPOCHS),
+    "apinet-equal-compute": ("--model", "apinet", *SAME_PICTURES, "--epochs", EQUAL_EPOCHS),
     "published": PUBLISHED,
     "published-batch-graph": (*PUBLISHED, "--graph_scope", "batch"),
     "trained": UNMASKED,
@@ -207,8 +210,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespace
 
 
 def flags_of(row: str, seed: int, common: Sequence[str]) -> list[str]:
-    input_size = [value for name, value in itertools.pairwise(portable(common)) if name == "--input_size"][-1]
-    own = [input_size if word == INPUT_SIZE else word for word in ROWS[row]]
+    given = dict(itertools.pairwise(portable(common)))  # of a flag that comes twice the last
+    meant = {INPUT_SIZE: given["--input_size"], EQUAL_EPOCHS: str(round(PLAIN_STEPS * int(given["--epochs"])))}
+    own = [meant.get(word, word) for word in ROWS[row]]
     return [*common, *own, "--seed", str(seed), "--name", f"{row}-{seed}"]
 
 

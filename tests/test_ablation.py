@@ -49,6 +49,12 @@ def test_comparators_load_pictures_at_the_side_of_the_common_flags():
         assert ablation.INPUT_SIZE not in flags
 
 
+@pytest.mark.parametrize(("epochs", "equal"), [(3, "13"), (6, "26"), (12, "52")])
+def test_equal_compute_means_the_epochs_of_the_sweep(epochs, equal):
+    flags = ablation.flags_of("resnet-equal-compute", 0, [*ablation.COMMON, "--epochs", str(epochs)])
+    assert [value for name, value in itertools.pairwise(flags) if name == "--epochs"][-1] == equal
+
+
 @pytest.fixture
 def scripts(monkeypatch, broken) -> list[tuple[str, list[str]]]:
     """What train.py and test.py would leave, without them; returns the calls."""
@@ -249,10 +255,11 @@ def test_a_run_that_fails_does_not_end_the_sweep(scripts, broken, tmp_path, caps
         ablation.main(["--runs", str(tmp_path), "--rows", "resnet", "--seeds", "2", "3"])
 
 
-def test_recorded_runs_are_recognised():
+@pytest.mark.parametrize(("file", "runs"), [("birds-224.jsonl", 35), ("birds-224-systems.jsonl", 30)])
+def test_recorded_runs_are_recognised(file, runs):
     """Rows that a line names and that are still there would not be run again."""
-    results = ablation.read_results(Path(ablation.__file__).parent / "results" / "birds-224.jsonl")
-    assert len(results) == 35
+    results = ablation.read_results(Path(ablation.__file__).parent / "results" / file)
+    assert len(results) == runs
     for result in results:
         if result["row"] in ablation.ROWS:
             flags = ablation.flags_of(result["row"], result["seed"], shlex.split(result["common"]))
