@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     exits = network.can_exit_early and network.exit_threshold < 1
     # where images exit, these repeat other branches, so that no figure is theirs
     copied = ("window", "graph") if exits else ()
-    results = ResultCollector(network.input_size, leave_out=copied)
+    results = ResultCollector(network.input_size, leave_out=copied, keep_logits=options.save_logits)
     figures = evaluate(
         network,
         evaluation_loader(settings, entries, corners=corners),

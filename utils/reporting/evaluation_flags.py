@@ -25,6 +25,7 @@ def parse_arguments(arguments: Sequence[str] | None, *, views: Sequence[str]) ->
     parser.add_argument("checkpoint", type=named, nargs="?", help="best.pth or last.pth of a run, or a published file")
     parser.add_argument("--branches", nargs="+", help="report these beside the prediction (default: all that matter)")
     parser.add_argument("--embeddings", action="store_true", help="write TensorBoard's projector of the test images")
+    parser.add_argument("--save_logits", action="store_true", help="write every branch's logits of the test images")
     parser.add_argument("--shuffle", action="store_true", help="read the test images in random order (the run's seed)")
     parser.add_argument(
         "--weights", choices=("plain", "ema"), help="of a run with ema_decay (default: ema, the average)"

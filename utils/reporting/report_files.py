@@ -51,6 +51,8 @@ def write_files(
     write_text(folder / f"report{ending}.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     results.write(folder / f"predictions{ending}.csv", class_names)
     values = results.values()
+    if results.keep_logits:
+        results.write_logits(folder / f"logits{ending}.npz", class_names)
     matrix = confusion_matrix(values["prediction"], values["label"], len(class_names))
     write_classes(folder / f"classes{ending}.csv", matrix, class_names)
     write_confusions(folder / f"confusions{ending}.csv", matrix, class_names)
@@ -63,6 +65,7 @@ def write_files(
         mistakes=mistakes,
     )
     save_png(folder / "pictures" / f"test{ending}.png", panel)  # last: it is the one that can be done without
-    files = ("report{}.html", "report{}.json", "predictions{}.csv", "classes{}.csv", "confusions{}.csv")
+    files = ["report{}.html", "report{}.json", "predictions{}.csv", "classes{}.csv", "confusions{}.csv"]
+    files += ["logits{}.npz"] if results.keep_logits else []
     names = ", ".join(name.format(ending) for name in (*files, "pictures/test{}.png"))
     show(f"written to {folder}: {names}")

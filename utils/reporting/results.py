@@ -7,12 +7,13 @@ import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy
 import torch
 from torch import Tensor
 
 from networks.outputs import NetworkOutput
 from utils.errors import UserError
-from utils.files import write_text
+from utils.files import write_text, written_whole
 from utils.reporting.metrics import (
     calibration,
     confusion_matrix,
@@ -25,6 +26,8 @@ from utils.reporting.metrics import (
 )
 from utils.text import cell
 
+LOGITS = "logits/"  # before a branch's name
+
 
 class ResultCollector:
     """Collects, batch by batch, what each branch predicted; pass it to `utils.training.engine.evaluate` as `on_batch`.
@@ -32,11 +35,13 @@ class ResultCollector:
     Args:
         input_size: side of the picture that object boxes are in pixels of.
         leave_out: branches that are not reported.
+        keep_logits: keep the logits of every image, for `write_logits`.
     """
 
-    def __init__(self, input_size: int, leave_out: Sequence[str] = ()) -> None:
+    def __init__(self, input_size: int, leave_out: Sequence[str] = (), *, keep_logits: bool = False) -> None:
         self.input_size = input_size
         self.leave_out = leave_out
+        self.keep_logits = keep_logits
         self.paths: list[str] = []
         self._batches: dict[str, list[Tensor]] = {}
 
@@ -50,6 +55,8 @@ class ResultCollector:
             logits = logits.mean(dim=1) if logits.ndim == 3 else logits
             values[f"top1/{name}"] = topk_correct(logits, labels, 1)
             values[f"top5/{name}"] = topk_correct(logits, labels, 5)
+            if self.keep_logits:
+                values[f"{LOGITS}{name}"] = logits.float().cpu()  # of a large data set they are much for a GPU
         if batch.boxes is not None and output.object_boxes is not None:
             true_boxes = batch.boxes.to(prediction.device) * (self.input_size / batch.images.shape[-1])
             values["box_iou"] = paired_box_iou(inclusive_to_edges(output.object_boxes), true_boxes)
@@ -58,7 +65,10 @@ class ResultCollector:
         self.paths += batch.paths
 
     def values(self) -> dict[str, Tensor]:
-        """Return [images] tensors: label, prediction, probability, `top1/<branch>`, `top5/<branch>` and box_iou."""
+        """Return [images] tensors: label, prediction, probability, `top1/<branch>`, `top5/<branch>` and box_iou.
+
+        And `logits/<branch>` [images, classes] where they are kept.
+        """
         values = {name: torch.cat(batches).cpu() for name, batches in self._batches.items()}
         # batches without a box for every image have none: the rest would stand beside the wrong images
         return {name: value for name, value in values.items() if len(value) == len(self.paths)}
@@ -109,6 +119,17 @@ class ResultCollector:
             row += [f"{values[name][index]:.4f}" for name in overlap]
             table.writerow(row)
         write_text(path, text.getvalue())
+
+    def write_logits(self, path: Path, class_names: Sequence[str]) -> None:
+        """Write, for `numpy.load`, `pictures`, `labels` [images], `class_names`, and each branch's [images, classes].
+
+        Branches, windows their mean, and `prediction` are float32. Only where `keep_logits`.
+        """
+        values = self.values()
+        logits = {n.removeprefix(LOGITS): v.numpy() for n, v in values.items() if n.startswith(LOGITS)}
+        about = {"pictures": self.paths, "labels": values["label"].numpy(), "class_names": class_names}
+        with written_whole(path) as file:
+            numpy.savez(file, **{name: numpy.asarray(value) for name, value in (about | logits).items()})
 
 
 def read_predictions(path: Path) -> list[Mapping[str, str]]:
