@@ -1,7 +1,8 @@
 """Turn a checkpoint into one file that runs without this code: `python export.py --checkpoint FILE --out model.pt2`.
 
 The whole system is in it, from pixels to probabilities: normalisation, boxes, crops, windows. `model.pt2` is a program
-of torch.export, `model.onnx` one of ONNX (needs `pip install onnx onnxscript`). docs/run_exported.py runs either.
+of torch.export, `model.onnx` one of ONNX (needs `pip install onnx onnxscript`). docs/run_exported.py runs the
+first, docs/run_exported_onnx.py the second.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 
+from networks import MODELS, build_network
 from utils.errors import UserError
 from utils.reporting.runlog import RunLog, describe, log_evaluation
 
@@ -131,6 +132,14 @@ def test_every_curve_says_what_it_means(tmp_path):
     assert all(len(text.splitlines()) == 1 for text in descriptions)
     assert len(set(descriptions)) == len(CURVES)
     assert describe("something/else") == ""
+
+
+@pytest.mark.usefixtures("thin_trunk")
+@pytest.mark.parametrize("model", MODELS)
+def test_terms_that_are_no_branch_are_not_described_as_one(model):
+    network = build_network(model, num_classes=3, backbone="resnet18", input_size=96)
+    terms = network.loss_weights.keys() - set(network.branches) | {"localization"}
+    assert all(describe(f"train/loss/{name}") != describe("train/loss/raw") for name in terms)
 
 
 def _row(folder):

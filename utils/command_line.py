@@ -120,7 +120,7 @@ class _Overview(argparse.Action):
             words = (f"--{name} {shown(defaults[name])}".replace(" ", "\0") for name in names)
             text = textwrap.fill("  ".join(words), 118, initial_indent="  ", subsequent_indent="  ")
             lines += [f"{heading}:", text.replace("\0", " ")]
-        lines += ["", "None: the value of the data set or the model. --no-NAME switches off what is True."]
+        lines += ["", "None: that of the recipe, the data set or the model. --no-NAME switches off what is True."]
         lines += ["--help_all explains every setting; --model NAME --help shows those of another system."]
         print("\n".join(lines))
         parser.exit()

@@ -28,8 +28,15 @@ DESCRIPTIONS = {
     "loss/total": "Weighted sum of the losses being trained. It rises where warm-up ends, since more is added up.",
     "loss/ranking": "Whether the regions that classify better are also ranked higher.",
     "loss/contrastive": "Whether parts of one class are closer to each other than to those of others.",
-    "loss/": "Cross-entropy of this branch, with label_smoothing and class_weights as trained. Validation rising while "
-    "training falls: overfitting.",
+    "loss/priority": "Whether a picture's own gate makes its class likelier than its partner's gate.",
+    "loss/centre": "Distance of the features from the centre of their class.",
+    "loss/location": "How far from their true places the blocks are located.",
+    "loss/diversity": "How much the channels of a class look at the same places.",
+    "loss/agreement": "Distance between the probabilities of the levels.",
+    "loss/semantic_": "Whether vectors of one part are closer to each other than to those of other parts.",
+    "loss/localization": "Cross-entropy of the share of each cell that lies in the box that teaches.",
+    "loss/": "Cross-entropy of this branch, with label_smoothing and class_weights as trained, or a further term of "
+    "the system. Validation rising while training falls: overfitting.",
     "accuracy/prediction": "Share of images that the system classifies rightly (top-1).",
     "accuracy/": "Share of images that this branch alone classifies rightly (top-1).",
     "ensemble_weight/": "How much the log-probabilities of this branch weigh in the prediction (ensembling learned).",
@@ -185,7 +192,7 @@ def _add_scalars(writer: SummaryWriter, numbers: Mapping[str, float], epoch: int
 def describe(name: str) -> str:
     """Return a line on what the curve of this name means, "" where nothing is known."""
     for known, description in DESCRIPTIONS.items():
-        if name.endswith(known) or (known.endswith("/") and known in name):
+        if name.endswith(known) or (known.endswith(("/", "_")) and known in name):
             return description
     return ""
 
