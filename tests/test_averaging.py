@@ -10,6 +10,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from utils.training.averaging import Average, network_of
 from utils.training.engine import train_one_epoch
+from utils.training.replicas import Replicas
 
 
 class Counting(nn.Module):
@@ -93,4 +94,4 @@ def test_an_average_is_evaluated_on_the_gpus_of_its_network():
     network = make_network()
     average = Average(network, 0.9)
     assert network_of(average, network) is average.module
-    assert network_of(average, nn.DataParallel(network)).module is average.module
+    assert network_of(average, Replicas(network)).module is average.module

@@ -15,6 +15,7 @@ from utils.training.averaging import Average
 from utils.training.compilation import compile_backbone
 from utils.training.execution import Execution
 from utils.training.precision import has_native_bf16
+from utils.training.replicas import Replicas
 from utils.training.targets import build_mixing
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -116,12 +117,15 @@ def test_a_step_in_bf16_is_finite(model: str) -> None:
     assert all(logits.dtype == torch.float32 for logits in output.logits.values())
 
 
+def devices_of(count: int) -> list[int]:
+    """As many GPUs, or the same one several times."""
+    return [number % torch.cuda.device_count() for number in range(count)]
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_two_replicas_predict_as_one_network(model: str) -> None:
-    """nn.DataParallel over two GPUs, or over the same one twice."""
     network, images = build(model).eval(), pictures(5)
-    devices = [0, 1] if torch.cuda.device_count() > 1 else [0, 0]
-    parallel = nn.DataParallel(network, device_ids=devices)
+    parallel = Replicas(network, device_ids=devices_of(2))
     with torch.no_grad():
         whole, shared = network(images), parallel(images)
     for name, logits in whole.logits.items():
@@ -138,14 +142,31 @@ def test_two_replicas_learn_as_one_network(model: str) -> None:
     gradients = []
     for parallel in (False, True):
         network = build(model).eval()
-        devices = [0, 1] if torch.cuda.device_count() > 1 else [0, 0]
-        wrapped = nn.DataParallel(network, device_ids=devices) if parallel else network
+        wrapped = Replicas(network, device_ids=devices_of(2)) if parallel else network
         sum(network.losses(wrapped(images), labels).values()).backward()
         gradients.append({name: p.grad for name, p in network.named_parameters() if p.grad is not None})
     alone, shared = gradients
     assert alone.keys() == shared.keys()
     for name, gradient in alone.items():
         torch.testing.assert_close(shared[name], gradient, rtol=1e-2, atol=1e-3 * gradient.abs().max().item() + 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_replicas_compute_in_the_precision_of_their_caller(dtype: torch.dtype) -> None:
+    """Five pictures on four GPUs are three shares."""
+    seen = []
+
+    class Recording(nn.Linear):
+        def forward(self, images: torch.Tensor, *, branches: tuple[str, ...]) -> torch.Tensor:
+            output = super().forward(images)
+            seen.append((len(images), output.dtype, branches))
+            return output
+
+    network = Replicas(Recording(4, 4).cuda(), device_ids=devices_of(4))
+    with torch.autocast("cuda", dtype=dtype):
+        output = network(torch.ones(5, 4, device="cuda"), branches=("raw",))
+    assert sorted(seen, key=str) == [(1, dtype, ("raw",)), (2, dtype, ("raw",)), (2, dtype, ("raw",))]
+    assert (len(output), output.dtype) == (5, dtype)
 
 
 def test_a_compiled_backbone_predicts_as_before() -> None:

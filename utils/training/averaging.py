@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from networks.system import ENSEMBLE_WEIGHTS, System
 from utils.checkpoint import CheckpointError
 from utils.training.distributed import share_buffers
+from utils.training.replicas import Replicas
 
 
 class Average(AveragedModel):
@@ -50,7 +51,7 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
 def network_of(average: AveragedModel, beside: nn.Module) -> nn.Module:
     """Return the averaged network, spread over GPUs as the one `beside` it; call it in every process."""
     share_buffers(average.module)
-    return nn.DataParallel(average.module) if isinstance(beside, nn.DataParallel) else average.module
+    return Replicas(average.module) if isinstance(beside, nn.DataParallel) else average.module
 
 
 def weights_of(saved: dict, wanted: str | None, path: object) -> tuple[dict[str, Tensor], str | None]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from utils.errors import UserError
 from utils.text import visible
+from utils.training.replicas import Replicas
 
 
 def is_distributed() -> bool:
@@ -121,7 +122,7 @@ def wrap_network(
     """Spread a network, already on `device`, over processes or GPUs.
 
     Under torchrun: DistributedDataParallel. Alone with `data_parallel`, a CUDA device without a number ("cuda", not
-    "cuda:1", which asks for that one) and several GPUs visible: DataParallel over all of them. Otherwise: the network.
+    "cuda:1", which asks for that one) and several GPUs visible: `Replicas` on all of them. Otherwise: the network.
 
     sync_batch_norm: under torchrun, batch norm takes its statistics from the images of all processes. Raises UserError
     on a CPU, where PyTorch cannot.
@@ -135,7 +136,7 @@ def wrap_network(
         # a schedule can switch branches off, and their parameters then get no gradient
         return nn.parallel.DistributedDataParallel(network, device_ids=device_ids, find_unused_parameters=True)
     if data_parallel and device.type == "cuda" and device.index is None and torch.cuda.device_count() > 1:
-        return nn.DataParallel(network)
+        return Replicas(network)
     return network
 
 
