@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from networks.crops import boxes_in_image
 from networks.outputs import Features, NetworkOutput
+from networks.system import System
 from networks.trunks import Split
 from networks.views import looks_at_other_view
 
 
 def forward_with_evidence(
-    network: nn.Module,
+    network: System,
     images: Tensor,
     *,
     size: int,
@@ -67,7 +68,9 @@ def forward_with_evidence(
     output = NetworkOutput(*(_detached(field) for field in output))
     input_size = network.input_size
     evidence = torch.zeros(len(images), size, size, device=images.device)
-    looked_at = _boxes_of_passes(output, len(images), input_size)  # the last of them may have been left out
+    # where a frozen trunk finds the object, the picture itself is looked at for the sake of `raw` only
+    sees_picture = network.colocalization is None or "raw" in output.logits
+    looked_at = _boxes_of_passes(output, len(images), input_size, sees_picture)  # the last of them may be left out
     for of_pass, (rows, boxes) in zip(passes, looked_at, strict=False):
         for map_ in of_pass:
             if (gradient := gradients[map_]) is not None:
@@ -87,11 +90,13 @@ def _detached(field: object) -> object:
     return None if field is None else field.detach()
 
 
-def _boxes_of_passes(output: NetworkOutput, count: int, input_size: int) -> Sequence[tuple[slice | Tensor, Tensor]]:
+def _boxes_of_passes(
+    output: NetworkOutput, count: int, input_size: int, sees_picture: bool
+) -> Sequence[tuple[slice | Tensor, Tensor]]:
     """Which images each pass of the systems looks at, in their order, and where: inclusive boxes [n, N, 4] in these."""
     every = slice(None)
     whole = torch.tensor([0.0, 0.0, input_size - 1, input_size - 1]).expand(count, 1, 4)
-    passes = [(every, whole)]
+    passes = [(every, whole)] if sees_picture else []
     if output.object_boxes is not None:
         passes.append((every, output.object_boxes[:, None]))
         if output.window_boxes is not None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from networks import MODELS, build_network, find_system
 from networks.crops import boxes_in_image
 from networks.evidence import _lay_over, forward_with_evidence
+from networks.localization import Localization
 from networks.outputs import object_confidence
 
 pytestmark = pytest.mark.usefixtures("thin_trunk")
@@ -78,12 +79,49 @@ def test_a_prediction_from_the_object_points_into_its_box(images):
 
     fixed = Fixed()
     fixed.backbone, fixed.prediction, fixed.input_size = network.backbone, network.prediction, network.input_size
-    fixed.predict_logits = network.predict_logits
+    fixed.predict_logits, fixed.colocalization = network.predict_logits, network.colocalization
     _, evidence = forward_with_evidence(fixed, images, size=96)
     outside = torch.ones(96, 96, dtype=torch.bool)
     outside[0:32, 31:64] = False
     assert (evidence[:, outside] == 0).all()
     assert evidence[:, ~outside].amax() > 0
+
+
+class Corner(torch.nn.Module):
+    """A colocalization that finds every object in the upper left cell of nine."""
+
+    stride = 32
+
+    def boxes(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([[0.0, 0.0, 31.0, 31.0]]).expand(len(images), 4)
+
+    def forward(self, images: torch.Tensor) -> Localization:
+        cells = torch.zeros(len(images), 3, 3, dtype=torch.bool)
+        cells[:, 0, 0] = True
+        return Localization(cells, torch.tensor([[0, 0, 1, 1]]).expand(len(images), 4))
+
+
+@pytest.mark.parametrize(
+    ("model", "prediction", "sees_picture"),
+    [
+        ("resnet", None, False),
+        ("mmal", ("object",), False),
+        ("mmal", ("raw", "object"), True),
+        ("flrdf", ("object",), False),
+        ("sgkrl", ("object",), False),
+        ("sgkrl", ("graph",), False),
+        ("sgkrl", ("raw", "graph"), True),
+    ],
+)
+def test_the_picture_is_left_out_where_it_is_not_looked_at(model, prediction, sees_picture, images):
+    network = build(model, localization="colocalization", prediction=prediction)
+    network.colocalization = Corner()
+    output, evidence = forward_with_evidence(network, images, size=96, branches=network.prediction)
+    assert (output.object_boxes == torch.tensor([0, 0, 31, 31])).all()
+    inside = torch.zeros(96, 96, dtype=torch.bool)
+    inside[:32, :32] = True
+    assert evidence[:, inside].amax() > 0
+    assert (evidence[:, ~inside] > 0).any() == sees_picture
 
 
 def test_windows_of_cells_count_where_they_looked(images):
