@@ -323,6 +323,19 @@ def test_changed_pixels_are_not_trained_on(entries: list[Entry], tmp_path: Path)
         cache[entries[-1].source]
 
 
+def test_a_worker_reports_changed_pixels_in_one_sentence(entries: list[Entry], tmp_path: Path) -> None:
+    on_disk(entries, tmp_path)
+    (path,) = tmp_path.rglob("*.pictures")
+    content = bytearray(path.read_bytes())
+    content[-100:] = bytes(100)
+    path.write_bytes(content)
+    pictures = Pictures(entries, image_size=SIZE)
+    pictures.cache = on_disk(entries, tmp_path)
+    with pytest.raises(CacheError) as raised:
+        list(DataLoader(pictures, num_workers=1, collate_fn=collate))
+    assert str(raised.value) == f"{path} is damaged, it is not what was written there: remove it, and start again"
+
+
 def test_a_pipe_in_its_place_is_refused(entries: list[Entry], tmp_path: Path) -> None:
     on_disk(entries, tmp_path)
     (path,) = tmp_path.rglob("*.pictures")

@@ -8,11 +8,11 @@ from utils.errors import UserError
 from utils.text import one_line
 
 
-class DataError(UserError):
-    """The data are not as they should be: one sentence with what came, what was expected and what to do.
+class LoadingError(UserError):
+    """One sentence, also out of a loader's worker, which raises the error anew from the text of its traceback.
 
-    It stays one line whatever a hostile file or its name puts into it, and so it does out of a loader's worker, which
-    raises the error anew from the text of its traceback: that text's last line is the error's class and the sentence.
+    That text's last line is the error's class and the sentence. It stays one line whatever a hostile file or its name
+    puts into it.
     """
 
     def __init__(self, sentence: str) -> None:
@@ -21,6 +21,10 @@ class DataError(UserError):
             last_line = sentence.rstrip("\n").rpartition("\n")[2]
             sentence = last_line.partition(f"{name}: ")[2]
         super().__init__(one_line(sentence))
+
+
+class DataError(LoadingError):
+    """The data are not as they should be: one sentence with what came, what was expected and what to do."""
 
 
 def describe(error: Exception) -> str:

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, multiprocessing
 from tqdm import tqdm
 
-from utils.errors import UserError
+from utils.data.errors import LoadingError
 from utils.files import sync_folder
 from utils.training.distributed import is_main
 
@@ -47,7 +47,7 @@ Shape = tuple[int, int]  # height and width
 Decode = Callable[[int], tuple[Tensor, Tensor | None]]
 
 
-class CacheError(UserError):
+class CacheError(LoadingError):
     """The cache cannot be had, said in one sentence."""
 
 
