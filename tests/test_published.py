@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from networks import build_network
-from utils.checkpoint import load_published
+from utils.checkpoint import CheckpointError, load_published
 
 CLASSES, BATCH, SIZE = 5, 3, 128
 GRID = SIZE // 32
@@ -210,6 +210,15 @@ WRONG = (
     ("mmal", "pretrained_model.layer4.3.conv1.weight", with_extra("pretrained_model.layer4.3.conv1.weight")),
     ("mmal", "fusion4.q_proj.bias", with_extra("fusion4.q_proj.bias")),
 )
+
+
+@pytest.mark.parametrize(
+    "content", [{0: torch.zeros(2)}, {"state_dict": {0: torch.zeros(2)}}, {"weight": 1.0}, {(): {}}]
+)
+def test_a_file_without_tensors_by_name_is_refused(content: dict, spare: dict[str, nn.Module], tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "wrong.pth")
+    with pytest.raises(CheckpointError, match="is no published checkpoint: it holds no tensors by name"):
+        load_published(spare["mmal"], tmp_path / "wrong.pth")
 
 
 @pytest.mark.parametrize(("system", "name", "spoil"), WRONG, ids=[f"{case[0]}-{case[1]}" for case in WRONG])

@@ -182,12 +182,12 @@ def load_published(network: System, path: str | Path, content: dict | None = Non
         raise CheckpointError(f"{path}: no published checkpoints are known of this model; choose another one")
     content = load_checkpoint(path) if content is None else content
     state = next((content[name] for name in WRAPPED_AS if name in content), content)
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not _holds_tensors_by_name(state):
         raise CheckpointError(
             f"{path} is no published checkpoint: it holds no tensors by name, nor such under {', '.join(WRAPPED_AS)}"
         )
     if isinstance(classifier := content.get(CLASSIFIER_AS), dict):
-        state = {**state, **{name: value for name, value in classifier.items() if isinstance(value, Tensor)}}
+        state = {**state, **{n: v for n, v in classifier.items() if isinstance(n, str) and isinstance(v, Tensor)}}
     beside = {published.get(name) for name in network.absent_when_published} & content.keys()
     state = {**state, **{name: content[name] for name in beside if isinstance(content[name], Tensor)}}
     # A part that was spread over GPUs by itself has the prefix behind its own name.
@@ -222,6 +222,10 @@ def load_published(network: System, path: str | Path, content: dict | None = Non
 
 def _first_few(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _holds_tensors_by_name(state: object) -> bool:
+    return isinstance(state, dict) and all(isinstance(n, str) and isinstance(v, Tensor) for n, v in state.items())
 
 
 def _renamed(name: str, beginnings: Mapping[str, str]) -> str | None:
