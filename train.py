@@ -172,6 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 )
                 shared |= {"on_batch": run.after_evaluation_batch, "description": settings.select_on}
                 shared |= {"learn_ensemble": True, "learn_exit": settings.select_on == "validation"}
+                run.before_evaluation()
                 evaluated = evaluate(network, selection_loader, **shared)
                 check_finite(evaluated)  # the last step may have broken the weights: they must not replace whole ones
                 of_average = evaluate(network_of(average, network), selection_loader, **shared) if average else None

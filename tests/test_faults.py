@@ -175,8 +175,8 @@ def test_a_run_stopped_by_request_equals_an_uninterrupted_one(when, tiny_run, tm
 
     arguments = tiny_run(tmp_path / "stopped", *FOUR_EPOCHS, "--epochs", "3")
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        if when == "step":
-            patch.setattr(run, "seed_everything", request(run.seed_everything, at=5))  # 3 steps, then the second one
+        if when == "step":  # 3 steps and an evaluation, then the second one
+            patch.setattr(run, "seed_everything", request(run.seed_everything, at=6))
         else:
             patch.setattr(train, "evaluate", request(train.evaluate, at=2))
         train.main(arguments)

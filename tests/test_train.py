@@ -33,6 +33,7 @@ from utils.data import demo_birds
 from utils.data.image_batches import normalised
 from utils.errors import Stopped, UserError, exit_with_one_sentence
 from utils.options import flat
+from utils.run import Run
 from utils.training.building import build_from_settings, check_shares, load_trained
 from utils.training.distributed import unwrap
 from utils.training.nonfinite import NonFiniteLossError
@@ -527,6 +528,23 @@ def test_a_run_stopped_within_an_epoch_equals_an_uninterrupted_one(options, tiny
             train.main(tiny_run(tmp_path / "parts", *arguments))
     train.main(tiny_run(tmp_path / "parts", *arguments))
     assert_same_run(tmp_path / "whole" / "folder-resnet", tmp_path / "parts" / "folder-resnet")
+
+
+def test_an_evaluation_that_draws_random_numbers_is_the_same_where_a_run_stopped_in_it(tiny_run, tmp_path, monkeypatch):
+    arguments = ("--dropout_in_evaluation", "--learning_rate", "0.01")
+    train.main(tiny_run(tmp_path / "whole", *arguments, model="ntsnet"))
+    look_on = Run.after_evaluation_batch
+
+    def stop(run, *arguments):
+        run.stop.requested = True
+        look_on(run, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(Run, "after_evaluation_batch", stop)
+        train.main(tiny_run(tmp_path / "parts", *arguments, model="ntsnet"))
+    assert load_checkpoint(tmp_path / "parts" / "folder-ntsnet" / "last.pth")["progress"]["step"] == 3
+    train.main(tiny_run(tmp_path / "parts", *arguments, model="ntsnet"))
+    assert_same_run(tmp_path / "whole" / "folder-ntsnet", tmp_path / "parts" / "folder-ntsnet")
 
 
 @pytest.fixture(scope="module")

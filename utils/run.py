@@ -218,6 +218,10 @@ class Run:
         """Seed all that is random in a step."""
         seed_everything(self.settings.seed, self.current, step, rank())
 
+    def before_evaluation(self) -> None:
+        """Seed what is random in one, which so is the same where a run stopped in it goes on."""
+        self.before_step(self.steps + 1)
+
     def save_after(self, step: int) -> bool:
         """Whether to save after a step: several processes agree, for which they wait for each other, now and then."""
         asked = (world_size() == 1 or step % STEPS_BETWEEN_READINGS == 0) and self.stop.agree(self.device)
