@@ -243,8 +243,7 @@ def training_loader(
         sampler=sampler,
         drop_last=len(sampler) > batch_size,  # a last batch of a few images has poor batch-norm statistics
         collate_fn=collate,
-        pin_memory=torch.cuda.is_available(),
-        **_worker_options(settings),
+        **_process_options(settings),
         generator=torch.Generator(),  # the loader's own, so that it draws nothing from the network's
     )
 
@@ -255,8 +254,7 @@ def evaluation_loader(settings: DataSettings, entries: list[Entry], *, corners: 
         Pictures(entries, **loading_of(settings), corners=corners),
         batch_size=settings.evaluation_batch_size,
         collate_fn=collate,
-        pin_memory=torch.cuda.is_available(),
-        **_worker_options(settings),
+        **_process_options(settings),
         generator=torch.Generator(),
     )
 
@@ -277,11 +275,14 @@ def comes_with_corners(settings: DataSettings, views: Sequence[str] | None) -> b
     return "five_crops" in (views or ()) and settings.resize_size > settings.image_size
 
 
-def _worker_options(settings: DataSettings) -> dict[str, object]:
-    """Return how a loader shares its work among processes, which stay between epochs."""
+def _process_options(settings: DataSettings) -> dict[str, object]:
+    """Return how a loader shares its work among processes, which stay between epochs, and where it leaves batches."""
+    # page-locked memory touches a GPU, which shall be none but the one that computes
+    pinned = {"pin_memory": torch.cuda.is_available() and settings.device.startswith(("auto", "cuda"))}
     if settings.workers == 0:
-        return {}
+        return pinned
     return {
+        **pinned,
         "num_workers": settings.workers,
         "prefetch_factor": settings.prefetch,
         "persistent_workers": True,

@@ -244,6 +244,7 @@ def made_settings(picture_tree: Path, **changes: object) -> SimpleNamespace:
         **{
             "images_per_class": 0,
             "workers": 0,
+            "device": "cpu",
             "prefetch": 2,
             "picture_memory": 0.36,
             "cache": "none",

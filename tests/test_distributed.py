@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 import pytest
@@ -10,6 +11,8 @@ from launching import TORCHRUN, run_python, run_script, run_two_processes
 from test_train import read_log
 from torch import nn
 
+from config import parse_settings
+from datasets import evaluation_loader, load_catalogue, training_loader
 from utils.checkpoint import load_checkpoint
 from utils.errors import exit_with_one_sentence
 from utils.training import distributed
@@ -92,3 +95,22 @@ def test_synchronised_batch_norm_needs_processes_and_gpus(monkeypatch):
         options["sync_batch_norm"] = synchronised
         distributed.wrap_network(network, torch.device("cuda", 0), **options)
     assert wrapped == [nn.BatchNorm2d, nn.SyncBatchNorm]
+
+
+def test_a_gpu_that_was_asked_for_by_number_becomes_the_current_one(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for name in ("cpu", "cuda", "cuda:1"):
+        distributed.choose_device(name)
+    assert chosen == [torch.device("cuda:1")]
+
+
+@pytest.mark.parametrize(("device", "pinned"), [("cpu", False), ("auto", True), ("cuda:1", True), ("mps", False)])
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_batches_are_pinned_for_the_gpu_that_computes(monkeypatch, tiny_run, tmp_path, device, pinned, workers):
+    settings = dataclasses.replace(parse_settings(tiny_run(tmp_path, "--workers", workers)), device=device)
+    entries = load_catalogue(settings)[0].train
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    loaders = training_loader(settings, entries), evaluation_loader(settings, entries)
+    assert [loader.pin_memory for loader in loaders] == [pinned, pinned]

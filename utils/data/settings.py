@@ -39,6 +39,7 @@ class DataSettings(Protocol):
     evaluation_batch_size: int
     images_per_class: int
     workers: int
+    device: str
     prefetch: int
     picture_memory: float
     cache: str

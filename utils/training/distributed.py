@@ -54,6 +54,8 @@ def choose_device(name: str) -> torch.device:
         raise UserError(
             f"device is 'mps', for which PyTorch {torch.__version__} lacks too much: use 2.5 or newer, or the cpu"
         )
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # nothing shall be put on the first one beside it
     return device
 
 
