@@ -45,7 +45,7 @@ def augmented(images: Tensor, augmentation: Tensor) -> Tensor:
 
     Args:
         images: [B, 3, H, W], values in 0..255.
-        augmentation: [B, 15], see `Augmentation.draw`; on the CPU, as it is looked at before it is moved.
+        augmentation: [B, 16], see `Augmentation.draw`; on the CPU, as it is looked at before it is moved.
     """
     starts, ends = augmentation[:, PART].split(2, dim=1)
     cropped, turned = bool((ends - starts < 1).any()), bool(augmentation[:, ANGLE].any())  # a GPU would be waited for

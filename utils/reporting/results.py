@@ -46,7 +46,7 @@ class ResultCollector:
         self._batches: dict[str, list[Tensor]] = {}
 
     def __call__(self, batch, output: NetworkOutput, prediction: Tensor) -> None:
-        labels = batch.labels.to(prediction.device)
+        labels = batch.labels.to(prediction.device, non_blocking=True)
         probabilities, predictions = prediction.float().softmax(dim=1).max(dim=1)
         values = {"label": labels, "prediction": predictions, "probability": probabilities}
         for name, logits in {"prediction": prediction, **output.logits}.items():
@@ -58,7 +58,8 @@ class ResultCollector:
             if self.keep_logits:
                 values[f"{LOGITS}{name}"] = logits.float().cpu()  # of a large data set they are much for a GPU
         if batch.boxes is not None and output.object_boxes is not None:
-            true_boxes = batch.boxes.to(prediction.device) * (self.input_size / batch.images.shape[-1])
+            scale = self.input_size / batch.images.shape[-1]
+            true_boxes = batch.boxes.to(prediction.device, non_blocking=True) * scale
             values["box_iou"] = paired_box_iou(inclusive_to_edges(output.object_boxes), true_boxes)
         for name, value in values.items():
             self._batches.setdefault(name, []).append(value)

@@ -148,7 +148,8 @@ def evaluate(
         boxes = None if output.object_boxes is None else inclusive_to_edges(output.object_boxes)
         true_boxes = None
         if batch.boxes is not None:  # in pixels of the loaded picture; the network's boxes are in input_size pixels
-            true_boxes = batch.boxes.to(execution.device) * (system.input_size / batch.images.shape[-1])
+            scale = system.input_size / batch.images.shape[-1]
+            true_boxes = batch.boxes.to(execution.device, non_blocking=True) * scale
         meter.update(
             labels,
             losses=losses,

@@ -101,5 +101,6 @@ class EnsembleLearning:
             self.system.ensemble_weights.copy_(weights)
         weights = self.system.ensemble_weights.cpu()
         right = topk_correct(combine_logits(logits, "learned", weights), labels, 1)
+        accuracy = gather(right.double().mean().item())[0]  # it decides in all processes when to stop
         named = zip(self.system.prediction, weights.tolist(), strict=True)
-        return {"accuracy/prediction": right.double().mean().item()} | {f"ensemble_weight/{n}": w for n, w in named}
+        return {"accuracy/prediction": accuracy} | {f"ensemble_weight/{n}": w for n, w in named}
