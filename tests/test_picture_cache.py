@@ -311,12 +311,18 @@ def test_a_run_is_the_same_with_any_cache_and_may_change_it(tiny_run, tmp_path: 
     train.main(tiny_run(tmp_path / "ram", "--epochs", "2", "--cache", "none"))  # is not refused as another run
 
 
-def test_changed_pixels_are_not_trained_on(entries: list[Entry], tmp_path: Path) -> None:
-    on_disk(entries, tmp_path)
-    (path,) = tmp_path.rglob("*.pictures")
+def changed_on_disk(entries: list[Entry], folder: Path) -> Path:
+    """The file of a cache, the last picture of which is not what was written there."""
+    on_disk(entries, folder)
+    (path,) = folder.rglob("*.pictures")
     content = bytearray(path.read_bytes())
     content[-100:] = bytes(100)
     path.write_bytes(content)
+    return path
+
+
+def test_changed_pixels_are_not_trained_on(entries: list[Entry], tmp_path: Path) -> None:
+    changed_on_disk(entries, tmp_path)
     cache = on_disk(entries, tmp_path)
     assert torch.equal(cache[entries[0].source][0], load_pixels(entries[0], SIZE)[0])
     with pytest.raises(CacheError, match="damaged.*remove it"):
@@ -324,11 +330,7 @@ def test_changed_pixels_are_not_trained_on(entries: list[Entry], tmp_path: Path)
 
 
 def test_a_worker_reports_changed_pixels_in_one_sentence(entries: list[Entry], tmp_path: Path) -> None:
-    on_disk(entries, tmp_path)
-    (path,) = tmp_path.rglob("*.pictures")
-    content = bytearray(path.read_bytes())
-    content[-100:] = bytes(100)
-    path.write_bytes(content)
+    path = changed_on_disk(entries, tmp_path)
     pictures = Pictures(entries, image_size=SIZE)
     pictures.cache = on_disk(entries, tmp_path)
     with pytest.raises(CacheError) as raised:
