@@ -115,6 +115,7 @@ class Settings:
     epochs: Count | None = None  # how often every training image is seen
     patience: CountOrZero = 0  # stop after so many epochs without a gain on what chooses the best one; 0: never
     batch_size: Count | None = None  # over all devices together
+    gradient_accumulation: Count = 1  # each batch is computed in so many parts, for less memory; the step is of all
     learning_rate: Positive | None = None  # the highest value of the schedule
     head_learning_rate_factor: Positive | None = None  # parts that start from random weights: times this
     optimizer: Literal["sgd", "adamw"] | None = None  # adamw wants a lower learning rate, such as 1e-4

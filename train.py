@@ -131,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         pretrained = begins and settings.initial_weights is None
         network = build_to_train(settings, classes, device, load_weights=pretrained)
         system = unwrap(network)
-        check_shares(network, train_loader)
+        check_shares(network, train_loader, settings.gradient_accumulation)
         if begins and settings.initial_weights is not None:
             print_once(start_from(settings, system, catalogue.class_names, restored))
         loss_weights = weights_of_losses(settings, system)
@@ -166,6 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     clip_gradient_norm=settings.clip_gradient_norm,
                     skip_nonfinite=run.skipped if settings.skip_nonfinite else None,
                     average=average,
+                    gradient_accumulation=settings.gradient_accumulation,
                     mix=mix,
                     description=f"epoch {epoch}/{settings.epochs}",
                     **shared,

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from networks.crops import boxes_in_image
-from networks.outputs import Features, NetworkOutput
+from networks.outputs import Features, NetworkOutput, detached
 from networks.system import System
 from networks.trunks import Split
 from networks.views import looks_at_other_view
@@ -65,7 +65,7 @@ def forward_with_evidence(
     finally:
         for hook in hooks:
             hook.remove()
-    output = NetworkOutput(*(_detached(field) for field in output))
+    output = detached(output)
     input_size = network.input_size
     evidence = torch.zeros(len(images), size, size, device=images.device)
     # where a frozen trunk finds the object, the picture itself is looked at for the sake of `raw` only
@@ -82,12 +82,6 @@ def forward_with_evidence(
 def _leaf(value: Tensor) -> Tensor:
     """The same values as something that gradients are taken for."""
     return value.detach().requires_grad_()
-
-
-def _detached(field: object) -> object:
-    if isinstance(field, dict):
-        return {name: value.detach() for name, value in field.items()}
-    return None if field is None else field.detach()
 
 
 def _boxes_of_passes(

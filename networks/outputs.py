@@ -62,6 +62,17 @@ def requested_branches(branches: tuple[str, ...] | None, available: tuple[str, .
     return wanted
 
 
+def detached(output: NetworkOutput) -> NetworkOutput:
+    """Return an output without the graph that it was computed by."""
+    return NetworkOutput(*map(_detached, output))
+
+
+def _detached(field: dict[str, Tensor] | Tensor | None) -> dict[str, Tensor] | Tensor | None:
+    if isinstance(field, dict):
+        return {name: value.detach() for name, value in field.items()}
+    return None if field is None else field.detach()
+
+
 # How the logits of several branches become one prediction, and what that is called in reports
 ENSEMBLINGS = {
     "mean_probability": "mean probability",

@@ -19,17 +19,15 @@ from utils.training import distributed
 
 
 def test_two_processes_train_as_one_with_the_doubled_batch(tiny_run, tmp_path):
-    """In batches of 4, or of 2 in each process; of the 6 validation images, batches of 4 and 2, or 3 and 3."""
+    """In batches of 4, or of 2 in each process, one image after the other; of the 6 validation images, batches of 4 and
+    2, or 3 and 3.
+    """
     options = ("--epochs", "2", "--dropout", "0", "--learning_rate", "0.001", "--keep_checkpoints", "2")
-    options += (
-        "--ema_decay",
-        "0.9",
-        "--frozen_trunk_epochs",
-        "1",
-    )  # whose parameters are unused in the first epoch only
+    options += ("--ema_decay", "0.9")
+    options += ("--frozen_trunk_epochs", "1")  # whose parameters are unused in the first epoch only
     runs = []
-    for name, launch in (("one", run_script), ("two", run_two_processes)):
-        arguments = tiny_run(tmp_path / name, *options, "--seed", "3")
+    for name, launch, more in (("one", run_script, ()), ("two", run_two_processes, ("--gradient_accumulation", "2"))):
+        arguments = tiny_run(tmp_path / name, *options, "--seed", "3", *more)
         result = launch("tests/frozen_statistics.py", *arguments, thin=True)
         assert result.returncode == 0, result.stderr[-2000:]
         folder = tmp_path / name / "folder-resnet"

@@ -512,7 +512,7 @@ LEARNING = {
         *("--schedule", "exponential", "--decay_rate", "0.5", "--linear_warmup_epochs", "1.5"),
         *("--frozen_trunk_epochs", "1"),
     ),
-    "ema": ("--ema_decay", "0.9", "--learning_rate", "0.05"),
+    "ema": ("--ema_decay", "0.9", "--learning_rate", "0.05", "--gradient_accumulation", "2"),
     "mixed": ("--mixup", "0.4", "--cutmix", "1", "--label_smoothing", "0.1", "--class_weights", "1", "2", "0.5"),
 }
 

@@ -33,6 +33,7 @@ BEFORE: dict[str, object] = {
     "decay_rate": 0.95,
     "linear_warmup_epochs": 0.0,
     "frozen_trunk_epochs": 0,
+    "gradient_accumulation": 1,
     "ema_decay": 0.0,
     "patience": 0,
     "class_weights": "none",

@@ -34,6 +34,8 @@ CALLED_HERE: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("weights", "ckpt", "model_path", "load"), ("checkpoint", "pretrained")),
     **dict.fromkeys(("early_stopping", "early_stop"), ("patience",)),
     **dict.fromkeys(("top_k", "topk"), ("top",)),
+    **dict.fromkeys(("gradient_accumulation_steps", "accumulation_steps", "accum_iter"), ("gradient_accumulation",)),
+    **dict.fromkeys(("grad_accum_steps", "accumulate_grad_batches", "iter_size"), ("gradient_accumulation",)),
     "steps": ("milestones",),
     "random_seed": ("seed",),
     "ema": ("ema_decay",),

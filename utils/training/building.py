@@ -73,20 +73,30 @@ def build_to_train(settings: Any, num_classes: int, device: torch.device, *, loa
     return network
 
 
-def check_shares(network: torch.nn.Module, loader: DataLoader) -> None:
+def check_shares(network: torch.nn.Module, loader: DataLoader, parts: int = 1) -> None:
     """Raise UserError where a process or GPU would get fewer images of a batch than its system can learn from.
 
-    Batch norms that are synchronised see the images of all processes.
+    `parts`: of each batch, one after another. Batch norms that are synchronised see the images of all processes.
     """
     images = min(loader.batch_size, len(loader.sampler))
+    group = getattr(loader.sampler, "images_per_class", 0)
+    if parts > images:
+        raise UserError(f"gradient_accumulation is {parts}, and a process has {images} images of a batch: lower it")
+    if parts > 1 and group and (images % (parts * group) or images < 2 * parts * group):
+        raise UserError(
+            f"gradient_accumulation is {parts}, and a process has {images} images of a batch: each part needs whole "
+            f"groups of images_per_class {group}, two or more; lower it, or raise batch_size"
+        )
     devices = len(network.device_ids) if isinstance(network, torch.nn.DataParallel) else 1
-    smallest = min(len(share) for share in torch.arange(images).chunk(devices))  # as DataParallel deals them
+    shares = [share for part in torch.arange(images).tensor_split(parts) for share in part.chunk(devices)]
+    smallest = min(map(len, shares))  # as DataParallel deals them
     needed = unwrap(network).smallest_batch
     synchronised = any(isinstance(module, torch.nn.SyncBatchNorm) for module in network.modules())
     if smallest < needed and not synchronised:
         raise UserError(
             f"of a batch, a process or GPU gets {smallest} training image and needs {needed}, as the system's heads "
-            "normalise over images: raise batch_size, use fewer processes or GPUs, or train on more images"
+            "normalise over images: raise batch_size, use fewer processes, GPUs or parts (gradient_accumulation), or "
+            "train on more images"
         )
 
 

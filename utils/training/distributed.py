@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import torch
@@ -151,6 +152,12 @@ def unwrap(network: nn.Module) -> nn.Module:
 def without_synchronisation(network: nn.Module) -> nn.Module:
     """The network itself where several processes share it, for a forward pass that may differ among them."""
     return network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
+
+
+def gradients_shared(network: nn.Module, shared: bool) -> contextlib.AbstractContextManager:
+    """Return the context of a forward and backward pass, whose gradients processes share; `shared` False: not yet."""
+    apart = not shared and isinstance(network, nn.parallel.DistributedDataParallel)
+    return network.no_sync() if apart else contextlib.nullcontext()
 
 
 def evaluation_network(network: nn.Module) -> nn.Module:

@@ -42,16 +42,18 @@ def train_one_epoch(
     clip_gradient_norm: float = 0.0,
     skip_nonfinite: SkipBudget | None = None,
     average: AveragedModel | None = None,
+    gradient_accumulation: int = 1,
     mix: Mixing | None = None,
     description: str = "train",
 ) -> dict[str, float]:
     """Train on all `batches` once and return the epoch's averages (see `reporting.metrics.EpochMeter`) and images/s.
 
-    A step of the epoch is a batch, for which the system may take several optimizer steps (see `System.steps`). An epoch
-    begun before goes on with `meter`, which holds its sums, and `batches` that leave out what came before `first_step`.
-    Steps count from 1 and are told to `before_step`; where `save_after` asks for it, `save` is called once it is sure
-    that the step has not broken the weights (after a skipped step it is not asked). `average` is updated after every
-    optimizer step. `mix` makes mixed pictures with shares of labels of a batch.
+    A step of the epoch is a batch, for which the system may take several optimizer steps (see `System.steps`), each
+    computed in `gradient_accumulation` parts. An epoch begun before goes on with `meter`, which holds its sums, and
+    `batches` that leave out what came before `first_step`. Steps count from 1 and are told to `before_step`; where
+    `save_after` asks for it, `save` is called once it is sure that the step has not broken the weights (after a skipped
+    step it is not asked). `average` is updated after every optimizer step. `mix` makes mixed pictures with shares of
+    labels of a batch.
 
     Raises NonFiniteLossError, with the terms, the step and its images, where the loss shows NaN or infinity: before
     the weights are touched on a CPU, at one of the readings every few steps on a GPU.
@@ -60,7 +62,13 @@ def train_one_epoch(
     meter = EpochMeter(execution.device) if meter is None else meter
     seen_before, start = meter.images, time.perf_counter()
     learning = Learning(
-        network, optimizer, Objective(plan, execution, label_smoothing), clip_gradient_norm, skip_nonfinite, average
+        network,
+        optimizer,
+        Objective(plan, execution, label_smoothing),
+        clip_gradient_norm,
+        skip_nonfinite,
+        average,
+        gradient_accumulation,
     )
     with tqdm(
         total=len(batches) * batches.batch_size,

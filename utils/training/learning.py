@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from networks.outputs import NetworkOutput
+from networks.outputs import NetworkOutput, detached
 from networks.system import Step
 from utils.reporting.metrics import EpochMeter
-from utils.training.distributed import unwrap, without_synchronisation
+from utils.training.accumulation import joined_outputs, joined_terms, parts_of
+from utils.training.distributed import gradients_shared, unwrap, without_synchronisation
 from utils.training.execution import Execution
 from utils.training.nonfinite import SkipBudget, StepLosses, check_losses, check_weights, steps_between_readings
 from utils.training.schedule import EpochPlan
@@ -68,8 +69,9 @@ class Learning:
         clip_gradient_norm: float,
         skip_nonfinite: SkipBudget | None,
         average: AveragedModel | None = None,
+        accumulation: int = 1,
     ) -> None:
-        self.average = average
+        self.average, self.accumulation = average, accumulation
         self.network, self.system = network, unwrap(network)
         self.optimizer, self.objective = optimizer, objective
         self.clip_gradient_norm, self.skip_nonfinite = clip_gradient_norm, skip_nonfinite
@@ -92,7 +94,8 @@ class Learning:
             if not self.objective.weights(step):
                 continue
             buffers = [b.clone() for b in self.network.buffers()] if self.skip_nonfinite is not None else []
-            output, losses = self.objective.compute(self.network, step)
+            self._clear_gradient()
+            output, losses = self._add_gradient(step)
             self.unread.append(StepLosses.of(number, losses, paths))
             if self._is_broken(number):  # the pass has left its mark in the batch-norm statistics
                 skipped = True
@@ -100,21 +103,36 @@ class Learning:
                 for buffer, before in zip(self.network.buffers(), buffers, strict=True):
                     buffer.copy_(before)
             else:
-                self._move(losses["total"])
+                self._move()
                 with torch.no_grad():
                     self.system.after_step(output, step.targets)
-                taken.append((step, output, {name: value.detach() for name, value in losses.items()}))
+                taken.append((step, output, losses))
         _count(meter, labels, taken)
         return skipped
 
-    def _move(self, total: Tensor) -> None:
-        """Take one optimizer step along the gradient of a loss."""
+    def _clear_gradient(self) -> None:
+        """Forget the gradient of the step before."""
         self.optimizer.zero_grad(set_to_none=self.system.absent_gradients)
         if not self.system.absent_gradients:
             for parameter in self.optimizer.state:  # in a run that goes on they have been there before
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-        total.backward()
+
+    def _add_gradient(self, step: Step) -> tuple[NetworkOutput, dict[str, Tensor]]:
+        """Compute a step part by part; return its output and loss terms, as if it had been computed at once."""
+        parts, outputs, terms = parts_of(step, self.accumulation), [], []
+        for number, (part, share) in enumerate(parts, start=1):
+            with gradients_shared(self.network, number == len(parts)):
+                output, losses = self.objective.compute(self.network, part)
+                (share * losses["total"]).backward()
+            # logits that no loss is trained on hold what they were computed from
+            outputs.append(detached(output))
+            terms.append({name: value.detach() for name, value in losses.items()})
+            del output, losses
+        return joined_outputs(outputs), joined_terms(terms, [share for _, share in parts])
+
+    def _move(self) -> None:
+        """Take one optimizer step along the gradient."""
         if self.clip_gradient_norm > 0:
             nn.utils.clip_grad_norm_(self.parameters, self.clip_gradient_norm)
         self.optimizer.step()
@@ -142,7 +160,9 @@ class Learning:
         self.read()
         with torch.no_grad():  # the same images again: the step's own loss was of the weights before it
             module = without_synchronisation(self.network).eval()
-            losses = self.objective.compute_again(module, images, labels, boxes)
+            parts = parts_of(Step(images, labels, boxes=boxes), self.accumulation)
+            terms = [self.objective.compute_again(module, p.images, p.targets, p.boxes) for p, _ in parts]
+            losses = joined_terms(terms, [share for _, share in parts])
             self.network.train()
         check_losses([StepLosses.of(number, losses, paths)], None)
         check_weights(self.network, number)
