@@ -13,8 +13,9 @@ Test images are looked at only with `--test`, after the last epoch of each run; 
 batch, a second time in random order.
 
 The file of `--results` gets a line as each run ends. What it holds already, with the same flags, is not run again, also
-on another machine: a line does not hold where data and weights lie. It knows only the flags, not what the defaults of
-config.py were: after changing one, give another file, or another name to the rows that ran before and a `commit`.
+on another machine: a line does not hold where data and weights lie. It knows only the flags, not how many processes
+trained, nor what the defaults of config.py were: after changing one, give another file, or another name to the rows
+that ran before and a `commit`.
 A run that fails does not end the sweep. `--processes N` trains every run by torchrun, on a CPU too: two processes of a
 thread each are faster there than one of two threads.
 """
@@ -196,7 +197,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespace
     parser.add_argument("--table", type=Path, metavar="FILE", help="show the table of such a file and end")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side (default: 1)")
     parser.add_argument("--processes", type=int, default=1, help="processes that train each run (default: 1)")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads of each process (default: all)")
+    parser.add_argument(
+        "--threads", type=int, default=0, help="CPU threads of a process (default: all, or 1 of several)"
+    )
     parser.add_argument("--test", action="store_true", help="look at the test images, once, after the last epoch")
     parser.add_argument(
         "--against",
@@ -303,7 +306,7 @@ def script(name: str, flags: Sequence[str], environment: Mapping[str, str], proc
     command = [sys.executable, *(torchrun if processes > 1 else ()), str(PROJECT / name), *flags]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with exit code {done.returncode}:\n{done.stderr[-2000:]}")
+        raise RuntimeError(f"{' '.join(command)} ended with exit code {done.returncode}:\n{done.stderr[-8000:]}")
 
 
 # ---- The file of results --------------------------------------------------------------------------------------------
