@@ -26,8 +26,6 @@ from utils.reporting.metrics import (
 )
 from utils.text import cell
 
-LOGITS = "logits/"  # before a branch's name
-
 
 class ResultCollector:
     """Collects, batch by batch, what each branch predicted; pass it to `utils.training.engine.evaluate` as `on_batch`.
@@ -44,6 +42,7 @@ class ResultCollector:
         self.keep_logits = keep_logits
         self.paths: list[str] = []
         self._batches: dict[str, list[Tensor]] = {}
+        self._logits: dict[str, list[Tensor]] = {}
 
     def __call__(self, batch, output: NetworkOutput, prediction: Tensor) -> None:
         labels = batch.labels.to(prediction.device, non_blocking=True)
@@ -56,7 +55,7 @@ class ResultCollector:
             values[f"top1/{name}"] = topk_correct(logits, labels, 1)
             values[f"top5/{name}"] = topk_correct(logits, labels, 5)
             if self.keep_logits:
-                values[f"{LOGITS}{name}"] = logits.float().cpu()  # of a large data set they are much for a GPU
+                self._logits.setdefault(name, []).append(logits.float().cpu())  # they may be too many for a GPU
         if batch.boxes is not None and output.object_boxes is not None:
             scale = self.input_size / batch.images.shape[-1]
             true_boxes = batch.boxes.to(prediction.device, non_blocking=True) * scale
@@ -66,10 +65,7 @@ class ResultCollector:
         self.paths += batch.paths
 
     def values(self) -> dict[str, Tensor]:
-        """Return [images] tensors: label, prediction, probability, `top1/<branch>`, `top5/<branch>` and box_iou.
-
-        And `logits/<branch>` [images, classes] where they are kept.
-        """
+        """Return [images] tensors: label, prediction, probability, `top1/<branch>`, `top5/<branch>` and box_iou."""
         values = {name: torch.cat(batches).cpu() for name, batches in self._batches.items()}
         # batches without a box for every image have none: the rest would stand beside the wrong images
         return {name: value for name, value in values.items() if len(value) == len(self.paths)}
@@ -126,9 +122,8 @@ class ResultCollector:
 
         Branches, windows their mean, and `prediction` are float32. Only where `keep_logits`.
         """
-        values = self.values()
-        logits = {n.removeprefix(LOGITS): v.numpy() for n, v in values.items() if n.startswith(LOGITS)}
-        about = {"pictures": self.paths, "labels": values["label"].numpy(), "class_names": class_names}
+        logits = {name: torch.cat(batches).numpy() for name, batches in self._logits.items()}
+        about = {"pictures": self.paths, "labels": self.values()["label"].numpy(), "class_names": class_names}
         with written_whole(path) as file:
             numpy.savez(file, **{name: numpy.asarray(value) for name, value in (about | logits).items()})
 
