@@ -287,6 +287,8 @@ def complete(settings: Settings) -> Settings:
     if "warmup_epochs" in missing:  # a short run tries every branch out
         longest = max(settings.epochs - 1, 0) if system.warmup_branches else 0
         settings = dataclasses.replace(settings, warmup_epochs=min(settings.warmup_epochs, longest))
+    if "ensembling" in missing and settings.select_on == "test" and settings.ensembling == "learned":
+        settings = dataclasses.replace(settings, ensembling=PUBLISHED["ensembling"])  # test images teach nothing
     if settings.image_size is None:
         settings = dataclasses.replace(settings, image_size=settings.input_size)
     if settings.resize_size is None:

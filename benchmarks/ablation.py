@@ -105,6 +105,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "published": PUBLISHED,
     "published-batch-graph": (*PUBLISHED, "--graph_scope", "batch"),
     "trained": UNMASKED,
+    "trained-mean": (*UNMASKED, "--ensembling", "mean_probability"),  # what `trained` was until weights were learnt
     "trained-former": FORMER,
     # without one part
     "trained-no-fusion-loss": (*UNMASKED, "--loss_weights", "fused=0", "--prediction", "raw", "object", "graph"),

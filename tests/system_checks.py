@@ -235,6 +235,7 @@ def prediction_ensembles_its_branches(variant: Variant) -> None:
             "mean_probability": logits.softmax(-1).mean(dim=0),
             "mean_logits": logits.mean(dim=0).softmax(-1),
             "sum_logits": logits.sum(dim=0).softmax(-1),
+            "learned": logits.log_softmax(-1).mean(dim=0).softmax(-1),  # as long as nothing is learnt
         }
         for chosen.ensembling in (own, "mean_logits"):
             torch.testing.assert_close(chosen.predict_logits(output).softmax(-1), expected[chosen.ensembling])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -80,7 +81,7 @@ def test_sure_images_skip_the_windows_and_the_others_are_untouched(network) -> N
     assert [len(images) for images in passes] == [5, 5, 2 * int(unsure.sum())]
     predicted, full_prediction = network.predict_logits(output), network.predict_logits(full)
     torch.testing.assert_close(predicted[unsure].softmax(1), full_prediction[unsure].softmax(1), rtol=1e-4, atol=1e-5)
-    early = early_prediction(full.logits, network.prediction)
+    early = early_prediction(full.logits, network.prediction, network.ensembling, network.ensemble_weights)
     torch.testing.assert_close(predicted[~unsure].softmax(1), early[~unsure].softmax(1), rtol=1e-4, atol=1e-5)
     for name in ("raw", "fused", "object", "window", "graph"):
         assert output.logits[name].shape == full.logits[name].shape
@@ -106,9 +107,10 @@ def test_windows_of_unsure_images_alone_are_cut_out(source: str) -> None:
 
 
 @pytest.mark.parametrize("ensembling", ["mean_logits", "sum_logits"])
-def test_images_that_exit_early_are_ensembled_alike(network, ensembling: str, monkeypatch) -> None:
-    monkeypatch.setattr(network, "ensembling", ensembling)
-    monkeypatch.setattr(network, "prediction", ("raw", "fused", "object", "graph"))
+def test_images_that_exit_early_are_ensembled_alike(network, ensembling: str) -> None:
+    network = copy.deepcopy(network)
+    network.prediction = ("raw", "fused", "object", "graph")
+    network.ensemble_by(ensembling)
     images = pictures(2)
     full, _ = run(network, images, 1.0)
     output, _ = run(network, images, 0.0)  # all exit

@@ -173,3 +173,8 @@ def test_weights_of_another_run_do_not_start_a_new_one(learned, tiny_run, tmp_pa
     within_first_epoch = load_checkpoint(tmp_path / "folder-mmal" / "previous.pth")
     assert within_first_epoch["progress"] is not None
     assert within_first_epoch["network"]["ensemble_weights"].tolist() == [0.5, 0.5]
+
+
+def test_where_test_images_choose_a_system_that_learns_weights_does_without(tiny_run, tmp_path) -> None:
+    assert parse_settings(tiny_run(tmp_path, model="sgkrl")).ensembling == "learned"
+    assert parse_settings(tiny_run(tmp_path, "--select_on", "test", model="sgkrl")).ensembling == "mean_probability"

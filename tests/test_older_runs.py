@@ -71,12 +71,13 @@ AS_PUBLISHED = {
     "localization_threshold": 1.0,
 }
 # Flags by which today's default of a system is what that version had
-AS_BEFORE = {"scrim": ["--anchors", "former"]}
+AS_BEFORE = {"scrim": ["--anchors", "former"], "sgkrl": ["--ensembling", "mean_probability"]}
 # Settings that became ones while that version was in use, and what runs before them had
 YOUNG = {
     "aircraft_level": "variant",
     "batch_norm": "shared",
     "crop_scale": 1.0,
+    "ensembling": "mean_probability",
     "normalization": "imagenet",
     "keep_aspect_ratio": False,
     "padding": 0,
@@ -101,6 +102,7 @@ def former(model: str, **changed: object) -> dict[str, object]:
     shared = dataclasses.asdict(complete(Settings(model=model, dataset="cub", data_root="somewhere")))
     del shared["options"]
     shared["answer"] = shared.pop("prediction")
+    shared["ensembling"] = "mean_probability"
     return shared | OWN | (AS_PUBLISHED | {"batch_norm": "shared"} if published else {}) | changed
 
 
@@ -292,7 +294,7 @@ FLAGS = {
 # By the name of the data: the model of today, its own flags, the run's name. The published fusion makes maps that are
 # nearly even: with a threshold of 1, rounding would decide where the object is.
 RUNS = {
-    "sgkrl": ("sgkrl", {}, "stopped"),
+    "sgkrl": ("sgkrl", {"ensembling": "mean_probability"}, "stopped"),
     "published": ("sgkrl_published", {"localization_threshold": 0.8}, "published"),
 }
 

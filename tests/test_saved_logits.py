@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("thin_trunk")
 
 
 def test_the_logits_are_those_that_were_reported(tiny_run, tmp_path, evaluation_script) -> None:
-    train.main(tiny_run(tmp_path, model="sgkrl"))
+    train.main(tiny_run(tmp_path, "--ensembling", "mean_probability", model="sgkrl"))
     folder = tmp_path / "folder-sgkrl"
     evaluation_script.main([str(folder / "last.pth"), "--save_logits", "--shuffle", "--workers", "0"])
     with (folder / "predictions-last-shuffled.csv").open(encoding="utf-8", newline="") as file:

@@ -21,6 +21,7 @@ from utils.training.starting import start_from
 pytestmark = pytest.mark.usefixtures("thin_trunk")
 
 BIRDS = ["crow", "gull", "wren"]
+EQUAL = ("--ensembling", "mean_probability")  # the weights of branches, where learnt, are learnt anew
 
 
 @pytest.fixture
@@ -79,7 +80,7 @@ def start(settings: Settings, network: System, path: str, names: list[str]) -> t
 
 
 def test_everything_of_the_same_system_on_the_same_classes(build, saved):
-    (path, state), (settings, network) = saved("sgkrl"), build("sgkrl")
+    (path, state), (settings, network) = saved("sgkrl", *EQUAL), build("sgkrl", *EQUAL)
     sentence, _ = start(settings, network, path, BIRDS)
     assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
     count = len(state)
@@ -90,7 +91,7 @@ def test_everything_of_the_same_system_on_the_same_classes(build, saved):
 
 @pytest.mark.parametrize("names", [["crow", "gull", "tern"], ["gull", "crow", "wren"]], ids=["others", "order"])
 def test_as_many_other_classes_are_learnt_anew(build, saved, names):
-    (path, state), (settings, network) = saved("sgkrl"), build("sgkrl")
+    (path, state), (settings, network) = saved("sgkrl", *EQUAL), build("sgkrl", *EQUAL)
     sentence, before = start(settings, network, path, names)
     loaded, kept = split(network, before, state)
     assert {"classifier.weight", "classifier.bias"} <= kept
@@ -131,7 +132,7 @@ def test_images_normalised_otherwise_are_said(build, saved):
 
 
 def test_another_system_and_another_number_of_classes(build, saved):
-    (path, state), (settings, _) = saved("sgkrl"), build("pmg")
+    (path, state), (settings, _) = saved("sgkrl", *EQUAL), build("pmg")
     torch.manual_seed(0)
     network = build_from_settings(settings, 5, load_weights=False)
     sentence, before = start(settings, network, path, [*BIRDS, "jay", "tit"])

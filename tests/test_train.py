@@ -172,6 +172,7 @@ def test_log_has_a_line_per_epoch(finished):
         logged = {f"train/loss/{name}" for name in (*trained, "total")} | {f"train/accuracy/{name}" for name in trained}
         logged |= {f"validation/loss/{name}" for name in (*BRANCHES, "total")}
         logged |= {f"validation/accuracy/{name}" for name in (*BRANCHES, "prediction")}
+        logged |= {f"validation/ensemble_weight/{name}" for name in ("raw", "fused", "object", "graph")}
         logged |= {"schedule/learning_rate", "speed/train_images_per_second", "speed/validation_images_per_second"}
         assert line.keys() == logged | {"validation/exit_threshold", "epoch", "train/images", "validation/images"}
         assert (line["train/images"], line["validation/images"]) == (12, 6)

@@ -80,6 +80,8 @@ def test_a_system_is_ensembled_over_the_views_one_by_one(model: str) -> None:
     if network.ensembling == "mean_probability":
         expected = sum(member.softmax(-1) for member in members) / 2
         torch.testing.assert_close(network.predict_logits(output).softmax(-1), expected)
+    elif network.ensembling == "learned":  # log-probabilities of the views' mean logits
+        torch.testing.assert_close(network.predict_logits(output), plain.predict_logits(output))
     else:
         torch.testing.assert_close(network.predict_logits(output), sum(members) / 2)
 

@@ -130,11 +130,11 @@ def test_contract_with_other_windows(size: int, windows: str | tuple) -> None:
 
 
 @torch.no_grad()
-def test_prediction_is_the_mean_probability_in_float32() -> None:
+def test_before_it_is_learnt_the_prediction_is_the_mean_log_probability_in_float32() -> None:
     network = DEFAULT.evaluated
     output = network(make_images())
-    mean = torch.stack([output.logits[name].softmax(-1) for name in network.prediction]).mean(dim=0)
-    torch.testing.assert_close(network.predict_logits(output), mean.log())
+    mean = torch.stack([output.logits[name].log_softmax(-1) for name in network.prediction]).mean(dim=0)
+    torch.testing.assert_close(network.predict_logits(output), mean)
     low = output._replace(logits={name: logits.bfloat16() for name, logits in output.logits.items()})
     assert network.predict_logits(low).dtype == torch.float32
 
