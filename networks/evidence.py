@@ -59,9 +59,11 @@ def forward_with_evidence(
         with torch.enable_grad():
             output = network(images, mask_background=mask_background, branches=branches)
             predicted = network.predict_logits(output).argmax(dim=1, keepdim=True)
-            scores = torch.stack([output.logits[name].gather(1, predicted) for name in network.prediction])
+            scores = torch.stack([output.logits[name].gather(1, predicted) for name in network.prediction]).float()
+            if network.ensemble_weights is not None:  # a branch counts as much as it does in the prediction
+                scores = scores * network.ensemble_weights[:, None, None]
             maps = [map_ for of_pass in passes for map_ in of_pass]
-            gradients = dict(zip(maps, torch.autograd.grad(scores.float().sum(), maps, allow_unused=True), strict=True))
+            gradients = dict(zip(maps, torch.autograd.grad(scores.sum(), maps, allow_unused=True), strict=True))
     finally:
         for hook in hooks:
             hook.remove()

@@ -80,11 +80,23 @@ def test_a_prediction_from_the_object_points_into_its_box(images):
     fixed = Fixed()
     fixed.backbone, fixed.prediction, fixed.input_size = network.backbone, network.prediction, network.input_size
     fixed.predict_logits, fixed.colocalization = network.predict_logits, network.colocalization
+    fixed.ensemble_weights = None
     _, evidence = forward_with_evidence(fixed, images, size=96)
     outside = torch.ones(96, 96, dtype=torch.bool)
     outside[0:32, 31:64] = False
     assert (evidence[:, outside] == 0).all()
     assert evidence[:, ~outside].amax() > 0
+
+
+@pytest.mark.parametrize("branch", ["raw", "object", "graph"])
+def test_a_branch_counts_as_much_as_in_the_prediction(branch, images):
+    """One that has all the weight, three times as much as it has alone."""
+    network = build("sgkrl")
+    network.ensemble_weights = torch.tensor([3.0 * (name == branch) for name in network.prediction])
+    _, evidence = forward_with_evidence(network, images, size=24)
+    _, expected = forward_with_evidence(build("sgkrl", prediction=(branch,)), images, size=24)
+    assert expected.amax() > 0
+    torch.testing.assert_close(evidence, 3 * expected)
 
 
 class Corner(torch.nn.Module):
