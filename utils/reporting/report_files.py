@@ -25,9 +25,8 @@ def ending_of(options: argparse.Namespace, all_views: Sequence[str]) -> str:
     plain = "-plain" if options.weights == "plain" else ""
     ensembling = f"-{options.ensembling}" if options.ensembling else ""
     views = "".join(f"-{view}" for view in all_views if view in (options.views or ()))
-    return (
-        ("" if stem == "best" else f"-{stem}") + plain + ensembling + views + ("-shuffled" if options.shuffle else "")
-    )
+    shuffled = "-shuffled" if options.shuffle else ""
+    return ("" if stem == "best" else f"-{stem}") + plain + ensembling + views + shuffled
 
 
 def folder_of_report(options: argparse.Namespace, settings: Any, data: Evaluated) -> Path:
