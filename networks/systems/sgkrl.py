@@ -97,7 +97,7 @@ class SGKRL(System):
 
     Options = Options
     run_defaults = {
-        # As accurate as the best branch or more, wherever it was tried, and better calibrated; see benchmarks/birds.md.
+        # On all test images tried as accurate as the best branch or more, better calibrated; see benchmarks/birds.md.
         "ensembling": "learned",
         # Chosen on 135 validation images of CUB's gulls and wrens; see docs/settings.md.
         "batch_norm": lambda shared: (
