@@ -123,6 +123,8 @@ ROWS: dict[str, tuple[str, ...]] = {
     "trained-lone-graph": (*UNMASKED, "--no-graph_residual"),
     "trained-absolute-weights": (*UNMASKED, "--spatial_weights", "absolute"),
     "trained-stage3-windows": (*UNMASKED, "--window_source", "stage3"),
+    "trained-raw-128": (*UNMASKED, "--raw_size", "128"),
+    "trained-raw-128-stage3-windows": (*UNMASKED, "--raw_size", "128", "--window_source", "stage3"),
     "trained-crop-scale": (*UNMASKED, "--crop_scale", "0.5"),
     "trained-crop-gradient": (*UNMASKED, "--crop_gradient"),
     "trained-neighbours": (*UNMASKED, "--graph_neighbours", "6"),

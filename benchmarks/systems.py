@@ -32,6 +32,10 @@ PLAIN = "resnet"
 VARIANTS = {
     "sgkrl-stage3-windows": ("sgkrl", {"window_source": "stage3"}),
     "mmal-stage3-windows": ("mmal", {"window_source": "stage3"}),
+    "sgkrl-raw-128": ("sgkrl", {"raw_size": 128}),
+    "sgkrl-raw-128-stage3-windows": ("sgkrl", {"raw_size": 128, "window_source": "stage3"}),
+    "sgkrl-raw-224": ("sgkrl", {"raw_size": 224}),
+    "sgkrl-raw-224-stage3-windows": ("sgkrl", {"raw_size": 224, "window_source": "stage3"}),
 }
 
 

@@ -58,18 +58,23 @@ def boxes_in_image(window_boxes: Tensor, object_boxes: Tensor, input_size: int) 
     return origin + window_boxes * (extent / (input_size - 1))
 
 
-def resize_images(images: Tensor, size: int) -> Tensor:
-    """Scale square images [B, 3, S, S] down to size x size with antialiasing; unchanged where S is `size` already.
-
-    Raises UserError where they are not square or smaller than `size`.
-    """
+def refuse_unless_square(images: Tensor, size: int) -> None:
+    """Raise UserError where images [B, 3, H, W] are not square or smaller than `size`."""
     height, width = images.shape[-2:]
     if height != width or height < size:
         raise UserError(
             f"images of {height}x{width} pixels came, square ones of at least {size}x{size} were expected: "
             "resize them first, or build the network with a smaller input_size"
         )
-    if height == size:
+
+
+def resize_images(images: Tensor, size: int) -> Tensor:
+    """Scale square images [B, 3, S, S] down to size x size with antialiasing; unchanged where S is `size` already.
+
+    Raises UserError where they are not square or smaller than `size`.
+    """
+    refuse_unless_square(images, size)
+    if images.shape[-1] == size:
         return images
     # In float32: the antialiased resize does not exist for half precision on every device.
     resized = F.interpolate(images.float(), size=(size, size), mode="bilinear", antialias=True)

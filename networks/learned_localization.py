@@ -35,7 +35,7 @@ class Found(NamedTuple):
 class LearnedLocalization(nn.Module):
     """Tells on maps of so many channels, with cells of `stride` pixels, which cells lie in the object's box."""
 
-    def __init__(self, channels: int, stride: int):
+    def __init__(self, channels: int, stride: float):
         super().__init__()
         self.stride = stride
         self.norm = nn.LayerNorm(channels)  # of each cell's vector: maps differ in scale by orders of magnitude
@@ -110,7 +110,7 @@ def edges_within_cells(shares: Tensor, boxes: Tensor) -> Tensor:
     return torch.stack([*starts, *ends], dim=1)
 
 
-def add_localization(system: System, found_by: FoundBy, channels: int, stride: int) -> None:
+def add_localization(system: System, found_by: FoundBy, channels: int, stride: float) -> None:
     """Give a system what finds its objects, if that is not the channel sum of its maps.
 
     A learned localization works on the picture's maps, of so many channels and with cells of `stride` pixels. Comes
@@ -125,7 +125,7 @@ def add_localization(system: System, found_by: FoundBy, channels: int, stride: i
         system.needed_for = {"localization": ("raw",)}
 
 
-def share_in_box(boxes: Tensor, grid: tuple[int, int], stride: int) -> Tensor:
+def share_in_box(boxes: Tensor, grid: tuple[int, int], stride: float) -> Tensor:
     """Return [B, H, W] float32: the share of each cell of stride x stride pixels that lies in a box, ends inclusive."""
     shares = []
     for start, end, cells in ((0, 2, grid[1]), (1, 3, grid[0])):  # along x, along y

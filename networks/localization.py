@@ -117,7 +117,7 @@ def cell_boxes_to_pixels(boxes: Tensor, stride: float) -> Tensor:
     return torch.cat([starts, ends], dim=1).float()
 
 
-def soft_boxes(features: Tensor, stride: int) -> Tensor:
+def soft_boxes(features: Tensor, stride: float) -> Tensor:
     """Return pixel boxes [B, 4] (ends inclusive) that move with features [B, C, H, W], cells of `stride` pixels.
 
     The mean position of what lies above the mean of the channel sum, and sqrt(3) standard deviations to either side:
@@ -139,7 +139,7 @@ def soft_boxes(features: Tensor, stride: int) -> Tensor:
     return torch.stack([*starts, *ends], dim=1)
 
 
-def with_gradient(boxes: Tensor, features: Tensor, stride: int) -> Tensor:
+def with_gradient(boxes: Tensor, features: Tensor, stride: float) -> Tensor:
     """Return the boxes [B, 4] as they are, with the gradient of the features' `soft_boxes` (straight-through).
 
     Thresholds and components, which the boxes come from, have none.

@@ -139,6 +139,7 @@ class System(nn.Module):
         super().__init__()
         self.options = options
         self.input_size = shared.input_size  # side in pixels of what the backbone sees
+        self.raw_size = self.input_size  # the same of the first pass, over the whole picture
         self.backbone = backbone
         self.dropout = nn.Dropout(shared.dropout)
         # Where `ensembling` is learned, [len(prediction)], not negative: the weight of each branch's log-probabilities

@@ -130,7 +130,14 @@ def test_settings_that_a_report_does_not_know_were_as_before(evaluated, tmp_path
     settings = report["settings"]
     # of a version in which every setting stood in one list
     settings |= settings.pop("options") | {"answer": settings.pop("prediction"), "wiring": "trained", "dropout": 0.25}
-    for name in ("localization", "localization_stride", "localization_threshold", "window_source", "crop_scale"):
+    for name in (
+        "localization",
+        "localization_stride",
+        "localization_threshold",
+        "window_source",
+        "crop_scale",
+        "raw_size",
+    ):
         del settings[name]
     report["branches"]["answer"] = report["branches"].pop("prediction")
     (tmp_path / "report.json").write_text(json.dumps(report), "utf-8")

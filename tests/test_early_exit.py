@@ -222,6 +222,11 @@ def test_passes_cost_what_the_trunk_computes(model: str, options: dict) -> None:
     assert (before == 2) == (network.localization_stride == 32)
 
 
+def test_a_smaller_first_pass_costs_less() -> None:
+    settings = {"num_classes": 4, "backbone": "resnet18", "input_size": 2 * SIZE, "localization_stride": 32}
+    assert costs_of_passes(build_network("sgkrl", raw_size=SIZE, **settings)) == (1.25, 0.25)
+
+
 @pytest.mark.parametrize("name", THIN)
 def test_passes_of_every_family_are_counted(name: str) -> None:
     network = build_network("sgkrl", num_classes=4, backbone=name, input_size=SIZE, windows=WINDOWS)

@@ -54,6 +54,7 @@ OPTIONS_BEFORE: dict[str, object] = {
     "localization": "channel_sum",
     "localization_stride": 32,
     "localization_threshold": 1.0,
+    "raw_size": None,  # input_size
     "spatial_weights": "absolute",
     "window_source": "pixels",
     "without": (),

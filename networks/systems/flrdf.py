@@ -18,6 +18,7 @@ from networks.backbone import Backbone
 from networks.classifier import Classifier
 from networks.colocalization import check_colocalization
 from networks.crops import crop_objects, resize_images
+from networks.first_pass import check_raw_size, look_at_picture
 from networks.jigsaw import permute_blocks, random_permutations
 from networks.learned_localization import FoundBy, add_localization
 from networks.localization import activation_map, cell_boxes_to_pixels, localize
@@ -36,7 +37,8 @@ class Options:
     box_agreement: bool = False  # the box keeps only what the map before the last one confirms, as in mmal
     jigsaw_blocks: Count = 2  # blocks along a side of the shuffled object; 1: not shuffled
     localization: FoundBy = "channel_sum"  # what finds the object; see docs/settings.md
-    localization_stride: Literal[32, 16] = 32  # pixels of the input for each cell of the map of the object
+    raw_size: Count | None = None  # side in pixels at which the picture is looked at to find it; None: input_size
+    localization_stride: Literal[32, 16] = 32  # of these pixels for each cell of the map of the object
     localization_threshold: Positive = 1.0  # cells belong to the object above so many times the map's mean
 
     def check(self, shared: Shared) -> None:
@@ -46,6 +48,7 @@ class Options:
             self.classify_suppressed,
             "True, unless suppression is a number such as 0.7: nothing else would teach the learnable one",
         )
+        check_raw_size(self.raw_size, shared.input_size)
         shared.check_localization(self.localization_stride, confirmed=self.box_agreement)
         check_colocalization(self.localization, self.localization_stride, shared)
         require(
@@ -75,7 +78,9 @@ class FLRDF(System):
 
     def __init__(self, backbone: Backbone, num_classes: int, options: Options, shared: Shared):
         super().__init__(backbone, options, shared)
+        self.raw_size = options.raw_size or self.input_size
         self.localization_stride = options.localization_stride
+        self.cell_side = self.localization_stride * self.input_size / self.raw_size  # pixels of the input
         self.localization_threshold = options.localization_threshold
         self.classify_suppressed = options.classify_suppressed
         self.box_agreement = options.box_agreement
@@ -83,7 +88,7 @@ class FLRDF(System):
         self.loss_weights = dict.fromkeys(self.branches, 1.0)
         self.suppression = RegionSuppression(backbone.embedding_channels, options.suppression)
         self.classifier = Classifier(backbone.embedding_channels, num_classes)
-        add_localization(self, options.localization, backbone.embedding_channels, options.localization_stride)
+        add_localization(self, options.localization, backbone.embedding_channels, self.cell_side)
 
     def forward(
         self,
@@ -104,9 +109,7 @@ class FLRDF(System):
         wanted = requested_branches(branches, self.branches if self.training else self.evaluated)
         logits, extras = {}, None
         if "raw" in wanted or self.colocalization is None:
-            raw = self.backbone(
-                resize_images(images, self.input_size), dense=self.localization_stride < self.backbone.stride
-            )
+            raw = look_at_picture(self, images)
             suppressed = self.suppression(raw.final)
             embedding = suppressed.mean(dim=(2, 3)) if self.classify_suppressed else raw.embedding
             logits["raw"] = self.classifier(self.dropout(embedding))
@@ -121,7 +124,7 @@ class FLRDF(System):
             activation = activation_map(suppressed)
             confirming = activation_map(raw.penultimate) if self.box_agreement else activation
             localization = localize(activation, confirming, threshold=self.localization_threshold)
-            object_boxes = cell_boxes_to_pixels(localization.boxes, self.localization_stride)
+            object_boxes = cell_boxes_to_pixels(localization.boxes, self.cell_side)
         if wanted <= {"raw"}:
             return NetworkOutput(logits, object_boxes, extras=extras)
         crops = crop_objects(images, object_boxes, input_size=self.input_size)

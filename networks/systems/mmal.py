@@ -15,13 +15,14 @@ from networks.backbone import Backbone
 from networks.classifier import Classifier
 from networks.colocalization import check_colocalization
 from networks.crops import crop_objects, resize_images
+from networks.first_pass import check_raw_size, look_at_picture
 from networks.learned_localization import FoundBy, add_localization
 from networks.localization import activation_map, cell_boxes_to_pixels, localize
 from networks.outputs import NetworkOutput, requested_branches
 from networks.system import Shared, System
 from networks.window_pass import WindowSource, cut_from, look_at_windows
 from networks.windows import Windows, WindowSelector
-from utils.options import Positive
+from utils.options import Count, Positive
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,12 @@ class Options:
     windows: Windows = "birds"  # which windows of the object are looked at: birds, vehicles, or groups of one's own
     window_source: WindowSource = "pixels"  # what is cut out for a window: pixels, or stage3, cells; docs/settings.md
     localization: FoundBy = "channel_sum"  # what finds the object; see docs/settings.md
-    localization_stride: Literal[32, 16] = 32  # pixels of the input for each cell of the map of the object
+    raw_size: Count | None = None  # side in pixels at which the picture is looked at to find it; None: input_size
+    localization_stride: Literal[32, 16] = 32  # of these pixels for each cell of the map of the object
     localization_threshold: Positive = 1.0  # cells belong to the object above so many times the map's mean
 
     def check(self, shared: Shared) -> None:
+        check_raw_size(self.raw_size, shared.input_size)
         shared.check_localization(self.localization_stride, confirmed=self.localization == "channel_sum")
         check_colocalization(self.localization, self.localization_stride, shared)
 
@@ -53,13 +56,15 @@ class MMALNet(System):
 
     def __init__(self, backbone: Backbone, num_classes: int, options: Options, shared: Shared):
         super().__init__(backbone, options, shared)
+        self.raw_size = options.raw_size or self.input_size
         self.localization_stride = options.localization_stride
+        self.cell_side = self.localization_stride * self.input_size / self.raw_size  # pixels of the input
         self.localization_threshold = options.localization_threshold
         self.loss_weights = dict.fromkeys(self.branches, 1.0)
         self.classifier = Classifier(backbone.embedding_channels, num_classes)
         stride = backbone.stride
         self.window_selector = WindowSelector(options.windows, grid_size=self.input_size // stride, stride=stride)
-        add_localization(self, options.localization, backbone.embedding_channels, options.localization_stride)
+        add_localization(self, options.localization, backbone.embedding_channels, self.cell_side)
 
     def forward(
         self,
@@ -80,9 +85,7 @@ class MMALNet(System):
         wanted = requested_branches(branches, self.branches)
         logits, extras = {}, None
         if "raw" in wanted or self.colocalization is None:
-            raw = self.backbone(
-                resize_images(images, self.input_size), dense=self.localization_stride < self.backbone.stride
-            )
+            raw = look_at_picture(self, images)
             logits["raw"] = self.classifier(self.dropout(raw.embedding))
         if wanted <= {"raw"} and not self.is_taught_by(boxes):
             return NetworkOutput(logits)
@@ -94,7 +97,7 @@ class MMALNet(System):
         else:
             activations = activation_map(raw.final), activation_map(raw.penultimate)
             cells = localize(*activations, threshold=self.localization_threshold).boxes
-            object_boxes = cell_boxes_to_pixels(cells, self.localization_stride)
+            object_boxes = cell_boxes_to_pixels(cells, self.cell_side)
         if wanted <= {"raw"}:
             return NetworkOutput(logits, object_boxes, extras=extras)
         crops = crop_objects(images, object_boxes, input_size=self.input_size)

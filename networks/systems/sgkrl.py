@@ -20,6 +20,7 @@ from networks.classifier import Classifier
 from networks.colocalization import check_colocalization
 from networks.crops import crop_objects, resize_images
 from networks.early_exit import look_where_unsure
+from networks.first_pass import check_raw_size, look_at_picture
 from networks.graph import GraphHead
 from networks.learned_localization import FoundBy, add_localization
 from networks.localization import activation_map, adaptive_mask, cell_boxes_to_pixels, localize, with_gradient
@@ -43,7 +44,8 @@ class Options:
     windows: Windows = "birds"  # which windows of the object are looked at: birds, vehicles, or groups of one's own
     window_source: WindowSource = "pixels"  # what is cut out for a window: pixels, or stage3, cells; docs/settings.md
     localization: FoundBy = "channel_sum"  # what finds the object; see docs/settings.md
-    localization_stride: Literal[32, 16] | None = None  # pixels a cell of the object's map; None: docs/settings.md
+    raw_size: Count | None = None  # side in pixels at which the picture is looked at to find it; None: input_size
+    localization_stride: Literal[32, 16] | None = None  # of these pixels a cell of its map; None: docs/settings.md
     localization_threshold: Positive | None = None  # cells of the object are above so many means; None: likewise
     graph_neighbours: Count = 3  # how many of the nearest windows a window is linked to, if there are as many
     graph_edges: Literal["equal", "distance", "overlap"] = "equal"  # what a link weighs
@@ -58,7 +60,7 @@ class Options:
         """As published (32, 1) on random weights; on pretrained ones what finds birds better, see docs/settings.md."""
         pretrained = shared.has_pretrained_weights
         stride, threshold = shared.stride, 1.2 if pretrained else 1.0
-        if pretrained and shared.input_size < 448 and self.localization != "colocalization":
+        if pretrained and (self.raw_size or shared.input_size) < 448 and self.localization != "colocalization":
             stride = min(shared.localization_strides)
         return replace(
             self,
@@ -68,6 +70,7 @@ class Options:
         )
 
     def check(self, shared: Shared) -> None:
+        check_raw_size(self.raw_size, shared.input_size)
         shared.check_localization(self.localization_stride, confirmed=self.localization == "channel_sum")
         check_colocalization(self.localization, self.localization_stride, shared)
         require(
@@ -85,7 +88,7 @@ class Options:
 
 
 class SGKRL(System):
-    """Branches `raw`, `fused`, `object`, `window` and `graph`; the prediction is the mean of all but `window`.
+    """Branches `raw`, `fused`, `object`, `window` and `graph`; the prediction is ensembled of all but `window`.
 
     One linear classifier serves all branches but the graph: their maps have the same channels with the same meaning,
     which keeps the fused map an activation map that localization can use.
@@ -114,7 +117,9 @@ class SGKRL(System):
 
     def __init__(self, backbone: Backbone, num_classes: int, options: Options, shared: Shared):
         super().__init__(backbone, options, shared)
+        self.raw_size = options.raw_size or self.input_size
         self.localization_stride = options.localization_stride
+        self.cell_side = self.localization_stride * self.input_size / self.raw_size  # pixels of the input
         self.localization_threshold = options.localization_threshold
         self.crop_gradient = options.crop_gradient
         self.graph_residual = options.graph_residual
@@ -141,7 +146,7 @@ class SGKRL(System):
             dropout=shared.dropout,
             zero_start=options.graph_residual,
         )
-        add_localization(self, options.localization, channels, options.localization_stride)
+        add_localization(self, options.localization, channels, self.cell_side)
 
     def forward(
         self,
@@ -154,7 +159,7 @@ class SGKRL(System):
     ) -> NetworkOutput:
         """Map normalised images [B, 3, S, S], S >= input_size, to a `NetworkOutput`.
 
-        The raw pass sees the images scaled down to input_size; object crop and windows are cut at their full size.
+        The raw pass sees the images scaled down to raw_size; object crop and windows are cut at their full size.
         Logits: `raw`, `fused`, `object`, `graph` [B, classes], `window` [B, N, classes]. `mask_background` blanks what
         lies outside the adaptive object mask before the object is cut. Only the passes that `branches` need are
         computed (None: all). With an `exit_threshold` below 1, evaluation looks at the windows of unsure images only:
@@ -167,9 +172,7 @@ class SGKRL(System):
         logits, extras = {}, None
         # 1. Look at the picture, if only to find the object, or to be sure of it.
         if wanted & {"raw", "fused"} or self.colocalization is None or threshold < 1:
-            raw = self.backbone(
-                resize_images(images, self.input_size), dense=self.localization_stride < self.backbone.stride
-            )
+            raw = look_at_picture(self, images)
             logits["raw"] = self.classifier(self.dropout(raw.embedding))
             if wanted <= {"raw"} and not self.is_taught_by(boxes):
                 return NetworkOutput(logits)
@@ -188,21 +191,20 @@ class SGKRL(System):
         elif boxes is not None and not mask_background:
             object_boxes, object_masks = boxes, None
         else:
-            stride = self.localization_stride
+            cell_side = self.cell_side
             if self.colocalization is not None:
-                localization, stride = self.colocalization(images), self.colocalization.stride
+                localization, cell_side = self.colocalization(images), self.colocalization.stride
             else:
                 activations = activation_map(fused), activation_map(raw.penultimate)
                 localization = localize(*activations, threshold=self.localization_threshold)
-            object_boxes, object_masks = cell_boxes_to_pixels(localization.boxes, stride), adaptive_mask(localization)
+            object_boxes = cell_boxes_to_pixels(localization.boxes, cell_side)
+            object_masks = adaptive_mask(localization)
         if not wanted & {"object", "window", "graph"}:
             return NetworkOutput(logits, object_boxes, None, object_masks, extras=extras)
 
         # 4. Cut it out, enlarged, and look at it.
         masks = object_masks if mask_background else None
-        crop_boxes = (
-            with_gradient(object_boxes, fused, self.localization_stride) if self.crop_gradient else object_boxes
-        )
+        crop_boxes = with_gradient(object_boxes, fused, self.cell_side) if self.crop_gradient else object_boxes
         crops = crop_objects(images, crop_boxes, input_size=self.input_size, masks=masks)
         cropped = self.backbone(resize_images(crops, self.input_size), kind="object")
 

@@ -20,6 +20,7 @@ from networks.backbone import Backbone
 from networks.classifier import Classifier
 from networks.crops import crop_objects, crop_windows, resize_images
 from networks.early_exit import look_where_unsure
+from networks.first_pass import look_at_picture
 from networks.graph import GraphHead, nearest_neighbours, published_neighbours
 from networks.localization import activation_map, adaptive_mask, cell_boxes_to_pixels, localize
 from networks.outputs import NetworkOutput, requested_branches
@@ -125,9 +126,7 @@ class PublishedSGKRL(System):
         (None: all). `exit_threshold`: see `networks.early_exit`.
         """
         wanted = requested_branches(branches, self.branches)
-        raw = self.backbone(
-            resize_images(images, self.input_size), dense=self.localization_stride < self.backbone.stride
-        )
+        raw = look_at_picture(self, images)
         logits = {"raw": self.classifier(self.dropout(raw.embedding))}
         if wanted <= {"raw"}:
             return NetworkOutput(logits)

@@ -81,7 +81,7 @@ def costs_of_passes(network: System) -> tuple[float, float]:
 
     side = network.input_size
     plain = count(side)
-    before = count(side, dense=network.localization_stride < backbone.stride) + plain
+    before = count(network.raw_size, dense=network.localization_stride < backbone.stride) + plain
     if network.colocalization is not None:
         before += count(network.colocalization.size)
     window = count(side // 2)
