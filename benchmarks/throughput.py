@@ -6,6 +6,7 @@ gradients, optimizer, figures) and inference (`evaluated` branches and the predi
     off       float32, NCHW memory layout, batch norm as it is, the C library's allocator: what published code does
     on        the chosen precision, channels_last; inference with batch norm folded into the convolutions
     compiled  with --compile: `on`, its backbone through torch.compile
+    own       with --own: `on` with these settings of the system, such as raw_size=224 window_source=stage3
     floor     the backbone passes of `on` alone, on random pictures of the same shapes; in training with the backward
               pass and the optimizer's step for the backbone's weights. No head, loss, box, crop or window.
 
@@ -15,6 +16,7 @@ What `on` takes longer than `floor` is glue: everything that is not backbone.
 from __future__ import annotations
 
 import argparse
+import ast
 import copy
 import warnings
 from collections.abc import Callable, Sequence
@@ -56,24 +58,19 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     device = choose_device(options.device)
     on = Execution(device, resolve_precision(options.precision, device), channels_last=True)
     off = Execution(device, "float32", channels_last=False)
-    network = build_network(
-        options.model,
-        num_classes=options.classes,
-        backbone=options.backbone,
-        pretrained="none",  # random weights: batch norms and boxes are as published, which the recorded figures are of
-        input_size=options.input_size,
-    ).to(device)
+    network = built(options).to(device)
+    other = built(options, **options.own).to(device) if options.own else None
     report = {"options": {n: str(v) if isinstance(v, Path) else v for n, v in vars(options).items()}}
     report |= {"machine": machine(device), "precision": on.precision, "measurements": []}
     print(as_heading(report), flush=True)
     for batch_size in options.inference_batches:
-        variants = inference_variants(network, images_for(options, batch_size), off, on, options.compile)
+        variants = inference_variants(network, images_for(options, batch_size), off, on, options.compile, other)
         shapes = pass_shapes(variants["on"])
         report["measurements"].append(measure("inference", batch_size, variants, shapes, options, device))
     for batch_size in options.train_batches:
         images = images_for(options, batch_size)
         labels = torch.arange(batch_size) // 2 % options.classes  # pairs, which SCRIM's contrast needs
-        variants = training_variants(network, images, labels, off, on, options.compile)
+        variants = training_variants(network, images, labels, off, on, options.compile, other)
         shapes = pass_shapes(variants["on"])
         report["measurements"].append(measure("train", batch_size, variants, shapes, options, device))
     if options.json is not None:
@@ -90,6 +87,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
     parser.add_argument("--precision", choices=("auto", "float32", "bf16"), default="auto", help="of `on`")
     parser.add_argument("--compile", action="store_true", help="measure the compiled backbone, too")
+    parser.add_argument(
+        "--own", type=named_value, nargs="*", metavar="NAME=VALUE", help="measure `on` with these settings, too"
+    )
     parser.add_argument("--inference_batches", type=int, nargs="*", default=(1, 4, 16), metavar="IMAGES")
     parser.add_argument("--train_batches", type=int, nargs="*", default=(16,), metavar="IMAGES")
     parser.add_argument("--rounds", type=int, default=5, help="times that every variant is measured (default: 5)")
@@ -98,7 +98,29 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--clock", choices=tuple(CLOCKS), default="wall", help="cpu: for --threads 1 on a shared machine"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there, too")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.own = dict(options.own or ())
+    return options
+
+
+def named_value(text: str) -> tuple[str, object]:
+    """Read `raw_size=224`, or a word such as `window_source=stage3`."""
+    name, _, value = text.partition("=")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+def built(options: argparse.Namespace, **own: object) -> System:
+    return build_network(
+        options.model,
+        num_classes=options.classes,
+        backbone=options.backbone,
+        pretrained="none",  # random weights: batch norms and boxes are as published, which the recorded figures are of
+        input_size=options.input_size,
+        **own,
+    )
 
 
 def images_for(options: argparse.Namespace, batch_size: int) -> Tensor:
@@ -181,25 +203,37 @@ def in_layout(network: System, execution: Execution) -> System:
 
 
 def inference_variants(
-    network: System, images: Tensor, off: Execution, on: Execution, with_compiled: bool
+    network: System, images: Tensor, off: Execution, on: Execution, with_compiled: bool, other: System | None
 ) -> dict[str, Inference]:
-    variants = {"off": Inference(in_layout(network, off), images, off)}
-    folded = fold_batch_norm(in_layout(network, on))
-    if on.precision == "bf16":
-        cast_for_autocast(folded, torch.bfloat16)
-    variants["on"] = Inference(folded, images, on)
+    def folded(network: System) -> System:
+        folded = fold_batch_norm(in_layout(network, on))
+        if on.precision == "bf16":
+            cast_for_autocast(folded, torch.bfloat16)
+        return folded
+
+    variants = {"off": Inference(in_layout(network, off), images, off), "on": Inference(folded(network), images, on)}
     if with_compiled:
-        variants["compiled"] = Inference(with_compiled_backbone(copy.deepcopy(folded)), images, on)
+        variants["compiled"] = Inference(with_compiled_backbone(folded(network)), images, on)
+    if other is not None:
+        variants["own"] = Inference(folded(other), images, on)
     return variants
 
 
 def training_variants(
-    network: System, images: Tensor, labels: Tensor, off: Execution, on: Execution, with_compiled: bool
+    network: System,
+    images: Tensor,
+    labels: Tensor,
+    off: Execution,
+    on: Execution,
+    with_compiled: bool,
+    other: System | None,
 ) -> dict[str, TrainingStep]:
     variants = {"off": TrainingStep(in_layout(network, off), images, labels, off)}
     variants["on"] = TrainingStep(in_layout(network, on), images, labels, on)
     if with_compiled:
         variants["compiled"] = TrainingStep(with_compiled_backbone(in_layout(network, on)), images, labels, on)
+    if other is not None:
+        variants["own"] = TrainingStep(in_layout(other, on), images, labels, on)
     return variants
 
 
@@ -280,7 +314,7 @@ def measure(
     }
     for name, timing in timings.items():
         timing["images_per_second"] = batch_size / timing["median"]
-        timing["backbone_tflop_per_second"] = flops / timing["median"] / 1e12
+        timing["backbone_tflop_per_second"] = None if name == "own" else flops / timing["median"] / 1e12
         timing["times_off"] = ratio(timings["off"], timing)
         timing["glue_percent"] = 100 * (ratio(timing, timings["floor"]) - 1) if name in ("on", "floor") else None
     if device.type == "cuda":
@@ -314,10 +348,11 @@ def as_table(result: dict) -> str:
     for name, timing in result["variants"].items():
         title = f"{result['mode']} {result['batch_size']} {name}"
         glue = "" if timing["glue_percent"] is None else f"{timing['glue_percent']:.1f}"
+        speed = "" if timing["backbone_tflop_per_second"] is None else f"{timing['backbone_tflop_per_second']:.3f}"
         memory = "" if timing["peak_memory_mib"] is None else f"{timing['peak_memory_mib']:.0f}"
         lines.append(
             f"{title:<22}{timing['images_per_second']:>10.2f}{timing['median']:>10.3f}{timing['minimum']:>9.3f}"
-            f"{timing['times_off']:>8.2f}{glue:>8}{timing['backbone_tflop_per_second']:>9.3f}{memory:>8}"
+            f"{timing['times_off']:>8.2f}{glue:>8}{speed:>9}{memory:>8}"
         )
     if "host_synchronisations_per_forward" in result:
         lines.append(f"host synchronisations per forward: {result['host_synchronisations_per_forward']}")

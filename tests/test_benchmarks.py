@@ -56,6 +56,17 @@ def test_throughput_of_every_system(model: str, benchmark, tmp_path: Path, capsy
     assert "train 2 floor" in printed and "inference 1 on" in printed
 
 
+def test_throughput_with_a_system_s_own_settings(benchmark, capsys) -> None:
+    words = "--model sgkrl --backbone resnet18 --input_size 128 --classes 5 --device cpu --rounds 1"
+    words += " --inference_batches 1 --train_batches 2 --own raw_size=96 window_source=stage3"
+    report = benchmark("throughput").main(words.split())
+    assert report["options"]["own"] == {"raw_size": 96, "window_source": "stage3"}
+    for result in report["measurements"]:
+        assert list(result["variants"]) == ["off", "on", "own", "floor"]
+        assert result["variants"]["own"]["backbone_tflop_per_second"] is None  # it has other passes
+    assert "train 2 own" in capsys.readouterr().out
+
+
 def test_backbone_flops_are_those_of_the_literature(benchmark) -> None:
     """ResNet-50 at 224 pixels: 4.1 thousand million multiplications and additions, each pair two operations."""
     throughput = benchmark("throughput")
