@@ -1,4 +1,4 @@
-"""The named data sets in layouts other than the official one, as copies of them go round, and those with a table."""
+"""The named data sets in layouts other than the official one, as copies of them go round."""
 
 from __future__ import annotations
 
@@ -130,91 +130,23 @@ def test_pets(tmp_path: Path, prefix: str, twice: bool) -> None:
     assert [entry.label for entry in catalogue.entries] == [1, 0, 1]
 
 
-# ---- Pictures with a table ------------------------------------------------------------------------------------------
+def test_pets_refuses_two_numbers_of_one_breed(tmp_path: Path) -> None:
+    write_lines(tmp_path / "annotations/trainval.txt", ["pug_1 1 2 1", "pug_2 2 2 1", "beagle_1 3 2 1"])
+    write_lines(tmp_path / "annotations/test.txt", ["pug_3 1 2 1"])
+    with pytest.raises(DataError, match="trainval.txt line 2: 'pug' is class 2 here and 1 before"):
+        read_catalogue("pets", tmp_path)
 
 
-def write_flat(root: Path, *names: str) -> Path:
-    for name in names:
-        write_picture(root / name)
-    return root
+def test_birds_of_one_name_are_told_apart_by_their_number(tmp_path: Path) -> None:
+    make_cub(tmp_path)
+    write_lines(tmp_path / "classes.txt", ["1 Gull", "2 Gull", "3 Wren", "4 Wren"])  # the last has no pictures
+    assert read_catalogue("cub", tmp_path).class_names == ["Gull (1)", "Gull (2)", "Wren"]
 
 
-TABLES = {
-    "names and endings": ("image_id,label", "{}.jpg,{}"),
-    "no endings": ("id,breed", "{},{}"),
-    "relative to the root": ("file_name,class", "train_images/{}.jpg,{}"),
-    "of another machine": ("path;species", "/kaggle/input/train_images/{}.jpg;{}"),
-    "of Windows": ("Image Path\tClass Name", "train_images\\{}.jpg\t{}"),
-    "no header": (None, "{}.jpg,{}"),
-}
-
-
-@pytest.mark.parametrize("table", TABLES)
-def test_a_table_beside_flat_pictures(tmp_path: Path, table: str) -> None:
-    write_flat(tmp_path, *(f"train_images/{n}.jpg" for n in range(10)), "test_images/0.jpg", "test_images/x.jpg")
-    header, row = TABLES[table]
-    rows = [row.format(number, "wren" if number < 5 else "auk") for number in range(10)]
-    write_lines(tmp_path / "train.csv", ([header] if header else []) + rows)
-    catalogue = read_catalogue("csv", tmp_path, labels="train.csv")
-    assert catalogue.class_names == ["auk", "wren"]
-    assert (len(catalogue.train), len(catalogue.test)) == (8, 2)
-    assert {entry.source.parent.name for entry in catalogue.entries} == {"train_images"}
-    assert {(int(entry.source.stem) < 5, entry.label) for entry in catalogue.entries} == {(True, 1), (False, 0)}
-    assert any("2 pictures" in note and "in none of the tables" in note for note in catalogue.notes)
-    assert read_catalogue("csv", tmp_path) == catalogue  # it is the only table
-
-
-def test_parts_of_a_table(tmp_path: Path) -> None:
-    write_flat(tmp_path, *(f"{n}.jpg" for n in range(6)))
-    parts = ["train", "Train", "valid", "valid", "TEST", "test"]
-    write_lines(tmp_path / "all.csv", ["image,label,split", *(f"{n}.jpg,{n % 2},{p}" for n, p in enumerate(parts))])
-    catalogue = read_catalogue("csv", tmp_path, labels="all.csv")
-    assert {part: len(entries) for part, entries in catalogue.parts.items()} == dict.fromkeys(catalogue.parts, 2)
-    assert list(catalogue.parts) == ["training", "validation", "test"] and catalogue.class_names == ["0", "1"]
-    write_lines(tmp_path / "all.csv", ["image,label,is_train", *(f"{n}.jpg,{n % 2},{int(n < 4)}" for n in range(6))])
-    assert (len(read_catalogue("csv", tmp_path).train), len(read_catalogue("csv", tmp_path).test)) == (4, 2)
-
-
-def test_tables_of_their_own_for_validation_and_test(tmp_path: Path) -> None:
-    write_flat(tmp_path, *(f"{part}/{n}.jpg" for part in ("train", "val", "test") for n in range(2)))
-    for part in ("train", "val", "test"):
-        write_lines(tmp_path / f"{part}/metadata.csv", ["file_name,label", "0.jpg,auk", "1.jpg,wren"])
-    tables = {"labels": "train/metadata.csv", "validation_labels": "val/metadata.csv"}
-    catalogue = read_catalogue("csv", tmp_path, **tables, test_labels=str(tmp_path / "test/metadata.csv"))
-    for part, entries in zip(("train", "val", "test"), catalogue.parts.values(), strict=True):
-        assert [entry.source for entry in entries] == [tmp_path / part / "0.jpg", tmp_path / part / "1.jpg"]
-
-
-TABLE_FAULTS = {
-    "no such column": (["photo_nr,kind", "0.jpg,a"], {}, ["photo_nr, kind", "--image_column"]),
-    "no label column": (["image,kind", "0.jpg,a"], {}, ["image, kind", "--label_column"]),
-    "a column that is not there": (["image,label", "0.jpg,a"], {"label_column": "kind"}, ["'kind'", "image, label"]),
-    "a short row": (["image,label", "0.jpg"], {}, ["line 2", "expected 2 fields"]),
-    "two pictures of a name": (["image,label", "1.jpg,a"], {}, ["a/1.jpg", "b/1.jpg", "folder into the table"]),
-    "a strange part": (["image,label,split", "0.jpg,a,holdout"], {}, ["'holdout'", "train, validation or test"]),
-    "a path that leaves": (["image,label", "../0.jpg,a"], {}, ["lies outside"]),
-    "not on disk": (["image,label", "0.jpg,a", "7.jpg,a", "8.jpg,b", "9.jpg,b"], {}, ["not on disk"]),
-    "no rows": (["image,label"], {}, ["no rows"]),
-    "one column": (["image"], {}, ["no two columns"]),
-    "no file": (["image,label", "0.jpg,a"], {"labels": "nowhere.csv"}, ["nowhere.csv is a file"]),
-    "two ways": (["image,label", "0.jpg,a", "0.jpg,b"], {}, ["listed twice"]),
-}
-
-
-@pytest.mark.parametrize("fault", TABLE_FAULTS)
-def test_wrong_tables(tmp_path: Path, fault: str) -> None:
-    lines, choices, words = TABLE_FAULTS[fault]
-    write_flat(tmp_path, "0.jpg", "a/1.jpg", "b/1.jpg")
-    write_lines(tmp_path / "t.csv", lines)
-    with pytest.raises(DataError) as refusal:
-        read_catalogue("csv", tmp_path, **choices, **({} if fault == "two ways" else {"test_fraction": 0.5}))
-    assert all(word in str(refusal.value) for word in words), refusal.value
-    assert str(refusal.value).isprintable()
-
-
-def test_of_several_tables_one_is_to_be_named(tmp_path: Path) -> None:
-    write_flat(tmp_path, "0.jpg")
-    for name in ("train.csv", "sample_submission.csv"):
-        write_lines(tmp_path / name, ["image,label", "0.jpg,a"])
-    with pytest.raises(DataError, match=r"2 tables .*--labels "):
-        read_catalogue("csv", tmp_path)
+def test_two_classes_of_one_name_are_refused(tmp_path: Path) -> None:
+    make_cars(tmp_path)
+    names = np.empty((1, 2), dtype=object)
+    names[0, :] = ["Audi", "Audi"]
+    savemat(tmp_path / "devkit/cars_meta.mat", {"class_names": names})
+    with pytest.raises(DataError, match="'cars': 2 classes are called 'Audi'"):
+        read_catalogue("cars", tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -92,6 +93,7 @@ CHOICES = Source._fields[2:]  # the settings that readers have a use for
 
 def hold_back_test(catalogue: Catalogue, source: Source) -> Catalogue:
     """Return a catalogue without a test part with one, taken from the training part, and a note that says so."""
+    catalogue = drop_repeated(catalogue)  # or a picture might come into both parts
     train, test = split_validation(catalogue.train, source.test_fraction, source.seed)
     note = (
         f"no test part is given: {len(test)} images are held back from training for it ({source.test_fraction:.0%} of "
@@ -124,6 +126,13 @@ def drop_repeated(catalogue: Catalogue) -> Catalogue:
     for part, entry in first.values():
         kept[part].append(entry)
     return catalogue.with_parts(kept)
+
+
+def refuse_equal_names(dataset: str, class_names: Sequence[str]) -> None:
+    """Raise DataError where two classes have one name, by which a checkpoint could not tell them apart."""
+    name, count = Counter(class_names).most_common(1)[0] if class_names else ("", 0)
+    if count > 1:
+        raise DataError(f"data set {dataset!r}: {count} classes are called {name!r}: give each a name of its own")
 
 
 def check_complete(dataset: str, catalogue: Catalogue) -> None:
@@ -159,7 +168,10 @@ def check_on_disk(catalogue: Catalogue) -> None:
 def keep_classes(catalogue: Catalogue, patterns: Sequence[str]) -> Catalogue:
     """Return the classes whose names match a pattern, numbered anew. Raises DataError for one that matches none."""
     names = catalogue.class_names
-    matches = {pattern: [i for i, name in enumerate(names) if fnmatchcase(name, pattern)] for pattern in patterns}
+    matches = {
+        pattern: [i for i, name in enumerate(names) if name == pattern or fnmatchcase(name, pattern)]
+        for pattern in patterns
+    }
     for pattern, labels in matches.items():
         if not labels:
             raise DataError(

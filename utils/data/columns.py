@@ -17,7 +17,9 @@ IMAGE = ("image", "image_id", "file_name", "filename", "file", "path", "image_pa
 IMAGE += ("image_name", "img_path", "relative_path", "images", "picture", "photo", "id", "name")
 LABEL = ("label", "class", "class_name", "label_name", "category", "species", "breed", "target", "labels", "classes")
 LABEL += ("class_id", "label_id", "category_id", "variety", "variant", "y")
+LABELS = frozenset(LABEL)
 SPLIT = ("split", "set", "subset", "part", "partition", "data_set", "dataset", "is_train", "is_training", "train")
+OF_OTHER_THINGS = ("set", "subset", "part", "partition", "data_set", "dataset")  # are called so, too: of a collection
 COLUMNS = {"image_column": IMAGE, "label_column": LABEL, "split_column": SPLIT}
 TRAINING_FLAGS = {"1": "training", "true": "training", "yes": "training", "0": "test", "false": "test", "no": "test"}
 
@@ -36,7 +38,8 @@ def read_rows(path: Path, index: PictureIndex) -> tuple[list[str], list[tuple[st
     text = content.decode("utf-8-sig", errors="surrogateescape")
     first_line = text.lstrip().partition("\n")[0]
     delimiter = max(",\t;|", key=first_line.count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    # strict: a quote that is never closed would take in all rows that follow
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
     try:
         rows = [(f"{path} line {reader.line_num}", row) for row in reader if any(cell.strip() for cell in row)]
     except csv.Error as error:
@@ -44,16 +47,25 @@ def read_rows(path: Path, index: PictureIndex) -> tuple[list[str], list[tuple[st
     if not rows or len(rows[0][1]) < 2:
         raise DataError(f"{path} has no two columns: expected one of pictures and one of classes, with commas between")
     header = [name.strip() for name in rows[0][1]]
-    if index.knows(path.parent, header[0]):
+    if index.knows(path.parent, header[0]) and not _has_usual_names(header):
         header = ["image", "label", "split"][: len(header)] + header[3:]
     else:
         rows = rows[1:]
     for place, row in rows:
-        if len(row) < len(header):
-            raise DataError(f"{place}: expected {len(header)} fields ({', '.join(header)[:200]}), got {len(row)}")
+        if len(row) < len(header) or any(cell.strip() for cell in row[len(header) :]):
+            raise DataError(
+                f"{place}: expected {len(header)} fields ({', '.join(header)[:200]}), got {len(row)}: add what is "
+                "missing, or put a name that holds a comma in quotes"
+            )
     if not rows:
         raise DataError(f"{path} has a header and no rows: expected one for each picture")
     return header, rows
+
+
+def _has_usual_names(header: Sequence[str]) -> bool:
+    """Whether a first row, which may name a picture by chance, reads like a header: image, label."""
+    first, *others = (name.lower() for name in header)
+    return first in IMAGE and not LABELS.isdisjoint(others)
 
 
 def find_column(
@@ -75,10 +87,7 @@ def find_column(
     )
 
 
-def part_in(place: str, column: str, value: str) -> str:
-    """The part that a cell of the split column names. Raises DataError for another word."""
+def part_in(column: str, value: str) -> str | None:
+    """The part that a cell of a split column names, in a column like is_train also by 1 and 0; None: it names none."""
     word = value.strip().lower()
-    part = TRAINING_FLAGS.get(word) if "train" in column.lower() else part_of(word)
-    if part is None:
-        raise DataError(f"{place}: {column} is {value!r}, expected train, validation or test (or 1 and 0 of is_train)")
-    return part
+    return part_of(word) or (TRAINING_FLAGS.get(word) if "train" in column.lower() else None)

@@ -129,7 +129,7 @@ def find_missing(files: Sequence[Path]) -> list[Path]:
 
 
 def find_pictures(
-    tree: Path, class_folder: Path, owners: dict[str, Path] | None = None, left_out: LeftOut | None = None
+    tree: Path | None, class_folder: Path, owners: dict[str, Path] | None = None, left_out: LeftOut | None = None
 ) -> list[Path]:
     """The pictures in a class's folder and below it, by folder and name, without what is hidden, and without what our
     programs wrote.
@@ -142,8 +142,10 @@ def find_pictures(
     if not class_folder.is_dir():
         return []
     owners = {} if owners is None else owners
-    real_tree = Path(os.path.realpath(tree))
-    above = {real_tree, *real_tree.parents, *Path(os.path.realpath(class_folder)).parents}
+    above = set(Path(os.path.realpath(class_folder)).parents)
+    if tree is not None:
+        real_tree = Path(os.path.realpath(tree))
+        above |= {real_tree, *real_tree.parents}
     pictures: list[Path] = []
     done: set[str] = set()
     real, linked = [class_folder], []

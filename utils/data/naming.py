@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from utils.data.errors import DataError
 from utils.data.folders import find_pictures
@@ -15,7 +15,8 @@ class PictureIndex:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.pictures = find_pictures(root.parent, root)
+        self.pictures = find_pictures(None, root)
+        self.in_one_folder = len({path.parent for path in self.pictures}) == 1
         self.by_name: dict[str, list[Path]] = defaultdict(list)
         for path in self.pictures:
             for name in {path.name, path.stem}:
@@ -51,9 +52,11 @@ class PictureIndex:
                 return [start / name]
         given = Path(name.replace("\\", "/"))
         named = self.by_name.get(given.name, [])
-        if given.is_absolute():  # of the machine on which the table was made: the longest common end decides
+        if given.is_absolute() or PureWindowsPath(name).drive:
+            # of the machine on which the table was made: the longest common end decides, which the name alone is not
             ends = {path: _common_end(path.parts, given.parts) for path in named}
-            return [path for path, length in ends.items() if length == max(ends.values())]
+            needed = max(ends.values(), default=0) or (0 if self.in_one_folder else 1)
+            return [path for path, length in ends.items() if length == needed]
         parts = [part for part in given.parts[:-1] if part != "."]
         return [path for path in named if list(path.parts[-1 - len(parts) : -1]) == parts]
 

@@ -10,7 +10,15 @@ import pkgutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.data.catalogue import Catalogue, Source, check_complete, check_on_disk, drop_repeated, keep_classes
+from utils.data.catalogue import (
+    Catalogue,
+    Source,
+    check_complete,
+    check_on_disk,
+    drop_repeated,
+    keep_classes,
+    refuse_equal_names,
+)
 from utils.data.errors import DataError, describe
 
 DATASETS = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
@@ -29,14 +37,15 @@ def read_catalogue(
         choices: what a reader may have to decide, such as seed and test_fraction, see `Source`.
 
     Raises:
-        DataError: unknown data set, missing or malformed files, a picture listed twice in different ways, a class
-            without pictures, a pattern without a class.
+        DataError: unknown data set, missing or malformed files, a picture listed twice in different ways, two
+            classes of one name, a class without pictures, a pattern without a class.
     """
     if dataset not in DATASETS:
         raise DataError(f"unknown data set {dataset!r}: expected one of {', '.join(DATASETS)}")
     reader = importlib.import_module(f"{__name__}.{dataset}")
     try:
         catalogue = drop_repeated(reader.read(Source(dataset, root, **choices)))
+        refuse_equal_names(dataset, catalogue.class_names)
         if classes:
             catalogue = keep_classes(catalogue, classes)
         check_complete(dataset, catalogue)
@@ -55,5 +64,6 @@ def read_labelled(source: Source) -> Catalogue:
         raise DataError(
             f"{error.filename or source.root} cannot be read ({describe(error)}): expected pictures"
         ) from None
+    refuse_equal_names(source.dataset, catalogue.class_names)
     check_on_disk(catalogue)
     return catalogue

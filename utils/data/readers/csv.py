@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from utils.data.catalogue import Catalogue, Entry, Source, hold_back_test
-from utils.data.columns import LABEL, TABLES, find_column, part_in, read_rows
+from utils.data.columns import LABEL, OF_OTHER_THINGS, TABLES, find_column, part_in, read_rows
 from utils.data.errors import DataError
 from utils.data.folders import levels
 from utils.data.naming import PictureIndex
@@ -24,7 +25,7 @@ def read(source: Source) -> Catalogue:
         for own_part, picture, label in read_table(path, part, source, index, notes):
             rows.setdefault(own_part, []).append((picture, label))
     names = {label for several in rows.values() for _, label in several}
-    class_names = sorted(names, key=int if all(name.isdecimal() for name in names) else str)
+    class_names = sorted(names, key=_as_number if all(map(_is_number, names)) else None)
     labels = {name: label for label, name in enumerate(class_names)}
     parts = {part: [Entry(picture, labels[name]) for picture, name in several] for part, several in rows.items()}
     listed = {entry.source for entries in parts.values() for entry in entries}
@@ -50,13 +51,23 @@ def read_table(
     others = [name for name in header if name.strip().lower() in LABEL and name != header[label]]
     if others and source.label_column is None:
         notes.append(f"{path.name}: classes are those of the column {header[label]!r} (--label_column chooses another)")
+    perhaps = split is not None and source.split_column is None and header[split].strip().lower() in OF_OTHER_THINGS
+    if perhaps and not any(part_in(header[split], row[split]) for _, row in rows):
+        notes.append(f"{path.name}: no value of the column {header[split]!r} is a part, so that it is not heeded")
+        split = None
     found, unlabelled = [], 0
     for place, row in rows:
-        if not row[label].strip():
+        name, class_name = row[image].strip(), row[label].strip()
+        if not class_name:
             unlabelled += 1
             continue
-        own = part if split is None else part_in(place, header[split], row[split])
-        found.append((own, index.find(place, path.parent, row[image].strip(), own), row[label].strip()))
+        if len((name + class_name).splitlines()) > 1:
+            raise DataError(f"{place}: {name + class_name!r} goes over several lines: close the quote before it")
+        own = part if split is None else part_in(header[split], row[split])
+        if own is None:
+            expected = "expected train, validation or test (or 1 and 0 of is_train)"
+            raise DataError(f"{place}: {header[split]} is {row[split]!r}, {expected}")
+        found.append((own, index.find(place, path.parent, name, own), class_name))
     if unlabelled:
         notes.append(f"{path.name}: {unlabelled} rows have no class and are left out")
     return found
@@ -67,7 +78,7 @@ def find_table(root: Path, given: str | None) -> Path:
     if given is not None:
         return locate(root, given)
     tables = [path for level in levels(root, 2) for folder in level for path in sorted(folder.iterdir())]
-    tables = [path for path in tables if path.suffix.lower() in TABLES]
+    tables = [path for path in tables if path.suffix.lower() in TABLES and not path.name.startswith(".")]
     if len(tables) == 1:
         return tables[0]
     seen = f"{len(tables)} tables ({', '.join(path.name for path in tables[:4])})" if tables else "no table"
@@ -76,8 +87,23 @@ def find_table(root: Path, given: str | None) -> Path:
 
 
 def locate(root: Path, given: str) -> Path:
-    """A table by its path, as it is or below the data's folder."""
-    for path in (Path(given).expanduser(), root / given):
-        if path.is_file():
-            return path
-    raise DataError(f"neither {Path(given).absolute()} nor {root / given} is a file: expected a table of labels there")
+    """A table by its path, below the data's folder or as it is. Raises DataError where that is none, or are two."""
+    below, as_it_is = root / given, Path(given)
+    with contextlib.suppress(RuntimeError):  # a home that nobody has
+        as_it_is = as_it_is.expanduser()
+    found = [path for path in (below, as_it_is) if path.is_file()]
+    if not found:
+        raise DataError(f"neither {as_it_is.absolute()} nor {below} is a file: expected a table of labels there")
+    if not found[0].samefile(found[-1]):
+        raise DataError(f"{given} may be {below} or {as_it_is.absolute()}: write the whole path of the one you mean")
+    return found[0]
+
+
+def _is_number(name: str) -> bool:
+    return name.isascii() and name.isdecimal()
+
+
+def _as_number(name: str) -> tuple[int, str, str]:
+    """What numbers of any length are sorted by; 1 and 01 are two names, always in the same order."""
+    digits = name.lstrip("0")
+    return len(digits), digits, name

@@ -5,6 +5,7 @@ Source: Wah et al., "The Caltech-UCSD Birds-200-2011 Dataset".
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 from utils.data.catalogue import Catalogue, Entry, Source
@@ -44,4 +45,8 @@ def read_birds(root: Path, *, folder: str) -> Catalogue:
         box = look_up(place, image, boxes, "bounding_boxes.txt") if has_boxes else None
         split = look_up(place, image, split_of, "train_test_split.txt")
         split.append(Entry(picture_path(place, root / "images", file), label, box))
-    return Catalogue(splits["1"], splits["0"], [names[class_id] for class_id in labels])
+    uses = Counter(names[class_id] for class_id in labels)
+    class_names = [
+        names[i] if uses[names[i]] == 1 else f"{names[i]} ({i})" for i in labels
+    ]  # by ids where names do not
+    return Catalogue(splits["1"], splits["0"], class_names)

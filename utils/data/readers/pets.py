@@ -17,6 +17,7 @@ def read(source: Source) -> Catalogue:
     lists = find_root(annotations, "annotations", "trainval.txt")
     images = find_folder(root, "images") or lists.parent / "images"
     names: dict[int, str] = {}
+    numbers: dict[str, int] = {}
 
     def read_list(name: str) -> list[tuple[int, Entry]]:
         found = []
@@ -24,6 +25,8 @@ def read(source: Source) -> Catalogue:
             number, breed = read_class(place, class_id), image.rpartition("_")[0]
             if names.setdefault(number, breed) != breed:
                 raise DataError(f"{place}: class {number} is {breed!r} here and {names[number]!r} before: keep one")
+            if numbers.setdefault(breed, number) != number:
+                raise DataError(f"{place}: {breed!r} is class {number} here and {numbers[breed]} before: keep one")
             found.append((number, Entry(picture_path(place, images, f"{image}.jpg"), 0)))
         return found
 
