@@ -598,6 +598,8 @@ def test_a_machine_short_of_files_is_no_picture_s_fault(tmp_path: Path, monkeypa
     monkeypatch.setattr(Image, "open", fail)
     with pytest.raises(OSError, match="Too many open files"):
         find_bad_pictures([Entry(tmp_path / "a.jpg", 0)], thorough=False)
+    with pytest.raises(DataError, match=r"a.jpg cannot be read now \(Too many open files\): lower workers"):
+        load_picture(tmp_path / "a.jpg")
 
 
 class Terminal(io.StringIO):
@@ -659,6 +661,15 @@ def test_a_jpeg_that_takes_too_much_memory_is_decoded_smaller(tmp_path: Path) ->
     assert find_bad_pictures([Entry(tmp_path / "a.jpg", 0)], thorough=True, memory=4 * 640 * 480 / 60) == {}
     assert "307200 pixels" not in str(find_bad_pictures([Entry(tmp_path / "a.jpg", 0)], thorough=False, memory=4))
     assert find_bad_pictures([Entry(tmp_path / "a.jpg", 0)], thorough=False, memory=4)
+
+
+def test_a_long_jpeg_is_decoded_as_small_as_it_has_to_be_not_only_as_it_may(tmp_path: Path) -> None:
+    """Its short side does not allow for less, but the memory asks for it."""
+    Image.new("RGB", (1600, 400), "red").save(tmp_path / "a.jpg")
+    for at_least, memory, size in ((300, 1e9, (1600, 400)), (300, 8e5, (800, 200)), (100, 1e6, (400, 100))):
+        picture, _ = load_picture(tmp_path / "a.jpg", at_least=at_least, memory=memory)
+        assert picture.size == size
+        assert find_bad_pictures([Entry(tmp_path / "a.jpg", 0)], thorough=True, at_least=at_least, memory=memory) == {}
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

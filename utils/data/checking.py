@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from utils.data.decoding import decode, open_picture, refuse_above
-from utils.data.errors import describe
+from utils.data.errors import describe, is_shortage
 from utils.data.pixels import Listed
 
 # How files end; cameras and editors may write a little more behind it. To open WebP already checks the length.
@@ -37,8 +36,7 @@ def find_bad_pictures(
     Args:
         thorough: decode every picture. If not, of JPEG, PNG and WebP only the header and the last bytes are read;
             what ends otherwise than it should, and other formats, are decoded. This finds what was cut off, not
-            damage inside.
-            Of PNG, the check sum of every chunk is compared, too.
+            damage inside; if so, the check sum of every chunk of a PNG is compared, too.
         at_least, memory: as of `load_picture`: what would take more memory is bad.
         silent: never show a bar; otherwise there is one on a terminal.
 
@@ -79,7 +77,7 @@ def find_fault(
         if not ended and kind in END_MARKS and _is_filled_up(path, END_MARKS[kind]):
             return NEVER_WRITTEN
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        if is_shortage(error):
             raise
         return describe(error)
     return None

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import ExifTags, Image
 
-from utils.data.errors import DataError, describe
+from utils.data.errors import DataError, describe, is_shortage
 
 Box = tuple[float, float, float, float]
 
@@ -30,6 +30,7 @@ UPRIGHT = {
 
 BYTES_PER_PIXEL = 4  # of Pillow's, whatever the mode is, roughly
 MEMORY = 0.36  # GB that one decoded picture may take: Pillow's own limit, in memory
+SMALLER = (2, 4, 8)  # times that a JPEG can be decoded smaller
 DRAWN_AT_LEAST = 1024  # pixels of a side that a drawing has a use for
 Image.MAX_IMAGE_PIXELS = None  # it would refuse what can be decoded smaller; `refuse_above` is in its place
 
@@ -100,6 +101,8 @@ def stored_size(image: Image.Image) -> tuple[int, int]:
 
 
 def _unreadable(path: str | Path, error: Exception) -> DataError:
+    if is_shortage(error):
+        return DataError(f"{path} cannot be read now ({describe(error)}): lower workers, or free memory or open files")
     return DataError(f"{path} cannot be read as a picture ({describe(error)}): replace it, or take it off the list")
 
 
@@ -116,15 +119,14 @@ def refuse_above(memory: float | None, image: Image.Image, at_least: int | None 
     """Let a JPEG be decoded as small as it may and has to be; return how many times smaller. Raises ValueError for a
     picture that takes more memory all the same.
     """
-    shrunk = 1
+    memory, times = _limit if memory is None else memory, 1
     if at_least is not None and image.format == "JPEG":
-        shrunk = _draft(image, (at_least, at_least))
-    memory = _limit if memory is None else memory
-    if bytes_of(image) <= memory:
-        return shrunk
+        times = max((n for n in SMALLER if min(image.size) // n >= at_least), default=1)
     if image.format in ("JPEG", "MPO"):
-        smaller = next((n for n in (2, 4, 8) if bytes_of(image) <= memory * n * n), 8)
-        shrunk *= _draft(image, (image.width // smaller, image.height // smaller))
+        times = max(times, next((n for n in (1, *SMALLER) if bytes_of(image) <= memory * n * n), SMALLER[-1]))
+    shrunk = 1
+    if times > 1:  # said to Pillow once: it does not heed a second wish
+        shrunk = _draft(image, (image.width // times, image.height // times))
     if bytes_of(image) > memory:
         pixels = image.width * image.height
         raise ValueError(

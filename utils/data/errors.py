@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 from PIL import UnidentifiedImageError
 
 from utils.errors import UserError
@@ -33,3 +35,8 @@ def describe(error: Exception) -> str:
         return "its content is of no known picture format"
     words = error.strerror if isinstance(error, OSError) else None
     return one_line(words or str(error) or type(error).__name__)
+
+
+def is_shortage(error: Exception) -> bool:
+    """Whether this machine lacks memory or open files, which is no file's fault."""
+    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)

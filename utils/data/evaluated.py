@@ -134,7 +134,8 @@ def _of_known_classes(labelled: Labelled, class_names: Sequence[str]) -> tuple[l
     names = labelled.class_names
     entries = [e._replace(label=labels[names[e.label]]) for e in labelled.entries if names[e.label] in labels]
     unknown = list(dict.fromkeys(names[e.label] for e in labelled.entries if names[e.label] not in labels))
-    absent = [name for label, name in enumerate(class_names) if label not in {entry.label for entry in entries}]
+    present = {entry.label for entry in entries}
+    absent = [name for label, name in enumerate(class_names) if label not in present]
     said = []
     if unknown:
         left_out = len(labelled.entries) - len(entries)
