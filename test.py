@@ -58,7 +58,7 @@ from utils.training.evaluated_data import Readers, find_data, validation_images
 with config_as_edited():
     from config import parse_settings, rebuilt, restored
 
-MACHINE = ("data_root", "class_level", "device", "precision", "evaluation_batch_size", "workers")
+MACHINE = ("data_root", "labels", "class_level", "device", "precision", "evaluation_batch_size", "workers")
 READERS = Readers(load_catalogue, load_labelled, choose_split)
 
 
@@ -160,12 +160,15 @@ def rebuild(options: argparse.Namespace, more: Sequence[str]) -> tuple[Trained, 
             f"unrecognized arguments: {' '.join(more)} (settings of training are read from {options.checkpoint}; only "
             "for a published checkpoint they are given, --model among them)"
         )
+    if options.labels is not None:
+        overrides |= {"validation_labels": None, "test_labels": None}
     trained = load_trained(options.checkpoint, rebuilt, weights=options.weights, content=content, **overrides)
     return trained, find_data(
         trained,
         options.checkpoint,
         READERS,
-        asked=options.data_root is not None,
+        asked=options.data_root is not None or options.labels is not None,
+        with_labels=options.labels is not None,
         include_trained=options.include_trained,
     )
 

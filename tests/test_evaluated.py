@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import config
 import train
 from utils.checkpoint import load_checkpoint
 from utils.data.catalogue import Catalogue, Entry
@@ -19,6 +20,8 @@ from utils.data.errors import DataError
 from utils.data.evaluated import Evaluated, Labelled, choose_evaluated
 from utils.data.record import record_pictures
 from utils.files import SavingError
+from utils.options import SettingsError
+from utils.training.evaluated_data import Readers, validation_images
 
 pytestmark = pytest.mark.usefixtures("thin_trunk")
 
@@ -95,6 +98,12 @@ def test_classes_are_matched_by_name(files, record):
     assert "1 of the checkpoint's 2 classes have no image: 'ant'" in chosen.notes
     with pytest.raises(DataError, match="'cat'"):
         choose(record, None, Labelled([Entry(files[9], 0)], ["cat"]))
+
+
+def test_validation_images_that_are_gone_are_missed_in_a_sentence():
+    settings, readers = config.parse_settings([]), Readers(None, None, None)
+    with pytest.raises(SettingsError, match="--exit_curve needs the run's validation images, and none of them is left"):
+        validation_images(settings, Evaluated([Entry(0, 0)], []), readers, "--exit_curve")
 
 
 def test_without_a_record_the_data_are_the_runs_unless_others_were_asked_for(files):

@@ -53,6 +53,7 @@ def parse_arguments(arguments: Sequence[str] | None, *, views: Sequence[str]) ->
     )
     machine = parser.add_argument_group("machine (default: as in training)")
     machine.add_argument("--data_root", metavar="DIR", help="where the data lie: the run's, or other pictures by class")
+    machine.add_argument("--labels", metavar="FILE", help="dataset csv: the table of these pictures, all in one")
     machine.add_argument("--class_level", type=int, metavar="N", help="folders: the level of those that are classes")
     machine.add_argument("--device", help="cpu, cuda, cuda:1 ..., mps")
     machine.add_argument("--precision", choices=("auto", "float32", "bf16"))

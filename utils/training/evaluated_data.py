@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,9 +26,17 @@ class Readers(NamedTuple):
 
 
 def find_data(
-    trained: Trained, checkpoint: Path, readers: Readers, *, asked: bool = False, include_trained: bool = False
+    trained: Trained,
+    checkpoint: Path,
+    readers: Readers,
+    *,
+    asked: bool = False,
+    with_labels: bool = False,
+    include_trained: bool = False,
 ) -> Evaluated:
     """Return what to evaluate a run's checkpoint on: its own test images, or the data that were `asked` for.
+
+    `with_labels`: the table of these was given, too; else it is one that lies with them.
 
     Raises DataError where these cannot be read, CheckpointError where they have other classes.
     """
@@ -53,12 +62,22 @@ def find_data(
         saved["class_names"],
         record,
         own,
-        lambda: readers.load_labelled(settings),
+        lambda: readers.load_labelled(settings if with_labels or not asked else _for_other_pictures(settings)),
         selected_on_test=settings.select_on == "test",
         include_trained=include_trained,
         asked=asked,
         as_many=record is not None or own is None or _has_as_many(settings, saved, own, readers),
     )
+
+
+def _for_other_pictures(settings: Any) -> Any:
+    """Return the settings without the run's tables that lie elsewhere: pictures may have the names of the run's."""
+    root, tables = Path(settings.data_root).expanduser(), {}
+    for name in ("labels", "validation_labels", "test_labels"):
+        given = getattr(settings, name)
+        if given is not None and not (root / given).resolve().is_relative_to(root.resolve()):
+            tables[name] = None
+    return dataclasses.replace(settings, **tables)
 
 
 def _has_as_many(settings: Any, saved: Mapping[str, Any], own: Catalogue, readers: Readers) -> bool:
@@ -85,6 +104,8 @@ def validation_images(settings: Any, data: Evaluated, readers: Readers, needed_f
         raise SettingsError(
             f"{needed_for} needs the run's own validation images, and these are other data: leave it out"
         )
+    if data.selection == []:
+        raise SettingsError(f"{needed_for} needs the run's validation images, and none of them is left in the data")
     if data.selection is None:  # of an older version, which did not keep them
         _, entries, name = readers.choose_split(settings, readers.load_catalogue(settings)[0])
         return entries, name

@@ -18,8 +18,8 @@ def class_weights_of(
     """Return the weight of each class in cross-entropies, [num_classes] float32; None where all count the same.
 
     "balanced": n / (C * n_c) of n training images with these `labels`, n_c of them of a class: all classes then count
-    the same together, and the mean weight of an image is 1. A class without images has the weight 1. Raises
-    SettingsError where numbers are given for more or fewer classes than there are.
+    the same together, and, if none is without images, the mean weight of an image is 1. A class without images has the
+    weight 1. Raises SettingsError where numbers are given for more or fewer classes than there are.
     """
     if setting == "none":
         return None
