@@ -127,12 +127,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder, ending = folder_of_report(options, settings, data), ending_of(options, VIEWS)
     make_output_folder(folder)
     mistaken = mistaken_batches(
-        [entries[position] for position in results.surest_mistakes()],
+        [(entries[position], *judged) for position, *judged in results.surest_mistakes()],
         partial(load_batch, settings=settings, corners=corners),
         loading=loading_of(settings),
         step=settings.evaluation_batch_size,
     )
     drawn = draw_mistakes(trained, mistaken)
+    write_files(folder, ending, class_names, results, report, drawn, panel)
     if options.embeddings or (folder / "log.jsonl").exists():  # a run's folder, whose curves TensorBoard shows
         shown = {name: v for name, v in figures.items() if name.startswith(("accuracy/", "box_iou/"))}
         numbers = {name: v for name, v in shown.items() if name.removeprefix("accuracy/") not in copied}
@@ -140,7 +141,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         loader = evaluation_loader(settings, entries)
         projected = project(trained, loader, class_names) if options.embeddings else {}
         log_evaluation(folder / f"test{ending}", saved["epoch"], numbers, **projected)
-    write_files(folder, ending, class_names, results, report, drawn, panel)
 
 
 def rebuild(options: argparse.Namespace, more: Sequence[str]) -> tuple[Trained, Evaluated]:

@@ -125,6 +125,29 @@ def test_checkpoints_stand_for_their_reports(evaluated):
     assert by_checkpoint == compare([evaluated["mmal"], evaluated["mmal"] / "report-last.json"], "csv")
 
 
+def test_what_somebody_else_wrote_is_no_formula(evaluated, tmp_path):
+    report = json.loads((evaluated["mmal"] / "report.json").read_text("utf-8"))
+    report["settings"] |= {"labels": "=HYPERLINK(1)", "seed": -1}
+    (tmp_path / "report.json").write_text(json.dumps(report), "utf-8")
+    header, _, row = csv.reader(io.StringIO(compare([evaluated["mmal"], tmp_path], "csv")))
+    found = dict(zip(header, row, strict=True))
+    assert (found["labels"], found["seed"]) == ("'=HYPERLINK(1)", "-1")
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("report.json", "python test.py .*best.pth$"),
+        ("report-last-shuffled.json", "python test.py .*last.pth --shuffle$"),
+        ("report-mirror.json", "test.py and the options that its name stands for$"),
+    ],
+)
+def test_a_missing_report_comes_with_a_command_that_works(evaluated, tmp_path, name, command):
+    (tmp_path / "last.pth").touch()
+    with pytest.raises(ComparisonError, match=command):
+        compare([evaluated["mmal"], tmp_path / name])
+
+
 def test_settings_that_a_report_does_not_know_were_as_before(evaluated, tmp_path):
     report = json.loads((evaluated["mmal"] / "report.json").read_text("utf-8"))
     settings = report["settings"]

@@ -402,6 +402,10 @@ def test_windows_are_drawn_of_pictures_that_did_not_exit(network, monkeypatch) -
         found = [panels.image_panel(None, output, index, [], []) for index in range(2)]
         assert ["window_boxes" in one for one in found] == drawn
         assert all("object_box" in one for one in found)
+    monkeypatch.setattr(panels, "localization_panel", lambda *_, **found: found)
+    uint8 = (255 * torch.rand(2, 3, SIZE, SIZE)).byte()
+    found = panels.output_panel(uint8, output, output.logits["object"], input_size=SIZE, class_names="abcd")
+    assert [boxes is not None for boxes in found["window_boxes"]] == drawn
 
 
 @pytest.mark.parametrize("asked", ["2", "0.5", "soon"])
@@ -439,6 +443,11 @@ def test_test_py_prints_the_curve_and_uses_the_threshold(tiny_run, tmp_path, eva
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("object") for line in lines)
     assert not any(line.startswith(("window", "graph")) for line in lines)  # they would repeat the others' predictions
+
+
+def test_the_curve_is_of_one_view(trained, evaluation_script) -> None:
+    with pytest.raises(SettingsError, match="--exit_curve measures pictures that are looked at once"):
+        evaluation_script.main([str(trained / "best.pth"), "--exit_curve", "--views", "mirror"])
 
 
 def test_test_py_refuses_what_cannot_exit(tiny_run, tmp_path, evaluation_script) -> None:

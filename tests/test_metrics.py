@@ -84,6 +84,18 @@ def test_topk():
     assert topk_correct(logits, labels, 5).tolist() == [True, True, True]
 
 
+def test_of_equal_logits_the_first_is_the_highest():
+    """As it is to argmax, by which classes are named; so top-1 is never right where top-5 is not."""
+    logits = torch.zeros(6, 6)
+    logits[:, 4] = -1
+    labels = torch.arange(6)
+    for k, right in ((1, {0}), (2, {0, 1}), (5, {0, 1, 2, 3, 5}), (6, set(range(6)))):
+        assert topk_correct(logits, labels, k).nonzero().flatten().tolist() == sorted(right)
+    assert (topk_correct(logits, labels, 1) == (logits.argmax(dim=1) == labels)).all()
+    logits[2] = float("nan")
+    assert not topk_correct(logits, labels, 1)[2]
+
+
 def test_a_mixed_picture_is_right_by_the_share_of_what_is_predicted():
     logits = torch.tensor([[0.0, 3.0, 1.0], [2.0, 0.0, 1.0], [0.0, 1.0, 2.0]])
     shares = torch.tensor([[0.25, 0.75, 0.0], [0.25, 0.75, 0.0], [0.5, 0.5, 0.0]])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -147,6 +148,10 @@ def test_drawings_in_a_folder_of_pictures_are_no_pictures_the_next_time(checkpoi
     for _ in range(2):
         predict.main(run(checkpoints / "resnet.pth", folder, "--out", folder / "out"))
         assert len(capsys.readouterr().out.splitlines()) == 1
+    shutil.copy(folder / "red.png", folder / "red.png.png")  # a picture called as the drawing of another one
+    for _ in range(3):
+        predict.main(run(checkpoints / "resnet.pth", folder, "--out", folder))
+        assert len(capsys.readouterr().out.splitlines()) == 2
 
 
 def test_drawings_have_names_of_their_own(tmp_path, monkeypatch):

@@ -178,6 +178,8 @@ def test_an_evaluation_replaces_the_one_before_it(tmp_path):
     (names,) = (tmp_path / "test").rglob("metadata.tsv")
     assert names.read_text().splitlines() == ["a", "b", "c"]
     assert "tensors.tsv" in (tmp_path / "test" / "projector_config.pbtxt").read_text()
+    log_evaluation(tmp_path / "test", 6, {"accuracy/prediction": 0.75})
+    assert [path.name.split(".")[0] for path in (tmp_path / "test").iterdir()] == ["events"]
 
 
 def test_a_log_that_is_no_text_is_refused_and_kept(tmp_path):

@@ -36,7 +36,7 @@ def is_picture(path: str | Path) -> bool:
     """Whether a file is to be read as a picture: it is named like one, or begins like one and has no other name."""
     path = Path(path)
     ending = path.suffix.lower()
-    if ending == ".png" and Path(path.stem).suffix.lower() in picture_endings():
+    if ending == ".png" and Path(path.stem).suffix.lower() in {*picture_endings(), ".drawing"}:
         return not _is_drawing(path)
     if ending in picture_endings():
         return True
@@ -53,7 +53,7 @@ def _begins_like_one(path: str | Path) -> bool:
 
 
 def _is_drawing(path: str | Path) -> bool:
-    """Whether `predict.py` drew it: a.jpg.png of a.jpg, with our name inside."""
+    """Whether `predict.py` drew it: a.jpg.png or a.jpg.drawing.png of a.jpg, with our name inside."""
     try:
         with Image.open(path) as image:
             return image.info.get("Software") == WRITTEN_BY_US

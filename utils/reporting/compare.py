@@ -6,6 +6,7 @@ import csv
 import io
 import itertools
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -86,7 +87,8 @@ def compare(places: Sequence[Path], form: str = "text", *, restore: Callable[[Ma
     header, rows = _table(runs, restore)
     if form == "csv":
         text = io.StringIO(newline="")
-        csv.writer(text, lineterminator="\n").writerows([header, *([cell(name), *others] for name, *others in rows)])
+        escaped = ([_csv_cell(value) for value in row] for row in rows)
+        csv.writer(text, lineterminator="\n").writerows([header, *escaped])
         return text.getvalue().rstrip("\n")
     pairs = [_sentence(one, other) for one, other in itertools.combinations(runs, 2)]
     if form == "markdown":
@@ -124,9 +126,11 @@ def _read_run(place: Path) -> EvaluatedRun:
         ending = path.stem.removeprefix("report")
         name = ending.removesuffix("-shuffled").removeprefix("-") or "best"
         shuffle = " --shuffle" if ending.endswith("-shuffled") else ""
-        raise ComparisonError(
-            f"there is no report {path}: write it with python test.py {path.with_name(f'{name}.pth')}{shuffle}"
-        )
+        checkpoint = path.with_name(f"{name}.pth")
+        command = f"python test.py {checkpoint}{shuffle}"
+        if not re.fullmatch(r"best|last|epoch-\d+", name) and not checkpoint.is_file():
+            command = "test.py and the options that its name stands for"  # such as views
+        raise ComparisonError(f"there is no report {path}: write it with {command}")
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
         branches = report["branches"]
@@ -173,7 +177,8 @@ def _table(runs: Sequence[EvaluatedRun], restore: Callable[[Mapping], Mapping]) 
         boxes = report.get("boxes") or {}
         row = [run.name, *(_shown(values.get(name, "")) for name in differing), str(report["images"])]
         row += [f"{100 * prediction['top1']:.1f}", f"{100 * low:.1f} to {100 * high:.1f}"]
-        row += [f"{100 * report['branches'][b]['top1']:.1f}" if b in report["branches"] else "" for b in branches[1:]]
+        others = [report["branches"].get(branch) for branch in branches if branch != "prediction"]
+        row += ["" if figures is None else f"{100 * figures['top1']:.1f}" for figures in others]
         row += [f"{100 * report['mean_per_class_accuracy']:.1f}"]
         row += [f"{100 * boxes['share_at_0.5']:.1f}", f"{boxes['mean']:.3f}"] if boxes else ["", ""]
         rows.append([*row, f"{report['images_per_second']:.1f}"])
@@ -183,6 +188,15 @@ def _table(runs: Sequence[EvaluatedRun], restore: Callable[[Mapping], Mapping]) 
 def _differs(values: Sequence[object]) -> bool:
     """Of the runs that have a setting: those of another system may have none of that name."""
     return any(value != values[0] for value in values)
+
+
+def _csv_cell(text: str) -> str:
+    """A name, or a setting's value, which a spreadsheet shall not take for a formula; numbers stay numbers."""
+    try:
+        float(text)
+    except ValueError:
+        return cell(text)
+    return text
 
 
 def _shown(value: object) -> str:

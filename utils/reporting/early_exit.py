@@ -69,8 +69,8 @@ class ExitCollector:
 def costs_of_passes(network: System) -> tuple[float, float]:
     """Return what the trunk computes for an image before its windows, and for one window.
 
-    In plain passes over one picture of input_size. Before the windows come the picture, on the finer map where objects
-    are found on that, a frozen copy's look for the object where there is one, and the object.
+    In plain passes over one picture of input_size. Before the windows come the picture in its `raw_size`, on the finer
+    map where objects are found on that, a frozen copy's look for the object where there is one, and the object.
     """
     backbone = copy.deepcopy(network.backbone).to("meta", torch.float32)  # to count operations, not to do them
 

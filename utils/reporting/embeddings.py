@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from utils.data.cropping import pictures_alone
+from utils.text import one_line
 from utils.training.building import Trained
 
 
@@ -29,7 +30,7 @@ def project(trained: Trained, loader: DataLoader, class_names: Sequence[str]) ->
             seen = [embedding for embedding in passes[:2] if len(embedding) == len(images)]
             embeddings.append(seen[-1].float().cpu())
             thumbnails.append(F.interpolate(pictures_alone(batch.images).float(), size=(32, 32)) / 255)
-            class_of += [" ".join(class_names[label].split()) for label in batch.labels.tolist()]
+            class_of += [one_line(" ".join(class_names[label].split())) for label in batch.labels.tolist()]
     finally:
         hook.remove()
     return {"mat": torch.cat(embeddings), "metadata": class_of, "label_img": torch.cat(thumbnails)}

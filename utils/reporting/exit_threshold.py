@@ -63,6 +63,10 @@ def let_exit_early(
                 "number, or --exit_curve"
             )
         asked = learned_threshold(trained.saved)
+    if options.exit_curve and options.views:
+        raise SettingsError(
+            "--exit_curve measures pictures that are looked at once, and --views asks for more: leave one of them out"
+        )
     if options.exit_curve or asked not in (None, 1):
         rebuilt(saved, exit_threshold=0.0)  # refuses a system, or a graph, that cannot do without
     if not network.can_exit_early:

@@ -60,9 +60,14 @@ def paired_box_iou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
 
 
 def topk_correct(logits: Tensor, labels: Tensor, k: int) -> Tensor:
-    """Is the label among the k highest of logits [B, C]? -> [B] bool. With k >= C it always is."""
-    highest = logits.topk(min(k, logits.shape[1]), dim=1).indices  # [B, k]
-    return (highest == labels[:, None]).any(dim=1)
+    """Is the label among the k highest of logits [B, C]? -> [B] bool. With k >= C it always is.
+
+    Of equal logits the first is the highest, as it is to `argmax`. One that is not a number is never right.
+    """
+    own = logits.gather(1, labels[:, None])
+    earlier = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
+    before = (logits > own) | ((logits == own) & earlier)
+    return (before.sum(dim=1) < k) & ~own.squeeze(1).isnan()
 
 
 def share_of_predicted(logits: Tensor, shares: Tensor) -> Tensor:

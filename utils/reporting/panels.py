@@ -92,9 +92,17 @@ def output_panel(
         masks=output.object_masks,
         true_boxes=true_boxes,
         crops=None if output.object_boxes is None else _object_crops(pictures, output.object_boxes),
-        window_boxes=output.window_boxes,
+        window_boxes=_looked_at(output),
         captions=captions,
     )
+
+
+def _looked_at(output: NetworkOutput) -> Sequence[Tensor | None] | None:
+    """The windows [N, 4] of each image, None of one that exited before them."""
+    boxes, unsure = output.window_boxes, output.unsure
+    if boxes is None or unsure is None:
+        return boxes
+    return [of_image if looked else None for of_image, looked in zip(boxes, unsure.tolist(), strict=True)]
 
 
 def parts_to_show(output: NetworkOutput) -> Tensor:
@@ -115,9 +123,8 @@ def image_panel(
     found = {"object_box": output.object_boxes, "mask": output.object_masks, "window_boxes": output.window_boxes}
     if output.part_boxes is not None:
         found["part_boxes"] = parts_to_show(output)
-    if output.unsure is not None and not output.unsure[index]:
-        del found["window_boxes"]  # nobody has looked at them
-    found = {name: value[index] for name, value in found.items() if value is not None}
+    found["window_boxes"] = _looked_at(output)
+    found = {name: value[index] for name, value in found.items() if value is not None and value[index] is not None}
     return prediction_panel(picture, names, probabilities, **found, **more)
 
 

@@ -36,7 +36,7 @@ def localization_panel(
     masks: Tensor | None = None,
     true_boxes: Tensor | None = None,
     crops: Tensor | None = None,
-    window_boxes: Tensor | None = None,
+    window_boxes: Sequence[Tensor | None] | Tensor | None = None,
     windows: str = "window",
     captions: Sequence[Caption] | None = None,
     columns: int = 2,
@@ -53,7 +53,8 @@ def localization_panel(
         masks: [B, g, g] bool, True where kept; the cells of a grid over the picture.
         true_boxes: [B, 4] continuous edges in pixels of `images`.
         crops: uint8 [B, 3, S, T], the object's crop enlarged.
-        window_boxes: [B, N, 4] inclusive pixels of `crops`; the legend calls them `windows`.
+        window_boxes: [B, N, 4] inclusive pixels of `crops`, or [N, 4] of each picture, None of one without; the legend
+            calls them `windows`.
         captions: one per picture.
         columns: pictures in a row.
         tile_height: height in pixels that pictures and crops are drawn at.
@@ -84,7 +85,7 @@ def localization_panel(
         predicted=object_boxes is not None,
         true=true_boxes is not None,
         mask=masks is not None,
-        windows=None if window_boxes is None else windows,
+        windows=None if window_boxes is None or all(boxes is None for boxes in window_boxes) else windows,
         names=captions is not None and any(caption.true is not None for caption in captions),
     )
     figure = make_grid(cells, columns, legend)
@@ -181,8 +182,8 @@ def save_png(path: str | Path, image: Tensor) -> None:
         to_pillow(image).save(file, format="PNG", pnginfo=facts)
 
 
-def _item(values: Tensor | None, index: int) -> Tensor | None:
-    return None if values is None else values[index].detach().cpu()
+def _item(values: Sequence[Tensor | None] | Tensor | None, index: int) -> Tensor | None:
+    return None if values is None or values[index] is None else values[index].detach().cpu()
 
 
 def _scaled(image: Tensor, height: int) -> tuple[Image.Image, float]:

@@ -46,7 +46,8 @@ class ResultCollector:
 
     def __call__(self, batch, output: NetworkOutput, prediction: Tensor) -> None:
         labels = batch.labels.to(prediction.device, non_blocking=True)
-        probabilities, predictions = prediction.float().softmax(dim=1).max(dim=1)
+        predictions = prediction.argmax(dim=1)  # not of the probabilities, which may be equal where logits are not
+        probabilities = prediction.float().softmax(dim=1).gather(1, predictions[:, None]).squeeze(1)
         values = {"label": labels, "prediction": predictions, "probability": probabilities}
         for name, logits in {"prediction": prediction, **output.logits}.items():
             if name in self.leave_out:
@@ -92,12 +93,14 @@ class ResultCollector:
             "calibration": calibration(values["probability"], values["top1/prediction"]),
         }
 
-    def surest_mistakes(self, count: int = 24) -> list[int]:
-        """Return the positions of wrong predictions, those with the highest probability first."""
+    def surest_mistakes(self, count: int = 24) -> list[tuple[int, int, float]]:
+        """Return the positions of wrong predictions, those with the highest probability first, with class and that."""
         values = self.values()
         wrong = (~values["top1/prediction"]).nonzero().flatten()
         order = values["probability"][wrong].argsort(descending=True, stable=True)
-        return wrong[order[:count]].tolist()
+        chosen = wrong[order[:count]]
+        columns = (chosen, values["prediction"][chosen], values["probability"][chosen])
+        return list(zip(*(column.tolist() for column in columns), strict=True))
 
     def write(self, path: Path, class_names: Sequence[str]) -> None:
         """Write one line per image: picture, names, the probability, 1 or 0 per branch, overlap of boxes."""

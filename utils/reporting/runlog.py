@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -167,8 +168,11 @@ def log_evaluation(folder: str | Path, epoch: int, numbers: Mapping[str, float],
     """
     folder = Path(folder)
     threading.excepthook = _except_of_writers
-    for old in folder.glob("events.out.tfevents.*"):
-        old.unlink()
+    with _saying_where(folder):
+        for old in (*folder.glob("events.out.tfevents.*"), *folder.glob("projector_config.pbtxt")):
+            old.unlink()
+        for old in folder.glob("[0-9][0-9][0-9][0-9][0-9]"):  # embeddings of an epoch
+            shutil.rmtree(old)
     with _saying_where(folder), SummaryWriter(str(folder)) as writer:
         _add_scalars(writer, numbers, epoch)
         if embeddings:
