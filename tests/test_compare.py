@@ -255,9 +255,10 @@ def test_mistakes_are_drawn_with_an_early_exit_too(tiny_run, tmp_path, evaluatio
     content |= {"selected_on": "nothing", "epoch": 1, "network": network.state_dict()}
     save_checkpoint(tmp_path / "best.pth", content)
     evaluation_script.main([str(tmp_path / "best.pth"), "--exit_threshold", threshold])
-    report = json.loads((tmp_path / "report.json").read_text("utf-8"))
+    ending = "" if threshold == "1" else f"-exit_{threshold}"
+    report = json.loads((tmp_path / f"report{ending}.json").read_text("utf-8"))
     wrong = round((1 - report["branches"]["prediction"]["top1"]) * 6)
-    assert (tmp_path / "report.html").read_text("utf-8").count("<figure>") == wrong > 0
+    assert (tmp_path / f"report{ending}.html").read_text("utf-8").count("<figure>") == wrong > 0
 
 
 @pytest.mark.parametrize("scope", ["image", "batch"])

@@ -437,12 +437,13 @@ def test_test_py_prints_the_curve_and_uses_the_threshold(tiny_run, tmp_path, eva
     evaluation_script.main([str(best), "--exit_curve", "--workers", "0"])
     printed = capsys.readouterr().out
     assert "passes per image" in printed and "6 validation images" in printed and "<- chosen" in printed
-    report = json.loads((best.parent / "report.json").read_text(encoding="utf-8"))
+    report = json.loads((best.parent / "report-exit_curve.json").read_text(encoding="utf-8"))
     assert f"{report['settings']['options']['exit_threshold']:.4f}" in printed
     evaluation_script.main([str(best), "--exit_threshold", "0", "--workers", "0"])
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("object") for line in lines)
     assert not any(line.startswith(("window", "graph")) for line in lines)  # they would repeat the others' predictions
+    assert (best.parent / "report-exit_0.0.json").exists() and not (best.parent / "report.json").exists()
 
 
 def test_the_curve_is_of_one_view(trained, evaluation_script) -> None:

@@ -25,8 +25,10 @@ def ending_of(options: argparse.Namespace, all_views: Sequence[str]) -> str:
     plain = "-plain" if options.weights == "plain" else ""
     ensembling = f"-{options.ensembling}" if options.ensembling else ""
     views = "".join(f"-{view}" for view in all_views if view in (options.views or ()))
+    early = options.exit_threshold not in (None, 1)  # a number, or how it was learnt
+    exits = "-exit_curve" if options.exit_curve else f"-exit_{options.exit_threshold}" if early else ""
     shuffled = "-shuffled" if options.shuffle else ""
-    return ("" if stem == "best" else f"-{stem}") + plain + ensembling + views + shuffled
+    return ("" if stem == "best" else f"-{stem}") + plain + ensembling + views + exits + shuffled
 
 
 def folder_of_report(options: argparse.Namespace, settings: Any, data: Evaluated) -> Path:
