@@ -19,7 +19,7 @@ def classification_losses(
     """Cross-entropy of every branch, by name; `labels` [B] int64, or shares of the classes [B, classes].
 
     For logits [B, N, classes] the label holds for each of the N and the term is the mean over B * N. `class_weights`
-    [classes] as in torch's cross_entropy: the mean over labels is then a weighted one, that over shares is not.
+    [classes]: see `cross_entropy`.
     """
     terms = {}
     for name, logits in output.logits.items():
@@ -27,8 +27,22 @@ def classification_losses(
         if logits.ndim == 3:
             targets = labels[:, None].expand(*logits.shape[:2], *labels.shape[1:]).flatten(0, 1)
         logits = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
-        terms[name] = F.cross_entropy(logits, targets, weight=class_weights, label_smoothing=label_smoothing)
+        terms[name] = cross_entropy(logits, targets, class_weights=class_weights, label_smoothing=label_smoothing)
     return terms
+
+
+def cross_entropy(
+    logits: Tensor, targets: Tensor, *, class_weights: Tensor | None = None, label_smoothing: float = 0.0
+) -> Tensor:
+    """Mean over n images of their cross-entropy times the weight of their class; `targets` [n] or shares [n, classes].
+
+    As torch's, but for what the sum is divided by: there the weights of these images, of one image its own, so that in
+    small parts of a batch, or shares of several processes, class weights would do less and less.
+    """
+    how = {"weight": class_weights, "label_smoothing": label_smoothing}
+    if class_weights is None:
+        return F.cross_entropy(logits, targets, **how)
+    return F.cross_entropy(logits, targets, reduction="sum", **how) / len(logits)
 
 
 def ranking_loss(scores: Tensor, part_logits: Tensor, labels: Tensor) -> Tensor:

@@ -47,18 +47,31 @@ def test_terms_by_hand(label_smoothing: float) -> None:
 
 
 @pytest.mark.parametrize("label_smoothing", (0.0, 0.1))
-def test_classes_are_weighted_as_torch_does(label_smoothing: float) -> None:
+def test_classes_are_weighted_as_torch_does_but_for_the_divisor(label_smoothing: float) -> None:
     output, weights = make_output(), torch.tensor([0.5, 2.0, 9.0, 1.0, 0.25])
     terms = classification_losses(output, LABELS, label_smoothing=label_smoothing, class_weights=weights)
-    expected = torch.nn.CrossEntropyLoss(weight=weights, label_smoothing=label_smoothing)
+    expected = torch.nn.CrossEntropyLoss(weight=weights, label_smoothing=label_smoothing, reduction="none")
     for name, logits in output.logits.items():
         labels = LABELS.repeat_interleave(7) if name == "window" else LABELS
-        torch.testing.assert_close(terms[name], expected(logits.flatten(0, -2), labels))
+        torch.testing.assert_close(terms[name], expected(logits.flatten(0, -2), labels).mean())
     single = [
         by_hand(row, int(label), 0.0) * weights[label] for row, label in zip(output.logits["raw"], LABELS, strict=True)
     ]
     if not label_smoothing:
-        assert terms["raw"].item() == pytest.approx(float(sum(single) / weights[LABELS].sum()), rel=1e-5)
+        assert terms["raw"].item() == pytest.approx(float(sum(single) / 4), rel=1e-5)
+
+
+@pytest.mark.parametrize("parts", (1, 2, 4))
+def test_class_weights_do_the_same_in_parts_of_a_batch(parts: int) -> None:
+    """As gradients are accumulated, or computed by several processes: each part counts by its images."""
+    output, weights = make_output(), torch.tensor([0.5, 2.0, 9.0, 1.0, 0.25])
+    whole = classification_losses(output, LABELS, class_weights=weights)
+    sums = dict.fromkeys(whole, 0.0)
+    for rows in torch.arange(4).chunk(parts):
+        part = NetworkOutput({name: logits[rows] for name, logits in output.logits.items()})
+        terms = classification_losses(part, LABELS[rows], class_weights=weights)
+        sums = {name: value + terms[name] * len(rows) / 4 for name, value in sums.items()}
+    torch.testing.assert_close(sums, whole)
 
 
 def test_labels_may_be_shares_of_classes() -> None:

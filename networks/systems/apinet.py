@@ -146,8 +146,6 @@ class APINet(System):
         for name, logits in pairs.items():  # [B, classes, 4]
             of_classes = {"weight": self.class_weights, "label_smoothing": label_smoothing}
             terms[name] = (F.cross_entropy(logits, labels, reduction="none", **of_classes) * weights).sum()
-            if self.class_weights is not None:  # a weighted mean, as torch's own
-                terms[name] = terms[name] / (self.class_weights[labels] * weights).sum().clamp(min=1e-12)
         if len(pairs) == 2:
             own, other = (logits.softmax(dim=1).gather(1, labels[:, None]).squeeze(1) for logits in pairs.values())
             terms["priority"] = (F.relu(other - own + MARGIN) * weights).sum()

@@ -24,6 +24,7 @@ from networks.jigsaw import (
     permute_blocks,
     permute_resampled_blocks,
 )
+from networks.losses import cross_entropy
 from networks.outputs import NetworkOutput, requested_branches
 from networks.system import Shared, System
 from utils.options import Count, PositiveOrZero, require
@@ -149,10 +150,10 @@ class DCL(System):
         shared = {"label_smoothing": label_smoothing}
         if self.options.swap_classes == "each":
             wanted = targets[:, None] + version * (swap.shape[2] // 2)  # [B, versions]
-            shared["weight"] = None if self.class_weights is None else self.class_weights.repeat(2)
+            shared["class_weights"] = None if self.class_weights is None else self.class_weights.repeat(2)
         else:
             wanted = (1 - version).expand(len(targets), -1)
-        terms["swap"] = F.cross_entropy(swap.flatten(0, 1), wanted.flatten(), **shared)
+        terms["swap"] = cross_entropy(swap.flatten(0, 1), wanted.flatten(), **shared)
         if "locations" in extras:
             count = extras["places"].shape[1]
             in_order = torch.arange(count, device=targets.device).expand_as(extras["places"])

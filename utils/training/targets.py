@@ -17,22 +17,22 @@ def class_weights_of(
 ) -> Tensor | None:
     """Return the weight of each class in cross-entropies, [num_classes] float32; None where all count the same.
 
-    "balanced": n / (C * n_c) of n training images with these `labels`, n_c of them of a class: all classes then count
-    the same together, and, if none is without images, the mean weight of an image is 1. A class without images has the
-    weight 1. Raises SettingsError where numbers are given for more or fewer classes than there are.
+    "balanced": 1 / n_c of n_c training images of a class, by their `labels`: all classes then count the same together.
+    The weights are scaled, so that their mean over the training images is 1, and learning rates mean what they do
+    without. Raises SettingsError where numbers are given for more or fewer classes than there are.
     """
     if setting == "none":
         return None
+    counts = torch.tensor(labels).bincount(minlength=num_classes)
     if setting == "balanced":
-        counts = torch.tensor(labels).bincount(minlength=num_classes)
-        weights = len(labels) / (num_classes * counts.clamp(min=1).float())
-        return weights.masked_fill(counts == 0, 1.0).to(device)
+        setting = (1 / counts.clamp(min=1).double()).tolist()
     if len(setting) != num_classes:
         raise SettingsError(
             f"class_weights has {len(setting)} numbers and the data {num_classes} classes: give one for each, in the "
             "order of their names, or 'balanced'"
         )
-    return torch.tensor(setting, dtype=torch.float32, device=device)
+    weights = torch.tensor(setting, dtype=torch.float64)
+    return (weights * len(labels) / (weights * counts).sum()).to(device, torch.float32)
 
 
 def build_mixing(num_classes: int, *, mixup: float, cutmix: float) -> Mixing | None:
