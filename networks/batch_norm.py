@@ -46,6 +46,10 @@ class BatchNormPerPass(nn.Module):
             self.running_mean[index] = mean
             self.running_var[index] = variance
             self.passes[index] += 1
+            if index == 0:  # so that an average of the weights, too, starts from them
+                unknown = (self.passes == 0)[:, None]
+                self.running_mean.copy_(torch.where(unknown, mean, self.running_mean))
+                self.running_var.copy_(torch.where(unknown, variance, self.running_var))
         return y
 
 

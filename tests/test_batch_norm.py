@@ -60,6 +60,9 @@ def test_a_kind_that_was_not_trained_yet_has_the_statistics_of_pictures() -> Non
         look_at(one, kind)
         outputs.append(one(pictures(5)))
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+    for name, statistics in one.named_buffers():  # an average of them begins there, too
+        if "running" in name:
+            assert torch.equal(statistics, statistics[:1].expand_as(statistics))
 
 
 def test_an_unknown_kind_is_refused() -> None:
