@@ -32,7 +32,7 @@ from utils.training.distributed import cleanup, print_once, rank, setup_distribu
 from utils.training.engine import evaluate, train_one_epoch
 from utils.training.execution import Execution
 from utils.training.found_boxes import find_boxes, with_bar
-from utils.training.nonfinite import check_finite
+from utils.training.nonfinite import check_finite, check_weights
 from utils.training.precision import agreed_precision
 from utils.training.schedule import freeze_trunk, plan_epoch
 from utils.training.seeding import seed_everything
@@ -175,9 +175,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 shared |= {"learn_ensemble": True, "learn_exit": settings.select_on == "validation"}
                 run.before_evaluation()
                 evaluated = evaluate(network, selection_loader, **shared)
-                check_finite(evaluated)  # the last step may have broken the weights: they must not replace whole ones
                 of_average = evaluate(network_of(average, network), selection_loader, **shared) if average else None
-                check_finite(of_average or {})
+                # the last step may have broken the weights, evaluated or not: they must not replace whole ones
+                check_finite(evaluated | (of_average or {}))
+                check_weights(system, run.steps)
             run.finish_epoch(epoch, trained, evaluated, of_average)
             if run.wants_pictures(epoch):
                 with run.pictures(epoch):

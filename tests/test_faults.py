@@ -29,7 +29,7 @@ import predict
 import train
 from networks.system import System
 from utils import checkpoint, files, run
-from utils.checkpoint import CheckpointError, SavingError, load_checkpoint, load_last, save_last
+from utils.checkpoint import CheckpointError, SavingError, load_checkpoint, load_last, load_run, save_last
 from utils.data.workers import leave_run_to_the_main_process
 from utils.errors import Stopped, exit_with_one_sentence
 from utils.files import FolderInUseError, locked
@@ -185,6 +185,18 @@ def test_a_run_stopped_by_request_equals_an_uninterrupted_one(when, tiny_run, tm
     assert (saved["progress"]["epoch"], saved["progress"]["step"]) == (2, 2 if when == "step" else 3)
     train.main(arguments)
     assert_same_run(*(tmp_path / name / "folder-resnet" for name in ("whole", "stopped")))
+    speeds = [line["speed/train_images_per_second"] for line in read_log(tmp_path / "stopped" / "folder-resnet")]
+    assert [speed is None for speed in speeds] == [False, when == "evaluation", False]  # nothing was left to measure
+
+
+def test_a_reader_that_leaves_ends_no_run(tmp_path):
+    """Such as `| head -1`, or a tee that dies."""
+    code = "from utils.training.distributed import print_once\nfor n in range(9999): print_once('x' * 99)\n"
+    code += f"open({str(tmp_path / 'done')!r}, 'w').close()"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.stdout.close()
+    assert process.returncode == 0 and (tmp_path / "done").exists()
 
 
 def test_a_second_signal_stops_at_once():
@@ -246,6 +258,25 @@ def test_broken_weights_are_not_saved_within_an_epoch(tiny_run, tmp_path, monkey
     saved = load_checkpoint(tmp_path / "folder-resnet" / "last.pth")
     assert saved["progress"]["step"] == 1
     assert all(value.isfinite().all() for value in saved["network"].values())
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_broken_weights_that_evaluation_leaves_out_are_not_saved(tiny_run, tmp_path, monkeypatch, stopped):
+    """DCL's location only serves training, so that no figure of the evaluation shows it."""
+    before_evaluation = run.Run.before_evaluation
+
+    def broken(self):
+        before_evaluation(self)
+        if self.current == 2:
+            with torch.no_grad():
+                self.system.location.weight[0, 0] = math.inf
+            self.stop.requested |= stopped
+
+    monkeypatch.setattr(run.Run, "before_evaluation", broken)
+    with pytest.raises(NonFiniteLossError, match="weights are no longer finite after step 3"):
+        train.main(tiny_run(tmp_path, "--epochs", "2", model="dcl"))
+    for name in ("last.pth", "best.pth"):
+        assert load_run(tmp_path / "folder-dcl" / name)["epoch"] == 1
 
 
 def test_huge_weights_are_not_saved_within_an_epoch(tiny_run, tmp_path):
@@ -976,6 +1007,16 @@ def test_pictures_that_cannot_be_drawn_cost_no_epoch(tiny_run, tmp_path, capsys,
     monkeypatch.setattr(train, "load_batch", gone)
     train.main([*arguments, "--fresh", "--epochs", "1"])
     assert "a picture is gone" in capsys.readouterr().err
+
+    def too_large(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(train, "load_batch", too_large)
+    train.main([*arguments, "--fresh", "--epochs", "1"])
+    assert "out of memory" in capsys.readouterr().err
+    monkeypatch.setattr(train, "load_batch", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # a mistake of ours is none of the machine's
+        train.main([*arguments, "--fresh", "--epochs", "1"])
 
 
 def test_a_loader_that_dies_while_a_checkpoint_is_written_is_not_taken_for_a_full_disk(tmp_path, monkeypatch, capsys):

@@ -254,6 +254,7 @@ def test_one_cycle(epochs, steps):
 def test_one_cycle_of_the_shortest_runs(epochs, steps):
     trunk, _ = _rates("one_cycle", epochs=epochs, steps=steps)
     assert all(0 < rate <= 0.02 + 1e-12 for rate in trunk)
+    assert max(trunk) > 0.005  # something is learnt
 
 
 @pytest.mark.parametrize(("model", "epochs"), [("sgkrl", 100), ("mmal", 200)])

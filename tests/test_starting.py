@@ -175,7 +175,7 @@ def test_what_cannot_be_started_from_is_refused(build, saved, tmp_path):
     refusals = {
         other: "has backbone 'convnext_tiny', and here it is 'resnet18': its weights would mean",
         str(tmp_path / "absent.pth"): "there is no checkpoint",
-        str(tmp_path / "weights.pth"): "was not written by train.py",
+        str(tmp_path / "weights.pth"): "is no whole checkpoint of train.py",
     }
     for path, expected in refusals.items():
         with pytest.raises(UserError, match=expected) as refusal:

@@ -90,7 +90,7 @@ def load_run(path: str | Path, content: dict | None = None) -> dict:
     """
     content = load_checkpoint(path) if content is None else content
     if (problem := problem_of(content, NETWORK)) is not None:
-        raise CheckpointError(f"{path} was not written by train.py: {problem}; give best.pth or last.pth of a run")
+        raise CheckpointError(f"{path} is no whole checkpoint of train.py: {problem}; give best.pth or last.pth")
     return content
 
 

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from networks.outputs import NetworkOutput
 from networks.system import System
 from utils.checkpoint import BEGIN_ANEW, fits, save_checkpoint, save_last
-from utils.errors import Stopped, UserError
+from utils.errors import Stopped, UserError, is_out_of_memory
 from utils.files import locked, write_text
 from utils.options import flat
 from utils.reporting.metrics import EpochMeter
@@ -29,7 +29,7 @@ from utils.reporting.report_text import figures_line, report_line
 from utils.reporting.runlog import RunLog
 from utils.training.distributed import any_process, is_main, print_once, rank, world_size
 from utils.training.interruption import StopRequest
-from utils.training.nonfinite import STEPS_BETWEEN_READINGS, NonFiniteLossError, SkipBudget
+from utils.training.nonfinite import STEPS_BETWEEN_READINGS, NonFiniteLossError, SkipBudget, check_weights
 from utils.training.restoring import restore
 from utils.training.resume import (
     BEGUN_WITH,
@@ -140,6 +140,7 @@ class Run:
     def begin(self, bad_pictures: Mapping[str, str]) -> None:
         """Start to write: the folder, the log, the settings; from here on Ctrl-C and SIGTERM end the run orderly."""
         self.stop = self.stack.enter_context(StopRequest())
+        any_process(False, self.device)  # all have read what they begin with, which may lie in the folder
         if is_main() and self.settings.fresh and (kept := move_aside(self.folder)):
             print_once(f"the run that was in {self.folder} is now in {kept}")
         if is_main():
@@ -161,6 +162,8 @@ class Run:
             lines = [f"{picture}\t{reason}".replace("\n", "\\n") + "\n" for picture, reason in bad_pictures.items()]
             write_text(path, "".join(lines))
             print_once(f"{len(lines)} unreadable pictures are left out; they are listed in {path}")
+        if self.saved is not None:
+            self.saved = {"settings": self.saved["settings"]}  # the rest is in what learns: it need not be there twice
 
     def _goes_further(self) -> bool:
         """Whether the run that goes on shall end elsewhere than it was to."""
@@ -241,6 +244,7 @@ class Run:
     def after_evaluation_batch(self, batch: object, output: NetworkOutput, prediction: Tensor) -> None:
         """Stop where that was asked for, but not on weights that the last step has broken: the end will report that."""
         if world_size() == 1 and self.stop.requested and prediction.isfinite().all():
+            check_weights(self.system, self.steps)
             self.stop.agree(self.device)
             self.save(self.steps)
 
@@ -289,7 +293,9 @@ class Run:
         """Draw in the block, after the epoch is saved: what cannot be drawn costs no epoch and ends no run."""
         try:
             yield
-        except (UserError, OSError) as error:
+        except (UserError, OSError, RuntimeError, MemoryError) as error:
+            if not isinstance(error, (UserError, OSError)) and not is_out_of_memory(error):
+                raise
             print(f"warning: the pictures of epoch {epoch} are left out: {error}", file=sys.stderr, flush=True)
 
     def show_pictures(self, epoch: int, panel: Tensor) -> None:

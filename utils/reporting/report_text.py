@@ -51,7 +51,8 @@ def as_text(report: dict) -> str:
 
 def report_line(epoch: int, epochs: int, trained: dict, evaluated: dict, speed: float, prefix: str) -> str:
     """Return an epoch's figures in one line."""
-    parts = [f"epoch {epoch}/{epochs}", f"loss {trained.get('loss/total', math.nan):.3f}", f"{speed:.1f} images/s"]
+    parts = [f"epoch {epoch}/{epochs}", f"loss {trained.get('loss/total', math.nan):.3f}"]
+    parts += [] if math.isnan(speed) else [f"{speed:.1f} images/s"]
     return "  ".join([*parts, figures_line(evaluated, prefix)])
 
 

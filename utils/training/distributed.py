@@ -10,7 +10,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from utils.errors import UserError
-from utils.text import visible
+from utils.files import show
 from utils.training.replicas import Replicas
 
 
@@ -37,7 +37,7 @@ def is_main() -> bool:
 def print_once(text: str) -> None:
     """Print, once for all processes."""
     if is_main():
-        print(visible(text), flush=True)
+        show(text)
 
 
 def choose_device(name: str) -> torch.device:

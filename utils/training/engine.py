@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
@@ -96,8 +97,9 @@ def train_one_epoch(
     learning.read()
     meter.reduce()
     averages = meter.compute()
-    seconds = time.perf_counter() - start
-    return averages | {"images_per_second": (averages["images"] - seen_before) / seconds}
+    seconds, seen = time.perf_counter() - start, averages["images"] - seen_before
+    # none, where the run was stopped in the evaluation: then nothing says how fast it was
+    return averages | {"images_per_second": seen / seconds if seen else math.nan}
 
 
 def _bar_disabled() -> bool | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, MultiStepLR, OneCycleLR
 
 from networks.system import System
@@ -79,13 +79,18 @@ def build_optimizer(
         if decay_norms_and_biases:
             groups.append({"params": parameters, "lr": rate})
         else:
-            groups.append({"params": [p for p in parameters if p.ndim > 1], "lr": rate})
-            groups.append({"params": [p for p in parameters if p.ndim <= 1], "lr": rate, "weight_decay": 0.0})
+            groups.append({"params": [p for p in parameters if not _is_vector(p)], "lr": rate})
+            groups.append({"params": [p for p in parameters if _is_vector(p)], "lr": rate, "weight_decay": 0.0})
     if kind == "sgd":
         return torch.optim.SGD(groups, lr=learning_rate, momentum=momentum, weight_decay=weight_decay)
     if kind == "adamw":
         return torch.optim.AdamW(groups, lr=learning_rate, weight_decay=weight_decay)
     raise UserError(f"unknown optimizer {kind!r}; choose 'sgd' or 'adamw'")
+
+
+def _is_vector(parameter: nn.Parameter) -> bool:
+    """Whether it is a number for each channel: of a norm, a bias, or a ConvNeXt's [C, 1, 1] scales."""
+    return parameter.ndim <= 1 or parameter.numel() == len(parameter)
 
 
 def build_schedule(
@@ -103,7 +108,8 @@ def build_schedule(
     "steps": a tenth of the rate after each epoch in `milestones`. "one_cycle": up to the optimizer's rate over the
     first 30 % of the steps, then down to nearly nothing, both along a cosine (Smith & Topin, "Super-Convergence", 2018;
     the momentum stays as it is). "cosine": from the optimizer's rate down along half a cosine, constant within an epoch
-    (Loshchilov & Hutter, "SGDR", ICLR 2017, without restarts); "cosine_per_step": the same without its stairs.
+    (Loshchilov & Hutter, "SGDR", ICLR 2017, without restarts; epochs are counted from the end of the warm-up);
+    "cosine_per_step": the same without its stairs.
     "exponential": times `decay_rate` in the course of every epoch.
 
     `linear_warmup_epochs`: before that, the rate rises in equal steps to the optimizer's; cosines and the exponential
@@ -111,6 +117,8 @@ def build_schedule(
     """
     warmup_steps = round(linear_warmup_epochs * steps_per_epoch)
     if kind == "one_cycle" and warmup_steps == 0:
+        if epochs * steps_per_epoch == 1:
+            return LambdaLR(optimizer, lambda step: 1.0)  # its only step would have next to no rate
         highest = [group["lr"] for group in optimizer.param_groups]
         return OneCycleLR(optimizer, highest, total_steps=epochs * steps_per_epoch, cycle_momentum=False)
     if kind == "steps" and warmup_steps == 0:
