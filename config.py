@@ -37,6 +37,7 @@ from utils.options import (
     with_lists_as_defaults,
 )
 from utils.shared_settings import (
+    NEEDED,
     READ,
     Alpha,
     Batches,
@@ -111,7 +112,7 @@ class Settings:
     dropout: Share | None = None  # before every classifier; the attention of the fusion keeps its published 0.2
 
     # ---- Training -------------------------------------------------------------------------------------------------
-    recipe: Literal["none", "modern"] = "none"  # a set of values for what is None below, see RECIPES
+    recipe: str = "none"  # none, or modern: a set of values for what is None below, see RECIPES
     epochs: Count | None = None  # how often every training image is seen
     patience: CountOrZero = 0  # stop after so many epochs without a gain on what chooses the best one; 0: never
     batch_size: Count | None = None  # over all devices together
@@ -276,13 +277,17 @@ def complete(settings: Settings) -> Settings:
     settings = checked(settings)
     if settings.dataset not in DATASETS:
         raise SettingsError(f"unknown dataset {shown(settings.dataset)}; choose one of {', '.join(DATASETS)}")
-    system, of_data = find_system(settings.model), DATASETS[settings.dataset]
+    if settings.recipe not in RECIPES:
+        raise SettingsError(f"unknown recipe {shown(settings.recipe)}; choose one of {', '.join(RECIPES)}")
+    system, of_data, of_recipe = find_system(settings.model), DATASETS[settings.dataset], RECIPES[settings.recipe]
     given, shared = settings, None
-    of_recipe = RECIPES[settings.recipe]
     for _ in range(2):  # a system's values may follow from the others: those are there in the second round
         defaults = PUBLISHED | defaults_of(system, shared) | of_data | of_recipe
         missing = {n: value for n, value in defaults.items() if n in hints(Settings) and getattr(given, n) is None}
         settings = checked(dataclasses.replace(given, **missing))  # the tables may have been edited, too
+        absent = [name for name in NEEDED if getattr(settings, name) is None]
+        if absent:
+            raise SettingsError(f"config.py: PUBLISHED has no value for {', '.join(absent)}: put one there")
         shared = Shared(**{name: getattr(settings, name) for name in Shared._fields})
     if "warmup_epochs" in missing:  # a short run tries every branch out
         longest = max(settings.epochs - 1, 0) if system.warmup_branches else 0
@@ -293,15 +298,16 @@ def complete(settings: Settings) -> Settings:
         settings = dataclasses.replace(settings, image_size=settings.input_size)
     if settings.resize_size is None:
         settings = dataclasses.replace(settings, resize_size=settings.image_size)
-    refuse_contradictions(settings, system)
     check_trunk(
         settings.backbone,
         stride_on_first_conv=settings.stride_on_first_conv,
         batch_norm=settings.batch_norm,
         last_stride=settings.last_stride,
     )
+    refuse_contradictions(settings, system)
     known = {field.name for field in dataclasses.fields(system.Options)}
-    options = {name: value for name, value in of_data.items() if name in known} | settings.options
+    of_tables = PUBLISHED | of_data | of_recipe
+    options = {name: value for name, value in of_tables.items() if name in known} | settings.options
     options = build_options(system, options, shared)
     return dataclasses.replace(settings, options={name: getattr(options, name) for name in sorted(known)})
 

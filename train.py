@@ -27,7 +27,13 @@ from utils.reporting.panels import draw_panel, spread_over
 from utils.run import Run
 from utils.training.allocator import keep_freed_memory
 from utils.training.averaging import Average, network_of
-from utils.training.building import build_learning, build_to_train, check_shares, weights_of_losses
+from utils.training.building import (
+    build_learning,
+    build_to_train,
+    check_shares,
+    refuse_untrained_prediction,
+    weights_of_losses,
+)
 from utils.training.distributed import cleanup, print_once, rank, setup_distributed, unwrap, world_size
 from utils.training.engine import evaluate, train_one_epoch
 from utils.training.execution import Execution
@@ -135,6 +141,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if begins and settings.initial_weights is not None:
             print_once(start_from(settings, system, catalogue.class_names, restored))
         loss_weights = weights_of_losses(settings, system)
+        if note := refuse_untrained_prediction(settings, system, loss_weights):
+            print_once(f"note: {note}")
         optimizer, schedule = build_learning(settings, system, steps_per_epoch=len(train_loader))
         labels = [entry.label for entry in train_entries]
         system.class_weights = class_weights_of(settings.class_weights, labels, classes, device)

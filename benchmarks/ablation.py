@@ -61,7 +61,8 @@ NO_WINDOWS = ("--loss_weights", "window=0", "graph=0", "--prediction", "raw", "f
 # our SG-KRL as it was before: its graph by itself, spatial weights as CBAM has them
 FORMER = (*UNMASKED, "--no-graph_residual", "--spatial_weights", "absolute")
 PUBLISHED = ("--model", "sgkrl_published", *UNMASKED)
-# comparators see the pictures that the other rows see: their own recipes crop and colour them otherwise
+# comparators see the pictures that the other rows see: their own recipes crop and colour them otherwise. Two things are
+# left to those: dflcnn keeps the aspect ratio, and so sees central squares, and pmg normalises with 0.5
 INPUT_SIZE = "INPUT_SIZE"  # stands for what the common flags say
 # stands for as many epochs as take as long as those of the common flags take `trained`, a training step of which is
 # 4.3 plain ones (systems.py at 224 pixels)

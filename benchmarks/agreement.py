@@ -24,6 +24,7 @@ from config import parse_settings, rebuilt
 from datasets import evaluation_loader, load_catalogue
 from networks.folding import fold_batch_norm
 from utils.checkpoint import load_run
+from utils.errors import exit_with_one_sentence
 from utils.reporting.metrics import inclusive_to_edges, paired_box_iou
 from utils.training.building import build_from_settings
 from utils.training.distributed import choose_device
@@ -118,4 +119,5 @@ def agreement(found: dict[str, Tensor | None], expected: dict[str, Tensor | None
 
 
 if __name__ == "__main__":
-    main()
+    with exit_with_one_sentence():
+        main()

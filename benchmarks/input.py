@@ -32,7 +32,7 @@ from config import Settings, complete
 from datasets import Entry, read_catalogue, training_loader
 from utils.data.decoded import build_cache
 from utils.data.image_batches import NORMALIZATIONS
-from utils.errors import UserError
+from utils.errors import UserError, exit_with_one_sentence
 from utils.training.distributed import choose_device
 from utils.training.execution import Execution
 
@@ -216,4 +216,5 @@ def as_table(workers: int, rows: dict[str, dict[str, float]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_with_one_sentence():
+        main()

@@ -25,6 +25,7 @@ from networks.localization import activation_map, adaptive_mask, cell_boxes_to_p
 from networks.parts import PartProposals
 from networks.suppression import suppress
 from networks.windows import WindowSelector, scale_window_set
+from utils.errors import exit_with_one_sentence
 from utils.training.allocator import keep_freed_memory
 from utils.training.distributed import choose_device
 
@@ -225,4 +226,5 @@ def random_boxes(shape: tuple[int, ...], size: int, generator: torch.Generator) 
 
 
 if __name__ == "__main__":
-    main()
+    with exit_with_one_sentence():
+        main()

@@ -30,6 +30,7 @@ from PIL import Image
 from datasets import read_catalogue
 from utils.data.checking import find_bad_pictures
 from utils.data.decoded import fingerprint
+from utils.errors import exit_with_one_sentence
 
 CLASSES = 100
 FIRST_STEP = """
@@ -104,4 +105,5 @@ def run(*words: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_with_one_sentence():
+        main()

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from networks import MODELS, build_network
 from networks.folding import cast_for_autocast, fold_batch_norm
 from networks.system import System
+from utils.errors import exit_with_one_sentence
 from utils.training.allocator import keep_freed_memory
 from utils.training.distributed import choose_device
 from utils.training.execution import Execution
@@ -180,4 +181,5 @@ def as_passes(shapes: Sequence[Sequence[int]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_with_one_sentence():
+        main()

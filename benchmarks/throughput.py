@@ -31,6 +31,7 @@ from datasets import Batch
 from networks import MODELS, build_network
 from networks.folding import cast_for_autocast, fold_batch_norm
 from networks.system import System
+from utils.errors import exit_with_one_sentence
 from utils.training.allocator import GLIBC_DEFAULT, keep_freed_memory
 from utils.training.distributed import choose_device
 from utils.training.engine import train_one_epoch
@@ -360,4 +361,5 @@ def as_table(result: dict) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_with_one_sentence():
+        main()

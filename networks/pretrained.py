@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from utils.errors import UserError, is_out_of_memory
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
-WRAPPED_AS = ("state_dict", "model", "network")  # where files keep the weights beside other things
+# Where files keep the weights beside other things; ours an average, where there is one, that is the run's result
+WRAPPED_AS = ("state_dict", "model", "ema", "network")
 PREFIXES = ("module.", "backbone.", "trunk.")  # of parameter names, one behind the other
 
 
 def is_weights_file(pretrained: str) -> bool:
     """Tell a file of weights from the name of torchvision weights."""
-    return Path(pretrained).suffix in SUFFIXES or Path(pretrained).is_file()
+    return Path(pretrained).suffix in SUFFIXES or Path(pretrained).expanduser().is_file()
 
 
 def torchvision_weights(name: str, weights_name: str) -> torchvision.models.WeightsEnum:
@@ -36,13 +37,17 @@ def torchvision_weights(name: str, weights_name: str) -> torchvision.models.Weig
 def load_trunk_weights(trunk: nn.Module, path: str | Path, *, unused: str = "fc.") -> None:
     """Load a file of weights with torchvision's parameter names into a network, in any floating type.
 
-    They are plain or under `state_dict`, `model` or, in our own checkpoints, `network`; their names may begin with
-    `module.`, `backbone.` and `trunk.`, and then only those that do are the trunk's. `unused`, the classifier's, are
-    left out. Raises UserError without the file, and where it does not hold exactly this trunk's weights.
+    They are plain or under `state_dict`, `model` or, in our own checkpoints, `ema` or `network`; their names may begin
+    with `module.`, `backbone.` and `trunk.`, and then only those that do are the trunk's. `unused`, the classifier's,
+    are left out; of statistics per pass, those of whole pictures are taken. Raises UserError without the file, and
+    where it does not hold exactly this trunk's weights.
     """
-    path = Path(path)
-    state = _without_prefixes(read_weights(path))
+    path = Path(path).expanduser()
+    state = _of_pictures(_without_prefixes(read_weights(path)))
     state = {name: value for name, value in state.items() if not name.startswith(unused)}
+    for name, value in state.items():
+        if not name.endswith("num_batches_tracked") and not (value.is_floating_point() and value.isfinite().all()):
+            raise UserError(f"pretrained weights {path} do not fit: {name} is not all finite numbers with a fraction")
     # Old files (torch < 0.4.1) lack these counters, which nothing here reads.
     counters = {k: v for k, v in trunk.state_dict().items() if k.endswith("num_batches_tracked")}
     try:
@@ -97,6 +102,15 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     except Exception as error:
         kind = type(error).__name__
         raise UserError(f"pretrained weights {path} are not a plain file of tensors ({kind})") from None
+
+
+def _of_pictures(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the state with one set of statistics for a batch norm that has them per pass: see `batch_norm`."""
+    apart = {name.removesuffix("passes") for name in state if name.endswith(".passes")}
+    one = {name: value for name, value in state.items() if not name.endswith(".passes")}
+    for norm in apart:
+        one |= {f"{norm}{which}": state[f"{norm}{which}"][0] for which in ("running_mean", "running_var")}
+    return one
 
 
 def _without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -193,6 +193,11 @@ def edited_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **values: obj
             rf"^(    {name}: [^=]+= )[^#\n]*?(  #.*)?$", rf"\g<1>{value!r}\g<2>", text, flags=re.MULTILINE
         )
         assert count == 1, name
+    return written_config(text, tmp_path, monkeypatch)
+
+
+def written_config(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """config.py with another text."""
     path = tmp_path / "edited_config.py"
     path.write_text(text, encoding="utf-8")
     specification = importlib.util.spec_from_file_location("edited_config", path)

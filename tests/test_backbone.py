@@ -395,6 +395,33 @@ def test_files_that_torch_did_not_write_are_refused(spare: Backbone, tmp_path: P
         load_trunk_weights(spare.trunk, tmp_path / "broken.pth")
 
 
+def test_of_a_run_with_an_average_that_is_taken(spare: Backbone, tmp_path: Path) -> None:
+    """Ours, of any statistics: `network` beside `ema`, and one set for each pass of which pictures' count."""
+    torch.manual_seed(4)
+    plain = Backbone("resnet18", batch_norm="per_pass")
+    average = {f"module.backbone.{name}": value + 1 for name, value in plain.state_dict().items()}
+    content = {"network": {f"backbone.{n}": v for n, v in plain.state_dict().items()}}
+    content["ema"] = {"n_averaged": torch.tensor(3), "module.classifier.weight": torch.zeros(2, 2), **average}
+    torch.save(content, tmp_path / "best.pth")
+    load_trunk_weights(spare.trunk, tmp_path / "best.pth")
+    assert torch.equal(spare.trunk.conv1.weight, plain.trunk.conv1.weight + 1)
+    assert torch.equal(spare.trunk.bn1.running_var, plain.trunk.bn1.running_var[0] + 1)
+
+
+@pytest.mark.parametrize("value", (torch.zeros(64, 3, 7, 7, dtype=torch.int8), torch.full((64, 3, 7, 7), torch.nan)))
+def test_weights_that_are_none_are_refused(spare: Backbone, tmp_path: Path, value: Tensor) -> None:
+    torch.save(spare.trunk.state_dict() | {"conv1.weight": value}, tmp_path / "weights.pth")
+    with pytest.raises(UserError, match="conv1.weight is not all finite numbers"):
+        load_trunk_weights(spare.trunk, tmp_path / "weights.pth")
+
+
+def test_weights_may_lie_at_home(spare: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    torch.save(spare.trunk.state_dict(), tmp_path / "weights")
+    assert is_weights_file("~/weights")
+    load_trunk_weights(spare.trunk, "~/weights")
+
+
 @pytest.mark.parametrize("name", ("absent.pth", "absent.pt"))
 def test_absent_file_is_named(tmp_path: Path, name: str) -> None:
     assert is_weights_file(name)

@@ -11,6 +11,7 @@ from utils.command_line import blocks, parse_flags
 from utils.errors import exit_with_one_sentence
 from utils.flags import comments
 from utils.options import checked, hints
+from utils.other_flags import advice
 
 CUB = ["--dataset", "cub", "--data_root", "somewhere"]
 
@@ -265,11 +266,20 @@ def test_what_is_refused_ends_the_program_with_one_line(words, capsys):
         ("--arch", "it is --backbone here"),
         ("--num_classes", "counted in the data"),
         ("--data-dir", "--data_root here"),
+        ("--images", "--data_root here"),
+        ("--overwrite", "--fresh starts a run anew"),
     ],
 )
 def test_flags_of_other_tools_lead_to_ours(flag, words):
     with pytest.raises(SettingsError, match=words):
         parse_settings([*CUB, flag, "1"])
+
+
+def test_what_one_program_does_another_does_not_promise():
+    assert "continues a run" not in advice("--resume", {"--checkpoint", "--top"})
+    assert "--fresh" not in advice("--overwrite", {"--checkpoint", "--out"})
+    assert "named without a flag" in advice("--source", {"--checkpoint", "--top"})
+    assert "named without a flag" not in advice("--source", {"--data_root", "--fresh"})
 
 
 @pytest.mark.parametrize("flag", ["--fox", "--archive", "--lrx", "--xyz"])

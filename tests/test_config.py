@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from setting_values import edited_config, is_of
+from setting_values import edited_config, is_of, written_config
 
 import config
 from config import DATASETS, Settings, SettingsError, complete, parse_settings, run_name
 from networks import MODELS, build_network, find_system
 from networks.systems.resnet import ResNetClassifier
 from utils.options import hints
+from utils.shared_settings import NEEDED
 from utils.training.building import build_from_settings
 
 CUB = ["--dataset", "cub", "--data_root", "somewhere"]
@@ -263,6 +264,46 @@ def test_an_edit_of_the_tables_is_checked_too(monkeypatch):
         parse_settings(CUB)
 
 
+def test_tables_may_have_own_settings_of_systems(monkeypatch):
+    """In the order of all values: recipe, data set, what was published."""
+    for table, value in ((config.PUBLISHED, 1), (DATASETS["cub"], 5), (config.RECIPES["modern"], 6)):
+        monkeypatch.setitem(table, "graph_neighbours", value)
+    found = [
+        parse_settings([*words, "--model", "sgkrl"]).options["graph_neighbours"]
+        for words in (["--dataset", "pets", "--data_root", "x"], CUB, [*CUB, "--recipe", "modern"])
+    ]
+    assert found == [1, 5, 6]
+    assert parse_settings([*CUB, "--recipe", "modern", "--graph_neighbours", "2"]).options["graph_neighbours"] == 2
+
+
+@pytest.mark.parametrize("name", ["epochs", "momentum", "input_size"])
+def test_what_is_deleted_from_the_tables_is_missed_in_a_sentence(monkeypatch, name):
+    assert set(NEEDED) == set(config.PUBLISHED)
+    monkeypatch.delitem(config.PUBLISHED, name)
+    with pytest.raises(SettingsError, match=f"PUBLISHED has no value for {name}: put one there"):
+        parse_settings(CUB)
+    assert parse_settings([*CUB, f"--{name}", "0.5" if name == "momentum" else "224"])
+
+
+def test_recipes_may_be_added_and_renamed(monkeypatch):
+    monkeypatch.setitem(config.RECIPES, "mine", config.RECIPES["modern"] | {"epochs": 7})
+    monkeypatch.delitem(config.RECIPES, "modern")
+    settings = parse_settings([*CUB, "--recipe", "mine"])
+    assert (settings.recipe, settings.epochs, settings.optimizer) == ("mine", 7, "adamw")
+    with pytest.raises(SettingsError, match="unknown recipe 'modern'; choose one of none, mine"):
+        parse_settings([*CUB, "--recipe", "modern"])
+
+
+def test_a_docstring_is_no_setting(tmp_path, monkeypatch):
+    text = Path(config.__file__).read_text(encoding="utf-8")
+    head, tail = text.split("class Settings:\n")
+    text = f'{head}class Settings:\n    """Mine.\n\n    note: for the cluster\n    """\n{tail}'
+    edited = written_config(text, tmp_path, monkeypatch)
+    with pytest.raises(SystemExit) as ending:
+        edited.parse_settings(["--help"])
+    assert ending.value.code == 0
+
+
 def test_a_table_may_say_where_the_data_lie(monkeypatch):
     monkeypatch.setitem(DATASETS, "cub", {"data_root": "somewhere"})
     assert parse_settings(["--dataset", "cub"]).data_root == "somewhere"
@@ -305,7 +346,7 @@ def test_every_data_set_and_model_gets_complete_settings(dataset, model):
     own = hints(find_system(model).Options)
     assert settings.options.keys() == own.keys()
     assert all(is_of(settings.options[name], hint) for name, hint in own.items())
-    assert None not in settings.options.values()
+    assert {name for name, value in settings.options.items() if value is None} <= {"raw_size"}  # None: input_size
     assert complete(settings) == settings
     assert settings.images_per_class == {"scrim": 2, "apinet": 4}.get(model, 0)
 

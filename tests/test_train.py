@@ -355,6 +355,14 @@ def test_the_exit_curve_asks_for_branches_that_evaluation_leaves_out(tiny_run, t
     assert "early exit, measured on" in capsys.readouterr().out
 
 
+def test_a_prediction_that_nothing_trains_is_refused(tiny_run, tmp_path, capsys):
+    with pytest.raises(SettingsError, match="leave concat without a loss, and ntsnet predicts with nothing"):
+        train.main(tiny_run(tmp_path, "--loss_weights", "concat=0", model="ntsnet"))
+    assert not (tmp_path / "folder-ntsnet").exists()
+    train.main(tiny_run(tmp_path, "--warmup_epochs", "0", "--loss_weights", "object=0", model="sgkrl"))
+    assert "note: object of the prediction have no loss of their own" in capsys.readouterr().out
+
+
 def test_branches_to_report_may_be_chosen(other_system, tmp_path, evaluation_script):
     model, folder = other_system
     copy = Path(shutil.copytree(folder, tmp_path / folder.name))

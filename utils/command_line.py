@@ -101,7 +101,7 @@ def blocks(record: type) -> dict[str, list[str]]:
     for title, name in re.findall(r"^    (?:# ---- (.*?) -+|(\w+): .*)$", inspect.getsource(record), re.MULTILINE):
         if title:
             found[title] = names = []
-        elif hints(record)[name] != dict[str, Any]:
+        elif name in hints(record) and hints(record)[name] != dict[str, Any]:  # not of a docstring's lines
             names.append(name)
     return found
 

@@ -20,7 +20,7 @@ CALLED_HERE: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("wd", "l2"), ("weight_decay",)),
     **dict.fromkeys(("num_workers", "n_workers", "dataloader_num_workers", "jobs"), ("workers",)),
     **dict.fromkeys(("img_size", "imgsz", "imsize", "resolution", "crop_size", "input"), ("input_size", "pictures")),
-    **dict.fromkeys(("data", "data_dir", "data_path", "root", "dataset_dir", "train_dir"), ("data_root",)),
+    **dict.fromkeys(("data", "data_dir", "data_path", "root", "dataset_dir", "train_dir", "images"), ("data_root",)),
     **dict.fromkeys(("output", "output_dir", "out_dir", "save_dir", "work_dir", "logdir"), ("out", "checkpoint_dir")),
     **dict.fromkeys(("log_dir", "exp_dir", "save_path"), ("out", "checkpoint_dir")),
     **dict.fromkeys(("gpu", "gpus", "gpu_id", "gpu_ids", "cuda"), ("device",)),
@@ -42,15 +42,20 @@ CALLED_HERE: dict[str, tuple[str, ...]] = {
 }
 # Flags of other tools that have no counterpart -> what does it here
 DONE_HERE: dict[str, str] = {
-    **dict.fromkeys(("resume", "auto_resume", "continue"), "the same command again continues a run by itself"),
     **dict.fromkeys(("eval", "evaluate", "test", "test_only"), "python test.py FILE evaluates a checkpoint"),
     **dict.fromkeys(("num_classes", "n_classes", "nb_classes"), "classes are counted in the data"),
     **dict.fromkeys(
         ("distributed", "local_rank", "world_size", "nproc_per_node", "multi_gpu"),
         "several processes are started by torchrun --nproc_per_node N train.py ...",
     ),
-    **dict.fromkeys(("source", "image", "images", "img"), "pictures and folders are named without a flag"),
-    "overwrite": "--fresh starts a run anew",
+}
+# The same of what only one of our programs does -> a flag that it has, with which it is true
+DONE_WITH: dict[str, tuple[str, str]] = {
+    **dict.fromkeys(
+        ("resume", "auto_resume", "continue"), ("fresh", "the same command again continues a run by itself")
+    ),
+    **dict.fromkeys(("source", "image", "images", "img"), ("top", "pictures and folders are named without a flag")),
+    "overwrite": ("fresh", "--fresh starts a run anew"),
 }
 
 
@@ -65,6 +70,8 @@ def advice(flag: str, known: Collection[str]) -> str:
     for ours in CALLED_HERE.get(name, ()):
         if f"--{ours}" in known:
             return f"; it is --{ours} here"
+    if name in DONE_WITH and f"--{DONE_WITH[name][0]}" in known:
+        return f"; {DONE_WITH[name][1]}"
     if name in DONE_HERE:
         return f"; {DONE_HERE[name]}"
     near = difflib.get_close_matches(name, [word.lstrip("-") for word in known if word.startswith("--")], 1, NEAR)

@@ -25,6 +25,15 @@ READ = (
     *("on_bad_image", "skip_nonfinite", "device", "data_parallel", "sync_batch_norm", "precision", "channels_last"),
     *("compile", "workers", "picture_memory", "prefetch", "cache", "evaluation_batch_size", "pictures_every"),
 )
+# Those that no run can do without, whatever is deleted from PUBLISHED in config.py
+NEEDED = (
+    *("input_size", "keep_aspect_ratio", "padding", "flip", "brightness", "contrast", "saturation", "rotation"),
+    *("erasing", "crop_scale", "normalization", "backbone", "pretrained", "last_stride", "batch_norm", "ensembling"),
+    *("dropout", "epochs", "batch_size", "learning_rate", "head_learning_rate_factor", "optimizer", "momentum"),
+    *("weight_decay", "decay_norms_and_biases", "schedule", "milestones", "decay_rate", "linear_warmup_epochs"),
+    *("frozen_trunk_epochs", "ema_decay", "clip_gradient_norm", "label_smoothing", "mixup", "cutmix"),
+    *("warmup_epochs", "images_per_class", "cache"),
+)
 
 
 def can_be_folder(text: str) -> bool:

@@ -156,6 +156,23 @@ def weights_of_losses(settings: Any, system: System) -> dict[str, float]:
     return weights
 
 
+def refuse_untrained_prediction(settings: Any, system: System, loss_weights: Mapping[str, float]) -> str | None:
+    """Return a note about branches of the prediction that have no loss, if there are any.
+
+    Raises SettingsError where that is all of them.
+    """
+    idle = [name for name in system.prediction if not loss_weights.get(name, 1)]
+    idle = [name for name in idle if name not in system.trained_through_others]
+    if not idle:
+        return None
+    if len(idle) == len(system.prediction):
+        raise SettingsError(
+            f"loss_weights leave {', '.join(idle)} without a loss, and {settings.model} predicts with nothing else: "
+            "train it, or choose a prediction of other branches"
+        )
+    return f"{', '.join(idle)} of the prediction have no loss of their own (loss_weights): --prediction leaves them out"
+
+
 def evaluated_branches(system: System, loss_weights: Mapping[str, float]) -> tuple[str, ...]:
     """Return what evaluation computes: of the system's choice, the branches that are trained or in the prediction.
 
