@@ -401,7 +401,7 @@ def _cells(runs: Sequence[Mapping[str, float]], names: Sequence[str]) -> list[st
 def paired(results: Sequence[Mapping], rows: Sequence[str], against: Sequence[str]) -> list[str]:
     """Each row against those of `against` (none: the first, and `published`), on the same images and seeds.
 
-    Pictures of all seeds that both rows have are drawn again and again. Two of `against` are paired once.
+    Pictures are drawn again and again, each with all seeds that both rows have. Two of `against` are paired once.
     """
     runs = {(result["row"], result["seed"]): result["right"] for result in results}
     rows = [row for row in rows if any(row == tested for tested, _ in runs)]
@@ -416,7 +416,7 @@ def _sentence(row: str, base: str, runs: Mapping[tuple[str, int], str]) -> str:
         return f"{row} against {base}: no seed that both have, so they cannot be paired"
     if any(len(runs[row, seed]) != len(runs[base, seed]) for seed in seeds):
         return f"{row} against {base}: they were tested on different images, so they cannot be paired"
-    first, second = ([letter == "1" for seed in seeds for letter in runs[name, seed]] for name in (base, row))
+    first, second = ([[letter == "1" for letter in runs[name, seed]] for seed in seeds] for name in (base, row))
     difference = paired_bootstrap(first, second)
     return (
         f"{row} against {base}: {100 * difference.difference:+.1f} points, 95 % interval "

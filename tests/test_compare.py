@@ -207,6 +207,21 @@ def test_bootstrap_agrees_with_resampling_image_by_image():
     assert found == paired_bootstrap(first, second)  # seeded
 
 
+def test_an_image_is_drawn_with_all_its_seeds():
+    """What seeds have in common is no second opinion: twice the same run says what it said once."""
+    generator = numpy.random.default_rng(6)
+    first, second = generator.random((3, 300)) < 0.6, generator.random((3, 300)) < 0.75
+    second[1] = second[0]
+    found = paired_bootstrap(first, second)
+    drawn = [generator.integers(0, 300, 300) for _ in range(4000)]
+    differences = [second[:, images].mean() - first[:, images].mean() for images in drawn]
+    assert found.difference == pytest.approx(second.mean() - first.mean())
+    assert (found.low, found.high) == pytest.approx(tuple(numpy.quantile(differences, (0.025, 0.975))), abs=0.008)
+    once = paired_bootstrap(first[0], second[0])
+    twice = paired_bootstrap(first[[0, 0]], second[[0, 0]])
+    assert (twice.low, twice.high) == pytest.approx((once.low, once.high), abs=0.005)
+
+
 def test_bootstrap_of_equal_and_of_opposite_runs():
     same = paired_bootstrap([True, False] * 50, [True, False] * 50)
     assert same[1:] == (0, 0, 0, 0, 0)

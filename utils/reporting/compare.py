@@ -65,7 +65,10 @@ class EvaluatedRun(NamedTuple):
 
 
 class PairedDifference(NamedTuple):
-    """How much more often the second of two runs is right on the same images; shares in 0 .. 1."""
+    """How much more often the second of two runs is right on the same images; shares in 0 .. 1.
+
+    Of several runs on either side, their mean; `only_first` and `only_second` then count images of single runs.
+    """
 
     images: int
     difference: float
@@ -100,21 +103,27 @@ def compare(places: Sequence[Path], form: str = "text", *, restore: Callable[[Ma
     return "\n".join([*lines, "", *pairs])
 
 
-def paired_bootstrap(first: Sequence[bool], second: Sequence[bool], *, seed: int = 0) -> PairedDifference:
+def paired_bootstrap(first: Sequence, second: Sequence, *, seed: int = 0) -> PairedDifference:
     """Compare two runs on the same images, in the same order: images are drawn again and again, with both predictions.
+
+    `first`, `second`: whether each image is right, [images] or, of runs with several seeds each, [seeds, images]: an
+    image is then drawn with all of its predictions, as those of one image are alike.
 
     Efron & Tibshirani, "An Introduction to the Bootstrap", 1993. Pairing leaves out how hard the images are, so the
     interval is much narrower than the runs' own. Other seeds are another matter.
     """
-    first, second = numpy.asarray(first, dtype=bool), numpy.asarray(second, dtype=bool)
+    first, second = (numpy.atleast_2d(numpy.asarray(right, dtype=bool)) for right in (first, second))
     only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
-    images = len(first)
-    # only the counts of the three kinds of images matter: a resample is a multinomial draw
-    shares = numpy.array([only_first, only_second, images - only_first - only_second]) / images
+    seeds, images = first.shape
+    # only the counts of the kinds of images matter, by what the second side gains: a resample is a multinomial draw
+    gains = numpy.array([*range(-seeds, 0), *range(1, seeds + 1), 0])
+    of_image = second.sum(axis=0, dtype=int) - first.sum(axis=0, dtype=int)
+    shares = (of_image == gains[:, None]).sum(axis=1) / images
     drawn = numpy.random.default_rng(seed).multinomial(images, shares, size=RESAMPLES)
-    differences = (drawn[:, 1] - drawn[:, 0]) / images
+    differences = drawn @ gains / (seeds * images)
     low, high = numpy.quantile(differences, (0.025, 0.975)).tolist()
-    return PairedDifference(images, (only_second - only_first) / images, low, high, only_first, only_second)
+    difference = (only_second - only_first) / (seeds * images)
+    return PairedDifference(images, difference, low, high, only_first, only_second)
 
 
 def _read_run(place: Path) -> EvaluatedRun:
