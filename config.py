@@ -381,6 +381,7 @@ def parse_settings(arguments: Sequence[str] | None = None, **overrides: object) 
         {"": Settings, f"Only {model}": system.Options},
         description="Train a fine-grained classifier; settings default to config.py.",
         explain=explain,
+        edited=edited.options if isinstance(edited.options, dict) else None,
     )
     options = edited.options | own if isinstance(edited.options, dict) else edited.options
     return complete(dataclasses.replace(edited, **values | overrides, options=options))

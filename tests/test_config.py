@@ -294,6 +294,15 @@ def test_recipes_may_be_added_and_renamed(monkeypatch):
         parse_settings([*CUB, "--recipe", "modern"])
 
 
+def test_help_shows_edited_settings_of_a_system(tmp_path, monkeypatch, capsys):
+    edited = edited_config(tmp_path, monkeypatch, options={"graph_neighbours": 1})
+    for flag, words in (("--help", " 1"), ("--help_all", "(default: 1)")):
+        with pytest.raises(SystemExit):
+            edited.parse_settings([flag])
+        behind = capsys.readouterr().out.partition("--graph_neighbours")[2].partition("--")[0]
+        assert words in " ".join(behind.split()) or behind.startswith(words)
+
+
 def test_a_docstring_is_no_setting(tmp_path, monkeypatch):
     text = Path(config.__file__).read_text(encoding="utf-8")
     head, tail = text.split("class Settings:\n")

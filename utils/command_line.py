@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import inspect
 import re
@@ -58,12 +57,14 @@ def parse_flags(
     *,
     description: str,
     explain: Callable[[str], str | None],
+    edited: Mapping[str, object] | None = None,
 ) -> list[dict[str, object]]:
     """Return, for each of `records`, what the command line gives for its fields.
 
     `records`: dataclasses by a title; a title of "" lists the fields under the headings in the source. `explain` is
-    asked about a flag that none of them has: a sentence for the user, or None. Raises SettingsError for malformed
-    values and unknown names; `--help` prints and ends the program.
+    asked about a flag that none of them has: a sentence for the user, or None. `edited`: values by name that help shows
+    in place of the fields' own. Raises SettingsError for malformed values and unknown names; `--help` prints and ends
+    the program.
     """
     parser = Parser(
         description=description,
@@ -72,15 +73,15 @@ def parse_flags(
         allow_abbrev=False,
         add_help=False,
     )
-    groups = [
-        (heading, record, names)
-        for title, record in records.items()
-        for heading, names in (blocks(record) if title == "" else {title: list(hints(record))}).items()
-    ]
+    groups = []
+    for title, record in records.items():
+        defaults = record(**{name: value for name, value in (edited or {}).items() if name in hints(record)})
+        fields = blocks(record) if title == "" else {title: list(hints(record))}
+        groups += [(heading, defaults, names) for heading, names in fields.items()]
     parser.add_argument("-h", "--help", action=_Overview, groups=groups, help="all settings and their values")
     parser.add_argument("--help_all", action="help", help="the same with explanations")
-    for heading, record, names in groups:
-        add_flags(parser.add_argument_group(heading), record, names)
+    for heading, defaults, names in groups:
+        add_flags(parser.add_argument_group(heading), defaults, names)
     given, unknown = parser.parse_known_args(arguments)
     if unknown:
         flag = unknown[0].partition("=")[0]
@@ -115,9 +116,8 @@ class _Overview(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> typing.NoReturn:
         lines = [f"usage: {parser.usage % {'prog': parser.prog}}", "", parser.description, ""]
-        for heading, record, names in (group for group in self.groups if group[2]):
-            defaults = dataclasses.asdict(record())
-            words = (f"--{name} {shown(defaults[name])}".replace(" ", "\0") for name in names)
+        for heading, defaults, names in (group for group in self.groups if group[2]):
+            words = (f"--{name} {shown(getattr(defaults, name))}".replace(" ", "\0") for name in names)
             text = textwrap.fill("  ".join(words), 118, initial_indent="  ", subsequent_indent="  ")
             lines += [f"{heading}:", text.replace("\0", " ")]
         lines += ["", "None: that of the recipe, the data set or the model. --no-NAME switches off what is True."]

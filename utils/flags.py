@@ -23,10 +23,11 @@ def comments(record: type) -> dict[str, str]:
     return {name: comment for name, comment in found if name in hints(record)}
 
 
-def add_flags(parser: argparse._ActionsContainer, record: type, names: typing.Iterable[str] | None = None) -> None:
-    """Add a flag for each field (or those named), with its comment and default as help."""
-    defaults, explained = record(), comments(record)
-    for name in hints(record) if names is None else names:
+def add_flags(parser: argparse._ActionsContainer, defaults: object, names: typing.Iterable[str]) -> None:
+    """Add a flag for each of these fields of a dataclass, with its comment and default as help."""
+    record = type(defaults)
+    explained = comments(record)
+    for name in names:
         hint = hints(record)[name]
         text = f"{explained.get(name, '')} (default: {shown(getattr(defaults, name))})".strip()
         options: dict[str, typing.Any] = {"help": text.replace("%", "%%")}
