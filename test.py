@@ -38,7 +38,7 @@ from utils.data.catalogue import Entry
 from utils.data.evaluated import Evaluated
 from utils.errors import exit_with_one_sentence
 from utils.files import make_output_folder, show
-from utils.options import flat
+from utils.options import SettingsError, flat
 from utils.reporting.compare import compare
 from utils.reporting.embeddings import project
 from utils.reporting.evaluation_flags import parse_arguments
@@ -161,6 +161,11 @@ def rebuild(options: argparse.Namespace, more: Sequence[str]) -> tuple[Trained, 
             "for a published checkpoint they are given, --model among them)"
         )
     if options.labels is not None:
+        if content["settings"].get("dataset") != "csv":
+            raise SettingsError(
+                f"--labels names a table of data set csv, and {options.checkpoint} is of data set "
+                f"{content['settings'].get('dataset')}: leave it out"
+            )
         overrides |= {"validation_labels": None, "test_labels": None}
     trained = load_trained(options.checkpoint, rebuilt, weights=options.weights, content=content, **overrides)
     return trained, find_data(

@@ -31,7 +31,7 @@ from utils.training.building import (
     build_learning,
     build_to_train,
     check_shares,
-    refuse_untrained_prediction,
+    note_on_untrained,
     weights_of_losses,
 )
 from utils.training.distributed import cleanup, print_once, rank, setup_distributed, unwrap, world_size
@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if begins and settings.initial_weights is not None:
             print_once(start_from(settings, system, catalogue.class_names, restored))
         loss_weights = weights_of_losses(settings, system)
-        if note := refuse_untrained_prediction(settings, system, loss_weights):
+        if note := note_on_untrained(system, loss_weights):
             print_once(f"note: {note}")
         optimizer, schedule = build_learning(settings, system, steps_per_epoch=len(train_loader))
         labels = [entry.label for entry in train_entries]
@@ -183,10 +183,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 shared |= {"learn_ensemble": True, "learn_exit": settings.select_on == "validation"}
                 run.before_evaluation()
                 evaluated = evaluate(network, selection_loader, **shared)
-                of_average = evaluate(network_of(average, network), selection_loader, **shared) if average else None
                 # the last step may have broken the weights, evaluated or not: they must not replace whole ones
-                check_finite(evaluated | (of_average or {}))
+                check_finite(evaluated)
                 check_weights(system, run.steps)
+                of_average = evaluate(network_of(average, network), selection_loader, **shared) if average else None
+                check_finite(of_average or {})
             run.finish_epoch(epoch, trained, evaluated, of_average)
             if run.wants_pictures(epoch):
                 with run.pictures(epoch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from pathlib import Path
 
@@ -19,7 +20,14 @@ PREFIXES = ("module.", "backbone.", "trunk.")  # of parameter names, one behind 
 
 def is_weights_file(pretrained: str) -> bool:
     """Tell a file of weights from the name of torchvision weights."""
-    return Path(pretrained).suffix in SUFFIXES or Path(pretrained).expanduser().is_file()
+    return Path(pretrained).suffix in SUFFIXES or _at_home(pretrained).is_file()
+
+
+def _at_home(path: str | Path) -> Path:
+    """The path with `~` for a home that there is."""
+    with contextlib.suppress(RuntimeError):
+        return Path(path).expanduser()
+    return Path(path)
 
 
 def torchvision_weights(name: str, weights_name: str) -> torchvision.models.WeightsEnum:
@@ -42,14 +50,16 @@ def load_trunk_weights(trunk: nn.Module, path: str | Path, *, unused: str = "fc.
     are left out; of statistics per pass, those of whole pictures are taken. Raises UserError without the file, and
     where it does not hold exactly this trunk's weights.
     """
-    path = Path(path).expanduser()
+    path = _at_home(path)
     state = _of_pictures(_without_prefixes(read_weights(path)))
     state = {name: value for name, value in state.items() if not name.startswith(unused)}
+    own = trunk.state_dict()
     for name, value in state.items():
-        if not name.endswith("num_batches_tracked") and not (value.is_floating_point() and value.isfinite().all()):
+        is_weight = name in own and own[name].is_floating_point()  # not an index or a counter
+        if is_weight and not (value.is_floating_point() and value.isfinite().all()):
             raise UserError(f"pretrained weights {path} do not fit: {name} is not all finite numbers with a fraction")
     # Old files (torch < 0.4.1) lack these counters, which nothing here reads.
-    counters = {k: v for k, v in trunk.state_dict().items() if k.endswith("num_batches_tracked")}
+    counters = {name: value for name, value in own.items() if name.endswith("num_batches_tracked")}
     try:
         trunk.load_state_dict(counters | state, strict=True)
     except RuntimeError as error:

@@ -415,11 +415,22 @@ def test_weights_that_are_none_are_refused(spare: Backbone, tmp_path: Path, valu
         load_trunk_weights(spare.trunk, tmp_path / "weights.pth")
 
 
+def test_torchvision_s_swin_has_indices_among_its_weights(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    original = torchvision.models.swin_t().state_dict()
+    torch.save(original, tmp_path / "swin.pth")
+    trunk = Backbone("swin_t", pretrained=str(tmp_path / "swin.pth")).trunk
+    assert torch.equal(trunk.state_dict()["features.0.0.weight"], original["features.0.0.weight"])
+
+
 def test_weights_may_lie_at_home(spare: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     torch.save(spare.trunk.state_dict(), tmp_path / "weights")
     assert is_weights_file("~/weights")
     load_trunk_weights(spare.trunk, "~/weights")
+    with pytest.raises(UserError, match="~nobody-of-this-name/w.pth are not there"):
+        load_trunk_weights(spare.trunk, "~nobody-of-this-name/w.pth")
+    assert not is_weights_file("~nobody-of-this-name/w")
 
 
 @pytest.mark.parametrize("name", ("absent.pth", "absent.pt"))

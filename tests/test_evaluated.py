@@ -202,6 +202,12 @@ def test_another_tree_is_evaluated_whole_into_a_folder_of_its_own(finished, tmp_
     assert not (best.parent / "report.json").exists()
 
 
+def test_a_table_is_for_data_of_tables(finished, evaluation_script):
+    best = finished / "folder-resnet" / "best.pth"
+    with pytest.raises(SettingsError, match="--labels names a table of data set csv, and .* is of data set folder"):
+        evaluation_script.main([str(best), "--labels", "x.csv"])
+
+
 def test_an_older_checkpoint_is_evaluated_on_its_test_images_as_before(finished, tmp_path, evaluation_script, capsys):
     place = Path(shutil.copytree(finished, tmp_path / "copy"))
     best = place / "folder-resnet" / "best.pth"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -81,11 +82,11 @@ TABLE_FAULTS = {
     "a short row": (["image,label", "0.jpg"], {}, ["line 2", "expected 2 fields"]),
     "two pictures of a name": (["image,label", "1.jpg,a"], {}, ["a/1.jpg", "b/1.jpg", "folder into the table"]),
     "a comma without quotes": (["image,label", "0.jpg,Gull, Herring"], {}, ["line 2", "expected 2", "comma in quotes"]),
-    "a quote left open": (["image,label", '0.jpg,"a', "1.jpg,b"], {}, ["t.csv line 3", "repair it"]),
+    "a quote left open": (["image,label", '0.jpg,"a', "1.jpg,b"], {}, ["t.csv line 2: a quote is opened"]),
     "a quote closed too late": (["image,label", '0.jpg,"a', '1.jpg,b"'], {}, ["line 3", "close the quote"]),
     "a strange part": (["image,label,split", "0.jpg,a,holdout"], {}, ["'holdout'", "train, validation or test"]),
     "a path that leaves": (["image,label", "../0.jpg,a"], {}, ["lies outside"]),
-    "of another folder": (["image,label", "/x/c/1.jpg,a", "0.jpg,a"], {}, ["not on disk", "c/1.jpg"]),
+    "of another folder": (["image,label", "/x/c/0.jpg,a"], {}, ["line 2", "0.jpg' lies in none of its folders here"]),
     "not on disk": (["image,label", "0.jpg,a", "7.jpg,a", "8.jpg,b", "9.jpg,b"], {}, ["not on disk"]),
     "no rows": (["image,label"], {}, ["no rows"]),
     "one column": (["image"], {}, ["no two columns"]),
@@ -122,7 +123,7 @@ def class_of_each(root: Path, *lines: str, **choices: object) -> dict[str, str]:
 
 def test_names_with_commas(tmp_path: Path) -> None:
     write_flat(tmp_path, *(f"{n}.jpg" for n in range(4)))
-    rows = ('0.jpg,"Gull, Herring"', '1.jpg, "Gull, Herring"', "2.jpg, Wren,,", "3.jpg,Wren,")
+    rows = ('0.jpg,"Gull, Herring"', '1.jpg, "Gull, Herring"', '2.jpg, "Wren" ,,', '"3.jpg" ,Wren,')
     found = class_of_each(tmp_path, "image,label", *rows)
     assert found == {"0": "Gull, Herring", "1": "Gull, Herring", "2": "Wren", "3": "Wren"}
 
@@ -213,7 +214,7 @@ def test_a_table_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         locate(data, "~nobody-of-this-name/t.csv")
 
 
-def test_other_pictures_are_what_their_own_table_says(tmp_path: Path) -> None:
+def test_other_pictures_are_what_their_own_table_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run's table lies elsewhere, and knows pictures of the same names."""
     for place, names in (("run", "ab"), ("other", "ba")):
         write_flat(tmp_path / place, *(f"{n}.png" for n in range(8)))
@@ -239,6 +240,13 @@ def test_other_pictures_are_what_their_own_table_says(tmp_path: Path) -> None:
 
     expected = {str(n): 1 - n % 2 for n in range(8)}
     assert found(settings_of("other", "run.csv"), asked=True) == expected
+    monkeypatch.chdir(tmp_path)
+    for given in ("run.csv", "~/run.csv"):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        settings = dataclasses.replace(settings_of("other", "run.csv"), labels=given)
+        assert found(settings, asked=True) == expected
+    with pytest.raises(DataError, match="nobody-of-this-name"):
+        found(dataclasses.replace(settings, data_root="~nobody-of-this-name"), asked=True)
     assert found(settings_of("other", "other/labels.csv"), asked=True, with_labels=True) == expected
     assert found(run) == {entry.source.stem: entry.label for entry in catalogue.test}
     shutil.copytree(tmp_path / "run", tmp_path / "moved")  # the run's own pictures, which its table knows

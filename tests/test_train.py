@@ -27,14 +27,14 @@ import train
 import utils.run
 from config import Settings, SettingsError, rebuilt
 from datasets import DataError, Pictures, read_catalogue
-from networks import build_network, find_system
+from networks import MODELS, build_network, find_system
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from utils.data import demo_birds
 from utils.data.image_batches import normalised
 from utils.errors import Stopped, UserError, exit_with_one_sentence
 from utils.options import flat
 from utils.run import Run
-from utils.training.building import build_from_settings, check_shares, load_trained
+from utils.training.building import build_from_settings, check_shares, load_trained, note_on_untrained
 from utils.training.distributed import unwrap
 from utils.training.nonfinite import NonFiniteLossError
 from utils.training.resume import FREE_ON_RESUME
@@ -355,12 +355,15 @@ def test_the_exit_curve_asks_for_branches_that_evaluation_leaves_out(tiny_run, t
     assert "early exit, measured on" in capsys.readouterr().out
 
 
-def test_a_prediction_that_nothing_trains_is_refused(tiny_run, tmp_path, capsys):
-    with pytest.raises(SettingsError, match="leave concat without a loss, and ntsnet predicts with nothing"):
-        train.main(tiny_run(tmp_path, "--loss_weights", "concat=0", model="ntsnet"))
-    assert not (tmp_path / "folder-ntsnet").exists()
-    train.main(tiny_run(tmp_path, "--warmup_epochs", "0", "--loss_weights", "object=0", model="sgkrl"))
-    assert "note: object of the prediction have no loss of their own" in capsys.readouterr().out
+@pytest.mark.parametrize("model", MODELS)
+def test_of_a_prediction_that_is_not_trained_a_note_is_made(model):
+    with torch.device("meta"):
+        network = build_network(model, num_classes=3, backbone="resnet18", input_size=96)
+    assert note_on_untrained(network, network.loss_weights) is None
+    without = {**network.loss_weights, **dict.fromkeys(network.prediction, 0.0)}
+    lost = [name for name in network.prediction if network.loss_weights.get(name)]
+    note = note_on_untrained(network, without)
+    assert note is None if not lost else note.startswith(f"{', '.join(lost)} of the prediction is not trained")
 
 
 def test_branches_to_report_may_be_chosen(other_system, tmp_path, evaluation_script):
@@ -721,7 +724,7 @@ def test_a_graph_older_than_its_residual_predicts_as_it_did(tiny_run, tmp_path):
     with torch.no_grad():
         expected = network(images).logits
         for younger in ((), ("graph_residual", "spatial_weights", "without")):
-            younger = (*younger, "localization", "window_source")
+            younger = (*younger, "localization", "window_source", "raw_size")
             former = {name: value for name, value in flat(settings).items() if name not in younger}
             former |= {"wiring": "trained", "answer": former.pop("prediction")}
             save_checkpoint(path, saved | {"settings": former})

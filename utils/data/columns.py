@@ -11,6 +11,7 @@ from utils.data.errors import DataError
 from utils.data.naming import PictureIndex
 from utils.data.parts import part_of
 
+END = "the end of this table"  # a row behind the last one, unless a quote that is not closed takes it in
 TABLES = (".csv", ".tsv")
 # What people call the columns, the likeliest first
 IMAGE = ("image", "image_id", "file_name", "filename", "file", "path", "image_path", "file_path", "filepath", "img")
@@ -38,12 +39,17 @@ def read_rows(path: Path, index: PictureIndex) -> tuple[list[str], list[tuple[st
     text = content.decode("utf-8-sig", errors="surrogateescape")
     first_line = text.lstrip().partition("\n")[0]
     delimiter = max(",\t;|", key=first_line.count)
-    # strict: a quote that is never closed would take in all rows that follow
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
+    reader = csv.reader(io.StringIO(f"{text}\n{END}", newline=""), delimiter=delimiter, skipinitialspace=True)
+    rows, read = [], [0]
     try:
-        rows = [(f"{path} line {reader.line_num}", row) for row in reader if any(cell.strip() for cell in row)]
+        for row in reader:
+            read.append(reader.line_num)
+            if any(cell.strip() for cell in row):
+                rows.append((f"{path} line {reader.line_num}", row))
     except csv.Error as error:
         raise DataError(f"{path} line {reader.line_num} is no row of a table ({error}): repair it") from None
+    if rows.pop()[1] != [END]:
+        raise DataError(f"{path} line {read[-2] + 1}: a quote is opened and never closed: close it, or take it away")
     if not rows or len(rows[0][1]) < 2:
         raise DataError(f"{path} has no two columns: expected one of pictures and one of classes, with commas between")
     header = [name.strip() for name in rows[0][1]]

@@ -44,6 +44,11 @@ class PictureIndex:
             raise DataError(
                 f"{place}: {name!r} may be {found[0]} or {found[1]}: write the picture's folder into the table, too"
             )
+        if not found and (elsewhere := self.by_name.get(Path(name.replace("\\", "/")).name)) and _is_absolute(name):
+            raise DataError(
+                f"{place}: {name!r} lies in none of its folders here, only {elsewhere[0]} is called so: write the "
+                f"picture's path below {self.root} into the table"
+            )
         return found[0] if found else self.root / name.lstrip("/")
 
     def _candidates(self, folder: Path, name: str) -> list[Path]:
@@ -52,13 +57,18 @@ class PictureIndex:
                 return [start / name]
         given = Path(name.replace("\\", "/"))
         named = self.by_name.get(given.name, [])
-        if given.is_absolute() or PureWindowsPath(name).drive:
+        if _is_absolute(name):
             # of the machine on which the table was made: the longest common end decides, which the name alone is not
             ends = {path: _common_end(path.parts, given.parts) for path in named}
             needed = max(ends.values(), default=0) or (0 if self.in_one_folder else 1)
             return [path for path, length in ends.items() if length == needed]
         parts = [part for part in given.parts[:-1] if part != "."]
         return [path for path in named if list(path.parts[-1 - len(parts) : -1]) == parts]
+
+
+def _is_absolute(name: str) -> bool:
+    """Whether it is a whole path, of this machine or another one."""
+    return name.startswith("/") or bool(PureWindowsPath(name).drive)
 
 
 def _common_end(first: tuple[str, ...], second: tuple[str, ...]) -> int:

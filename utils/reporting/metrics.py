@@ -62,12 +62,12 @@ def paired_box_iou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
 def topk_correct(logits: Tensor, labels: Tensor, k: int) -> Tensor:
     """Is the label among the k highest of logits [B, C]? -> [B] bool. With k >= C it always is.
 
-    Of equal logits the first is the highest, as it is to `argmax`. One that is not a number is never right.
+    Of equal logits the first is the highest, as it is to `argmax`. Where one is not a number, none is right.
     """
     own = logits.gather(1, labels[:, None])
     earlier = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
     before = (logits > own) | ((logits == own) & earlier)
-    return (before.sum(dim=1) < k) & ~own.squeeze(1).isnan()
+    return (before.sum(dim=1) < k) & ~logits.isnan().any(dim=1)
 
 
 def share_of_predicted(logits: Tensor, shares: Tensor) -> Tensor:

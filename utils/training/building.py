@@ -156,21 +156,15 @@ def weights_of_losses(settings: Any, system: System) -> dict[str, float]:
     return weights
 
 
-def refuse_untrained_prediction(settings: Any, system: System, loss_weights: Mapping[str, float]) -> str | None:
-    """Return a note about branches of the prediction that have no loss, if there are any.
-
-    Raises SettingsError where that is all of them.
-    """
-    idle = [name for name in system.prediction if not loss_weights.get(name, 1)]
-    idle = [name for name in idle if name not in system.trained_through_others]
+def note_on_untrained(system: System, loss_weights: Mapping[str, float]) -> str | None:
+    """Return what to say of branches of the prediction that have lost their loss, if there are any."""
+    idle = [name for name in system.prediction if not loss_weights.get(name, 1) and system.loss_weights.get(name)]
     if not idle:
         return None
-    if len(idle) == len(system.prediction):
-        raise SettingsError(
-            f"loss_weights leave {', '.join(idle)} without a loss, and {settings.model} predicts with nothing else: "
-            "train it, or choose a prediction of other branches"
-        )
-    return f"{', '.join(idle)} of the prediction have no loss of their own (loss_weights): --prediction leaves them out"
+    return (
+        f"{', '.join(idle)} of the prediction is not trained (loss_weights), unless what is trained has the same "
+        "classifier: --prediction chooses other branches"
+    )
 
 
 def evaluated_branches(system: System, loss_weights: Mapping[str, float]) -> tuple[str, ...]:

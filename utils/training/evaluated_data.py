@@ -12,6 +12,7 @@ from utils.checkpoint import CheckpointError
 from utils.data.catalogue import Catalogue, Entry
 from utils.data.errors import DataError
 from utils.data.evaluated import Evaluated, Labelled, choose_evaluated
+from utils.data.folders import check_root
 from utils.data.record import differing_names, unpack
 from utils.options import SettingsError
 from utils.training.building import Trained
@@ -71,12 +72,16 @@ def find_data(
 
 
 def _for_other_pictures(settings: Any) -> Any:
-    """Return the settings without the run's tables that lie elsewhere: pictures may have the names of the run's."""
-    root, tables = Path(settings.data_root).expanduser(), {}
+    """Return the settings with those of the run's tables that lie among the pictures.
+
+    Others would know pictures of the names of the run's. Raises DataError without the folder.
+    """
+    root, tables = check_root(settings.dataset, settings.data_root).resolve(), {}
     for name in ("labels", "validation_labels", "test_labels"):
         given = getattr(settings, name)
-        if given is not None and not (root / given).resolve().is_relative_to(root.resolve()):
-            tables[name] = None
+        if given is not None:
+            below = (root / given).resolve()
+            tables[name] = str(below) if below.is_file() and below.is_relative_to(root) else None
     return dataclasses.replace(settings, **tables)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, MultiStepLR, OneCycleLR
 
 from networks.system import System
@@ -79,18 +79,13 @@ def build_optimizer(
         if decay_norms_and_biases:
             groups.append({"params": parameters, "lr": rate})
         else:
-            groups.append({"params": [p for p in parameters if not _is_vector(p)], "lr": rate})
-            groups.append({"params": [p for p in parameters if _is_vector(p)], "lr": rate, "weight_decay": 0.0})
+            groups.append({"params": [p for p in parameters if p.ndim > 1], "lr": rate})
+            groups.append({"params": [p for p in parameters if p.ndim <= 1], "lr": rate, "weight_decay": 0.0})
     if kind == "sgd":
         return torch.optim.SGD(groups, lr=learning_rate, momentum=momentum, weight_decay=weight_decay)
     if kind == "adamw":
         return torch.optim.AdamW(groups, lr=learning_rate, weight_decay=weight_decay)
     raise UserError(f"unknown optimizer {kind!r}; choose 'sgd' or 'adamw'")
-
-
-def _is_vector(parameter: nn.Parameter) -> bool:
-    """Whether it is a number for each channel: of a norm, a bias, or a ConvNeXt's [C, 1, 1] scales."""
-    return parameter.ndim <= 1 or parameter.numel() == len(parameter)
 
 
 def build_schedule(

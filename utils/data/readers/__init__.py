@@ -45,9 +45,9 @@ def read_catalogue(
     reader = importlib.import_module(f"{__name__}.{dataset}")
     try:
         catalogue = drop_repeated(reader.read(Source(dataset, root, **choices)))
-        refuse_equal_names(dataset, catalogue.class_names)
         if classes:
             catalogue = keep_classes(catalogue, classes)
+        refuse_equal_names(dataset, catalogue.class_names)
         check_complete(dataset, catalogue)
     except OSError as error:
         raise DataError(
