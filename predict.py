@@ -169,7 +169,7 @@ def find_pictures(given: Sequence[Path], *, leave_out: Path) -> list[Path]:
     out = leave_out.resolve()
     for path in given:
         if path.is_dir():
-            below = sorted(folders.find_pictures(path.parent, path, left_out=left_out))
+            below = sorted(folders.find_pictures(None, path, left_out=left_out))
             holds_all = path.resolve().is_relative_to(out)  # then drawings are known by what they hold
             found += [p for p in below if holds_all or not p.resolve().is_relative_to(out)]
         elif not path.exists():

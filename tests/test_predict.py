@@ -154,6 +154,14 @@ def test_drawings_in_a_folder_of_pictures_are_no_pictures_the_next_time(checkpoi
         assert len(capsys.readouterr().out.splitlines()) == 2
 
 
+@pytest.mark.parametrize("given", [".", ".."])
+def test_the_folder_may_be_the_one_where_one_is(tmp_path, monkeypatch, given):
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "red.png")
+    (tmp_path / "inner").mkdir()
+    monkeypatch.chdir(tmp_path if given == "." else tmp_path / "inner")
+    assert predict.find_pictures([Path(given)], leave_out=tmp_path / "out") == [Path(given) / "red.png"]
+
+
 def test_drawings_have_names_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pictures = [Path("a/x.jpg"), Path("b/x.jpg"), Path("a/x.png"), tmp_path / "c" / ".." / "a" / "sub" / "x.jpg"]

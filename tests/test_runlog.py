@@ -180,6 +180,11 @@ def test_an_evaluation_replaces_the_one_before_it(tmp_path):
     assert "tensors.tsv" in (tmp_path / "test" / "projector_config.pbtxt").read_text()
     log_evaluation(tmp_path / "test", 6, {"accuracy/prediction": 0.75})
     assert [path.name.split(".")[0] for path in (tmp_path / "test").iterdir()] == ["events"]
+    pictures_of_a_class = tmp_path / "test" / "00005" / "1.jpg"  # of data that are evaluated into their own folder
+    pictures_of_a_class.parent.mkdir()
+    pictures_of_a_class.touch()
+    log_evaluation(tmp_path / "test", 7, {"accuracy/prediction": 0.75})
+    assert pictures_of_a_class.exists()
 
 
 def test_a_log_that_is_no_text_is_refused_and_kept(tmp_path):

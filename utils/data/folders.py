@@ -136,6 +136,7 @@ def find_pictures(
 
     Links are followed, but each real folder is read once, and none that holds the class's folder: so loops end.
 
+    tree: the folder of all classes, which a link shall not lead back into; None: there is only this one.
     owners: real folder -> the class's folder that it was read for, in all classes and splits; this adds to it.
     left_out: this adds the files that are no pictures.
     """

@@ -9,7 +9,6 @@ import contextlib
 import json
 import math
 import os
-import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -161,6 +160,10 @@ def _except_of_writers(fault: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(fault)
 
 
+EMBEDDINGS = "test"  # what an evaluation's are called in TensorBoard
+EMBEDDING_FILES = ("tensors.tsv", "metadata.tsv", "sprite.png")  # that SummaryWriter.add_embedding writes
+
+
 def log_evaluation(folder: str | Path, epoch: int, numbers: Mapping[str, float], **embeddings: object) -> None:
     """Write the figures of an evaluation to a folder of their own, in place of earlier ones.
 
@@ -171,12 +174,16 @@ def log_evaluation(folder: str | Path, epoch: int, numbers: Mapping[str, float],
     with _saying_where(folder):
         for old in (*folder.glob("events.out.tfevents.*"), *folder.glob("projector_config.pbtxt")):
             old.unlink()
-        for old in folder.glob("[0-9][0-9][0-9][0-9][0-9]"):  # embeddings of an epoch
-            shutil.rmtree(old)
+        for name in EMBEDDING_FILES:  # of an epoch; whatever else lies there stays
+            for old in folder.glob(f"[0-9][0-9][0-9][0-9][0-9]/{EMBEDDINGS}/{name}"):
+                old.unlink()
+                for place in (old.parent, old.parent.parent):
+                    with contextlib.suppress(OSError):  # not empty
+                        place.rmdir()
     with _saying_where(folder), SummaryWriter(str(folder)) as writer:
         _add_scalars(writer, numbers, epoch)
         if embeddings:
-            writer.add_embedding(global_step=epoch, tag="test", **embeddings)
+            writer.add_embedding(global_step=epoch, tag=EMBEDDINGS, **embeddings)
 
 
 def _add_scalars(writer: SummaryWriter, numbers: Mapping[str, float], epoch: int) -> None:
