@@ -51,6 +51,12 @@ def check_colocalization(localization: str, localization_stride: int, shared: Sh
         require(weights.get("localization") != 0, "loss_weights", weights, expected)
 
 
+def check_threshold(localization: str, threshold: float, default: float) -> None:
+    """Refuse a localization_threshold that is not the system's own where nothing would look at it."""
+    expected = f"{default} where localization is {localization!r}: only boxes of 'channel_sum' depend on it"
+    require(localization == "channel_sum" or threshold == default, "localization_threshold", threshold, expected)
+
+
 class Colocalization(nn.Module):
     """Finds the object in pictures with a frozen copy of a trunk, once `fit` has seen the training pictures.
 

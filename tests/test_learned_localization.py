@@ -18,7 +18,7 @@ from thin_trunk import get_thin_model
 
 import test
 import train
-from config import rebuilt
+from config import parse_settings, rebuilt
 from datasets import choose_split, evaluation_loader, load_catalogue, training_loader
 from networks.colocalization import Colocalization, check_colocalization
 from networks.learned_localization import LearnedLocalization, edges_within_cells, share_in_box
@@ -255,6 +255,16 @@ def test_settings_that_have_nothing_to_go_by_are_refused() -> None:
         built("sgkrl", crop_gradient=True)
     with pytest.raises(SettingsError, match="box_agreement"):
         built("flrdf", box_agreement=True)
+
+
+@pytest.mark.parametrize("localization", ["learned", "colocalization"])
+@pytest.mark.parametrize(("model", "own", "other"), [("sgkrl", "1.2", "1.0"), ("mmal", "1.0", "1.2")])
+def test_a_threshold_that_nothing_would_look_at_is_refused(localization: str, model: str, own: str, other: str) -> None:
+    flags = ["--dataset", "cub", "--data_root", "somewhere", "--model", model, "--localization", localization]
+    for accepted in ([], ["--localization_threshold", own]):
+        assert parse_settings([*flags, *accepted]).options["localization_threshold"] == float(own)
+    with pytest.raises(SettingsError, match=f"localization_threshold is {other}; expected {own} where localization"):
+        parse_settings([*flags, "--localization_threshold", other])
 
 
 # ---- Runs -----------------------------------------------------------------------------------------------------------

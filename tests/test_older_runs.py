@@ -195,6 +195,15 @@ def test_settings_of_this_version_are_restored_as_they_are(model):
     assert rebuilt(as_json(dataclasses.asdict(settings))) == settings
 
 
+@pytest.mark.parametrize(("model", "own"), [("sgkrl", 1.2), ("mmal", 1.0), ("flrdf", 1.0)])
+def test_a_threshold_that_a_run_had_for_nothing_is_the_one_that_is_accepted(model, own):
+    saved = dataclasses.asdict(parse_settings([*CUB, "--model", model, "--localization", "learned"]))
+    saved["options"]["localization_threshold"] = 1.5
+    assert rebuilt(saved).options["localization_threshold"] == restored(saved).options["localization_threshold"] == own
+    saved["options"]["localization"] = "channel_sum"
+    assert rebuilt(saved).options["localization_threshold"] == 1.5
+
+
 def test_an_option_younger_than_a_run_of_this_form_has_its_value_of_before(monkeypatch):
     saved = dataclasses.asdict(parse_settings([*CUB, "--graph_neighbours", "5"]))
     del saved["options"]["graph_residual"], saved["crop_scale"]

@@ -61,6 +61,9 @@ OPTIONS_BEFORE: dict[str, object] = {
 }
 OPTIONS_BEFORE_OF_SYSTEM: dict[str, dict[str, object]] = {"resnet": {"localization": "none"}}
 
+# The localization_threshold of a system where no other one is accepted any more, as nothing looks at it
+UNUSED_THRESHOLD = {"sgkrl": 1.2}  # left out: 1.0
+
 # When every setting stood in one list, whatever the system was
 OF_SYSTEMS = {
     *("windows", "wiring", "graph_scope", "graph_neighbours", "graph_edges", "graph_residual", "spatial_weights"),
@@ -91,9 +94,12 @@ def in_current_form(saved: Mapping[str, object], own: Mapping[str, Collection[st
         values |= {"prediction": values.pop("answer", None), "options": options}
     younger = OPTIONS_BEFORE | OPTIONS_BEFORE_OF_SYSTEM.get(values.get("model"), {})
     younger = {name: value for name, value in younger.items() if name in own.get(values.get("model"), ())}
+    options = younger | options
+    if options.get("localization", "channel_sum") != "channel_sum" and "localization_threshold" in options:
+        options["localization_threshold"] = UNUSED_THRESHOLD.get(values.get("model"), 1.0)
     if "image_size" in values:  # nothing was cropped
         values.setdefault("resize_size", values["image_size"])
-    return BEFORE_OF_SYSTEM.get(values.get("model"), {}) | values | {"options": younger | values["options"]}
+    return BEFORE_OF_SYSTEM.get(values.get("model"), {}) | values | {"options": options}
 
 
 def folder_of(folder: Path, settings: Any) -> Path:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from networks.backbone import Backbone
 from networks.classifier import Classifier
-from networks.colocalization import check_colocalization
+from networks.colocalization import check_colocalization, check_threshold
 from networks.crops import crop_objects, resize_images
 from networks.first_pass import check_raw_size, look_at_picture
 from networks.jigsaw import permute_blocks, random_permutations
@@ -51,6 +51,7 @@ class Options:
         check_raw_size(self.raw_size, shared.input_size)
         shared.check_localization(self.localization_stride, confirmed=self.box_agreement)
         check_colocalization(self.localization, self.localization_stride, shared)
+        check_threshold(self.localization, self.localization_threshold, Options.localization_threshold)
         require(
             not self.box_agreement or self.localization == "channel_sum",
             "box_agreement",

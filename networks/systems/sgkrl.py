@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from networks.attention import SemanticFusion, SemanticWeighting
 from networks.backbone import Backbone
 from networks.classifier import Classifier
-from networks.colocalization import check_colocalization
+from networks.colocalization import check_colocalization, check_threshold
 from networks.crops import crop_objects, resize_images
 from networks.early_exit import look_where_unsure
 from networks.first_pass import check_raw_size, look_at_picture
@@ -58,21 +58,21 @@ class Options:
 
     def completed(self, shared: Shared) -> Options:
         """As published (32, 1) on random weights; on pretrained ones what finds birds better, see docs/settings.md."""
-        pretrained = shared.has_pretrained_weights
-        stride, threshold = shared.stride, 1.2 if pretrained else 1.0
-        if pretrained and (self.raw_size or shared.input_size) < 448 and self.localization != "colocalization":
+        stride, small = shared.stride, (self.raw_size or shared.input_size) < 448
+        if shared.has_pretrained_weights and small and self.localization != "colocalization":
             stride = min(shared.localization_strides)
         return replace(
             self,
             without=tuple(sorted(self.without)),
             localization_stride=self.localization_stride or stride,
-            localization_threshold=self.localization_threshold or threshold,
+            localization_threshold=self.localization_threshold or _threshold(shared),
         )
 
     def check(self, shared: Shared) -> None:
         check_raw_size(self.raw_size, shared.input_size)
         shared.check_localization(self.localization_stride, confirmed=self.localization == "channel_sum")
         check_colocalization(self.localization, self.localization_stride, shared)
+        check_threshold(self.localization, self.localization_threshold, _threshold(shared))
         require(
             not self.crop_gradient or self.localization == "channel_sum",
             "crop_gradient",
@@ -85,6 +85,10 @@ class Options:
             self.without,
             "nothing or 'fusion' where spatial_weights is 'absolute': without the weighting there are no such weights",
         )
+
+
+def _threshold(shared: Shared) -> float:
+    return 1.2 if shared.has_pretrained_weights else 1.0
 
 
 class SGKRL(System):
