@@ -34,7 +34,7 @@ from utils.data.workers import leave_run_to_the_main_process
 from utils.errors import Stopped, exit_with_one_sentence
 from utils.files import FolderInUseError, locked
 from utils.reporting.runlog import log_evaluation
-from utils.training import learning, resume
+from utils.training import learning, resume, run_folder
 from utils.training.execution import Execution
 from utils.training.interruption import StopRequest
 from utils.training.nonfinite import NonFiniteLossError
@@ -789,7 +789,7 @@ def test_checkpoints_of_the_last_epochs_are_kept(tiny_run, tmp_path):
 def test_of_a_thousand_epochs_the_oldest_are_dropped(tmp_path):
     for epoch in (998, 999, 1000, 1001):
         (tmp_path / f"epoch-{epoch:03d}.pth").touch()
-    resume.drop_old_epochs(tmp_path, 2)
+    run_folder.drop_old_epochs(tmp_path, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch-1000.pth", "epoch-1001.pth"]
 
 
@@ -832,14 +832,14 @@ def test_what_is_left_of_a_run_without_its_last_checkpoint_is_not_replaced(tiny_
 def test_a_file_that_only_looks_like_an_epochs_is_left_alone(tmp_path):
     for name in ("001", "002", "best", "-1", "²"):
         (tmp_path / f"epoch-{name}.pth").touch()
-    resume.drop_old_epochs(tmp_path, 1)
+    run_folder.drop_old_epochs(tmp_path, 1)
     assert {path.stem for path in tmp_path.iterdir()} == {"epoch-002", "epoch-best", "epoch--1", "epoch-²"}
 
 
 def test_half_files_of_a_killed_run_go_and_those_of_an_evaluation_stay(tmp_path):
     for name in ("last.pth.1f.part", "next.pth.part", "log.jsonl.2e.part", "report.json.3d.part"):
         (tmp_path / name).touch()
-    resume.drop_half_files(tmp_path)
+    run_folder.drop_half_files(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["report.json.3d.part"]
 
 

@@ -34,6 +34,7 @@ from utils.data.image_batches import normalised
 from utils.errors import Stopped, UserError, exit_with_one_sentence
 from utils.options import flat
 from utils.run import Run
+from utils.training import run_folder
 from utils.training.building import build_from_settings, check_shares, load_trained, note_on_untrained
 from utils.training.distributed import unwrap
 from utils.training.nonfinite import NonFiniteLossError
@@ -667,7 +668,7 @@ def test_every_epoch_has_an_order_and_random_numbers_of_its_own(tiny_run, tmp_pa
         return {"loss/total": 1.0, "images_per_second": 1.0}
 
     monkeypatch.setattr(train, "train_one_epoch", record)
-    monkeypatch.setattr(utils.run, "save_checkpoint", lambda path, content: None)
+    monkeypatch.setattr(run_folder, "save_checkpoint", lambda path, content: None)
     train.main(tiny_run(tmp_path, *TWO_EPOCHS))
     (first_order, first_numbers), (second_order, second_numbers) = seen
     assert {index for index, _ in first_order} == {index for index, _ in second_order} == set(range(12))
@@ -796,7 +797,7 @@ def test_a_run_killed_between_last_and_best_still_gets_its_best(tiny_run, tmp_pa
 
     monkeypatch.setattr(train, "evaluate", evaluate_and_pretend)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(utils.run, "save_checkpoint", kill_before_best)
+        patch.setattr(run_folder, "save_checkpoint", kill_before_best)
         train.main(tiny_run(tmp_path, "--epochs", "2"))
     train.main(tiny_run(tmp_path, "--epochs", "2"))
     best, last = (load_checkpoint(tmp_path / "folder-resnet" / name) for name in ("best.pth", "last.pth"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,9 +18,9 @@ from torch.utils.data import DataLoader
 
 from networks.outputs import NetworkOutput
 from networks.system import System
-from utils.checkpoint import BEGIN_ANEW, fits, save_checkpoint, save_last
+from utils.checkpoint import BEGIN_ANEW, fits, save_last
 from utils.errors import Stopped, UserError, is_out_of_memory
-from utils.files import locked, write_text
+from utils.files import locked
 from utils.options import flat
 from utils.reporting.metrics import EpochMeter
 from utils.reporting.pictures import save_png
@@ -31,17 +30,15 @@ from utils.training.distributed import any_process, is_main, print_once, rank, w
 from utils.training.interruption import StopRequest
 from utils.training.nonfinite import STEPS_BETWEEN_READINGS, NonFiniteLossError, SkipBudget, check_weights
 from utils.training.restoring import restore
-from utils.training.resume import (
-    BEGUN_WITH,
-    TRAINING_STATE,
-    Data,
-    as_begun,
-    begun_with,
+from utils.training.resume import BEGUN_WITH, Data, as_begun, begun_with, load_resumable
+from utils.training.run_folder import (
+    complete_best,
     drop_half_files,
-    drop_old_epochs,
-    holds_epoch,
-    load_resumable,
+    list_bad_pictures,
     move_aside,
+    recorded,
+    save_epoch,
+    write_settings,
 )
 from utils.training.seeding import seed_everything
 
@@ -132,10 +129,8 @@ class Run:
         self.epochs_done, self.best, self.progress = saved["epoch"], saved["best"], saved["progress"]
         self.found_boxes = saved.get("found_boxes")
         is_best = self.best["epoch"] == self.epochs_done and self.progress is None
-        if is_main() and is_best and not holds_epoch(self.folder / "best.pth", self.epochs_done):
-            # the run was killed between its two files
-            content = {name: value for name, value in saved.items() if name not in TRAINING_STATE}
-            save_checkpoint(self.folder / "best.pth", content)
+        if is_main() and is_best:
+            complete_best(self.folder, saved, self.epochs_done)
 
     def begin(self, bad_pictures: Mapping[str, str]) -> None:
         """Start to write: the folder, the log, the settings; from here on Ctrl-C and SIGTERM end the run orderly."""
@@ -153,15 +148,12 @@ class Run:
         resumed = self.epochs_done if self.saved else None
         self.log = self.stack.enter_context(RunLog(self.folder, resume_epoch=resumed, enabled=is_main()))
         if is_main() and (self.saved is None or self._goes_further()):
-            text = json.dumps(dataclasses.asdict(self.settings), indent=2)
-            write_text(self.folder / "config.json", text + "\n")
+            write_settings(self.folder, dataclasses.asdict(self.settings))
         if is_main() and self.saved is None:
             self.log.log_settings(flat(self.settings) | {"selected_on": self.facts["selected_on"]})
         if is_main() and bad_pictures:
-            path = self.folder / "bad_pictures.txt"
-            lines = [f"{picture}\t{reason}".replace("\n", "\\n") + "\n" for picture, reason in bad_pictures.items()]
-            write_text(path, "".join(lines))
-            print_once(f"{len(lines)} unreadable pictures are left out; they are listed in {path}")
+            path = list_bad_pictures(self.folder, bad_pictures)
+            print_once(f"{len(bad_pictures)} unreadable pictures are left out; they are listed in {path}")
         if self.saved is not None:
             self.saved = {"settings": self.saved["settings"]}  # the rest is in what learns: it need not be there twice
 
@@ -214,7 +206,7 @@ class Run:
         try:
             yield
         except NonFiniteLossError as error:
-            raise self._recorded(error) from None
+            raise recorded(self.folder, self.current, error, write=is_main()) from None
         self.progress = None
 
     def before_step(self, step: int) -> None:
@@ -303,20 +295,12 @@ class Run:
         save_png(self.folder / "pictures" / f"epoch-{epoch:03d}.png", panel)
 
     def _save_epoch(self, epoch: int, accuracy: float) -> None:
-        """Write last.pth first, so that best.pth is never ahead of what a continued run knows."""
         is_best = accuracy > self.best["accuracy"]
         if is_best:
             self.best = {"accuracy": accuracy, "epoch": epoch}
-        if not is_main():
-            return
-        kept = self.settings.keep_checkpoints
-        if kept:
-            save_checkpoint(self.folder / f"epoch-{epoch:03d}.pth", self.content(epoch))
-        save_last(self.folder, self.content(epoch) | self.training_state(None))
-        if is_best:
-            save_checkpoint(self.folder / "best.pth", self.content(epoch))
-        if kept:
-            drop_old_epochs(self.folder, kept)
+        if is_main():
+            kept = self.settings.keep_checkpoints
+            save_epoch(self.folder, self.content(epoch), self.training_state(None), is_best=is_best, kept=kept)
 
     def content(self, epochs_done: int) -> dict[str, object]:
         """Return what every checkpoint holds."""
@@ -339,13 +323,3 @@ class Run:
             "skipped_steps": self.skipped.used,
             **({} if self.found_boxes is None else {"found_boxes": self.found_boxes}),
         }
-
-    def _recorded(self, error: NonFiniteLossError) -> NonFiniteLossError:
-        """Write what went wrong, with the images of the batch, into the folder, and return an error that says so."""
-        path = self.folder / "nonfinite.json"
-        record = {"epoch": self.current, "step": error.step, "terms": error.terms, "images": error.paths}
-        if is_main():
-            write_text(path, json.dumps(record, indent=2) + "\n")
-        where = f"; the images of the batch are listed in {path}" if error.paths else " (seen after its last step)"
-        text = f"epoch {self.current}: {error}{where}"
-        return NonFiniteLossError(text, step=error.step, terms=error.terms, paths=error.paths)

@@ -1,4 +1,4 @@
-"""Going on with a run: what is in its folder, whether it is the same run, and making room for a new one."""
+"""Going on with a run: what it goes on from, and whether it is the same run."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from utils.checkpoint import BEGIN_ANEW, CheckpointError, load_checkpoint, load_last, load_to_continue
+from utils.checkpoint import BEGIN_ANEW, CheckpointError, load_last, load_to_continue
 from utils.data.record import difference, differing_names, unpack
 from utils.older_runs import UnknownSettingsError
 from utils.options import SettingsError, shown
 from utils.training.distributed import gather, is_main, world_size
+from utils.training.run_folder import epoch_files
 from utils.training.schedule import spreads_over_epochs
 
-# What is in last.pth only
-TRAINING_STATE = ("optimizer", "schedule", "progress", "skipped_steps", "found_boxes")
 # These may differ when a run is continued: they change where and how it is computed, not what.
 FREE_ON_RESUME = {
     *("data_root", "checkpoint_dir", "device", "data_parallel", "workers", "prefetch", "cache", "pictures_every"),
@@ -34,7 +33,6 @@ FREE_ON_RESUME = {
     # (what these make of the data is compared, not how it was asked for)
 }
 BEGUN_WITH = "begun_with_epochs"  # in checkpoints of a run that has gone on with another number of them
-CHECKPOINTS = ("last.pth", "next.pth", "previous.pth")
 
 
 class Data(NamedTuple):
@@ -179,49 +177,3 @@ def _refuse_other_epochs(path: Path, saved: Mapping, theirs: Mapping[str, object
         )
     if ours["epochs"] < begun:
         raise CheckpointError(f"{path} is in epoch {begun}, and epochs is {ours['epochs']} here: take more, {REMEDY}")
-
-
-def holds_epoch(path: Path, epoch: int) -> bool:
-    """Tell whether a file is a whole checkpoint of that epoch."""
-    try:
-        return load_checkpoint(path)["epoch"] == epoch
-    except (CheckpointError, KeyError):
-        return False
-
-
-def move_aside(folder: Path) -> Path | None:
-    """Move what is in a run's folder to a new one beside it, and return that; None where there was nothing."""
-    # First what a run would go on from: if this is cut short, nobody takes what is left for a run.
-    files = sorted(folder.iterdir(), key=lambda path: path.name not in CHECKPOINTS)
-    if not files:
-        return None
-    number = 1
-    while (kept := folder.with_name(f"{folder.name}.old{number}")).exists():
-        number += 1
-    kept.mkdir()
-    for file in files:
-        file.rename(kept / file.name)
-    return kept
-
-
-WRITTEN_BY_TRAINING = ("*.pth", "log.jsonl", "config.json", "bad_pictures.txt", "nonfinite.json")
-
-
-def drop_half_files(folder: Path) -> None:
-    """Remove what a killed process had not finished writing; what test.py may be writing just now stays."""
-    for pattern in WRITTEN_BY_TRAINING:
-        for path in folder.glob(f"{pattern}*.part"):
-            path.unlink(missing_ok=True)
-
-
-def epoch_files(folder: Path) -> dict[int, Path]:
-    """Return the `epoch-<number>.pth` of a run's folder by their numbers."""
-    numbers = {path: path.stem.removeprefix("epoch-") for path in folder.glob("epoch-*.pth")}
-    return {int(number): path for path, number in sorted(numbers.items()) if number.isascii() and number.isdigit()}
-
-
-def drop_old_epochs(folder: Path, kept: int) -> None:
-    """Keep the `epoch-<number>.pth` of the last so many epochs."""
-    files = epoch_files(folder)
-    for epoch in sorted(files)[:-kept]:
-        files[epoch].unlink()
