@@ -33,8 +33,8 @@ def forward_with_evidence(
 
     The evidence is float32, not negative, and covers the whole picture; of all passes behind the prediction (picture,
     object, windows or parts) each counts where it looked, per area, with each of its maps that a branch classifies.
-    Only its proportions mean something. Other views of the picture (`networks.views`) have a say in what is predicted,
-    and no evidence of their own.
+    Only its proportions mean something. A branch counts as much as it does in the prediction. Other views of the
+    picture, and further crops (`networks.views`), have a say in what is predicted, and no evidence of their own.
     """
     passes: list[tuple[Tensor, ...]] = []
 
@@ -60,8 +60,8 @@ def forward_with_evidence(
             output = network(images, mask_background=mask_background, branches=branches)
             predicted = network.predict_logits(output).argmax(dim=1, keepdim=True)
             scores = torch.stack([output.logits[name].gather(1, predicted) for name in network.prediction]).float()
-            if network.ensemble_weights is not None:  # a branch counts as much as it does in the prediction
-                scores = scores * network.ensemble_weights[:, None, None]
+            if (weights := network.branch_weights()) is not None:
+                scores = scores * weights[:, None, None]
             maps = [map_ for of_pass in passes for map_ in of_pass]
             gradients = dict(zip(maps, torch.autograd.grad(scores.sum(), maps, allow_unused=True), strict=True))
     finally:

@@ -226,6 +226,10 @@ class System(nn.Module):
         """Return the prediction, logits [B, classes], of the branches of `prediction` ensembled by `ensembling`."""
         return combine_branches(output, self.prediction, self.ensembling, self.ensemble_weights)
 
+    def branch_weights(self) -> Tensor | None:
+        """Return how much each branch of `prediction` counts in it, [len(prediction)]; None: all alike."""
+        return self.ensemble_weights
+
     def heads(self) -> list[nn.Module]:
         """Return the parts that start from random weights and may want a higher learning rate than the trunk."""
         return [self.classifier]

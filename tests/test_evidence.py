@@ -12,7 +12,7 @@ from networks import MODELS, build_network, find_system
 from networks.crops import boxes_in_image
 from networks.evidence import _lay_over, forward_with_evidence
 from networks.localization import Localization
-from networks.outputs import object_confidence
+from networks.outputs import NetworkOutput, object_confidence
 
 pytestmark = pytest.mark.usefixtures("thin_trunk")
 
@@ -80,7 +80,7 @@ def test_a_prediction_from_the_object_points_into_its_box(images):
     fixed = Fixed()
     fixed.backbone, fixed.prediction, fixed.input_size = network.backbone, network.prediction, network.input_size
     fixed.predict_logits, fixed.colocalization = network.predict_logits, network.colocalization
-    fixed.ensemble_weights = None
+    fixed.branch_weights = network.branch_weights
     _, evidence = forward_with_evidence(fixed, images, size=96)
     outside = torch.ones(96, 96, dtype=torch.bool)
     outside[0:32, 31:64] = False
@@ -97,6 +97,39 @@ def test_a_branch_counts_as_much_as_in_the_prediction(branch, images):
     _, expected = forward_with_evidence(build("sgkrl", prediction=(branch,)), images, size=24)
     assert expected.amax() > 0
     torch.testing.assert_close(evidence, 3 * expected)
+
+
+@pytest.mark.parametrize("ensembling", ["sum_logits", "mean_logits"])
+@pytest.mark.parametrize("model", MODELS)
+def test_every_system_says_how_much_a_branch_counts(model, ensembling):
+    network = build(model, ensembling=ensembling)
+    for view in network.own_views:
+        network.look_at_own(view)
+    logits = {name: torch.randn(1, 4, requires_grad=True) for name in network.prediction}
+    network.predict_logits(NetworkOutput(logits))[0, 0].backward()
+    slopes = torch.stack([logits[name].grad[0, 0] for name in network.prediction])
+    weights = torch.ones(len(slopes)) if network.branch_weights() is None else network.branch_weights().float()
+    torch.testing.assert_close(slopes / slopes.sum(), weights / weights.sum())
+
+
+def test_evidence_of_a_branch_that_counts_a_tenth(images):
+    """The sum over the branches, each alone times its weight: before what speaks against the class is cut off."""
+    network = build("dflcnn")
+    with torch.no_grad():
+        network.bank.filters.weight.mul_(10)
+        network.bank.filters.bias.fill_(5.0)
+    weights = dict(zip(network.prediction, network.branch_weights().tolist(), strict=True))
+    assert weights == pytest.approx({"global": 1.0, "parts": 1.0, "side": 0.1})
+    features = network.backbone(images)
+    maps = [map_.detach().requires_grad_() for map_ in (features.stage3, features.final)]
+    network.backbone.register_forward_hook(lambda *_: features._replace(stage3=maps[0], final=maps[1]))
+    prediction = network.predict_logits(network(images))
+    prediction.gather(1, prediction.argmax(dim=1, keepdim=True)).sum().backward()
+    whole = torch.tensor([[0.0, 0.0, 95.0, 95.0]]).expand(3, 1, 4)
+    laid = [_lay_over((map_ * map_.grad).sum(dim=1)[:, None].detach(), whole, 96, 12) for map_ in maps]
+    network.backbone._forward_hooks.clear()
+    _, evidence = forward_with_evidence(network, images, size=12)
+    torch.testing.assert_close(evidence, sum(laid).clamp(min=0))
 
 
 class Corner(torch.nn.Module):

@@ -163,8 +163,17 @@ class CAL(System):
         """Return the prediction [B, classes]; each crop counts as much as the picture, unless weights are learnt."""
         if self.ensembling == "learned":  # of the crops together
             return super().predict_logits(output)
-        names = tuple(name for name in self.prediction for _ in range(len(self.crops) if name == "crop" else 1))
+        names = tuple(name for name in self.prediction for _ in range(self._times(name)))
         return combine_branches(output, names, self._rule if len(self.crops) > 1 else self.ensembling)
+
+    def branch_weights(self) -> Tensor | None:
+        if self.ensembling == "learned":
+            return super().branch_weights()
+        return torch.tensor([self._times(name) for name in self.prediction], device=self.classifier.weight.device)
+
+    def _times(self, branch: str) -> int:
+        """How often the prediction counts a branch."""
+        return len(self.crops) if branch == "crop" else 1
 
     def _classify(
         self, views: list[str], wanted: set[str], final: Tensor, attention: Tensor, features: Tensor

@@ -131,6 +131,11 @@ class DFLCNN(System):
             return super().predict_logits(output)
         return sum(WEIGHTS[name] * output.logits[name].float() for name in self.prediction)
 
+    def branch_weights(self) -> Tensor | None:
+        if self.ensembling != "sum_logits" or len(self.prediction) == 1:
+            return super().branch_weights()
+        return torch.tensor([WEIGHTS[name] for name in self.prediction], device=self.bank.filters.weight.device)
+
     @torch.no_grad()
     def prepare(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Start the filters of each class from its training pictures: paper, section 3.3. The same in all processes."""
