@@ -23,8 +23,10 @@ from utils.data.picture_cache import PictureCache
 from utils.data.record import pack, record_pictures
 from utils.errors import exit_with_one_sentence
 from utils.older_runs import folder_of
+from utils.options import flat
 from utils.reporting.panels import draw_panel, spread_over
 from utils.run import Run
+from utils.training.agreement import refuse_differing_processes
 from utils.training.allocator import keep_freed_memory
 from utils.training.averaging import Average, network_of
 from utils.training.building import (
@@ -46,17 +48,19 @@ from utils.training.starting import start_from
 from utils.training.targets import build_mixing, class_weights_of
 
 with config_as_edited():
-    from config import parse_settings, restored, run_name
+    from config import Settings, parse_settings, restored, run_name
 
 
 def describe_data(
-    catalogue: Catalogue, train_entries: list[Entry], selection_entries: list[Entry]
+    settings: Settings, catalogue: Catalogue, train_entries: list[Entry], selection_entries: list[Entry]
 ) -> dict[str, object]:
-    """Return what a checkpoint says of the pictures that its run learns from."""
+    """Return what a checkpoint says of the pictures that its run learns from, which all processes have to see."""
+    pictures = record_pictures(train_entries, selection_entries, catalogue.test)
+    refuse_differing_processes(flat(settings), catalogue.class_names, pictures)
     return {
         "class_names": list(catalogue.class_names),
         "training_images": len(train_entries),
-        "pictures": pack(record_pictures(train_entries, selection_entries, catalogue.test)),
+        "pictures": pack(pictures),
     }
 
 
@@ -125,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     selection_loader = evaluation_loader(settings, selection_entries[rank() :: world_size()])
 
     selected_on += ", with the averaged weights" if settings.ema_decay else ""
-    facts = describe_data(catalogue, train_entries, selection_entries)
+    facts = describe_data(settings, catalogue, train_entries, selection_entries)
     facts |= {"steps_per_epoch": len(train_loader), "selected_on": selected_on}
     folder = folder_of(Path(settings.checkpoint_dir).expanduser() / run_name(settings), settings)
     with Run(folder, settings, facts, device, restored, again=partial(parse_settings, arguments)) as run:
@@ -181,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 )
                 shared |= {"on_batch": run.after_evaluation_batch, "description": settings.select_on}
                 shared |= {"learn_ensemble": True, "learn_exit": settings.select_on == "validation"}
-                run.before_evaluation()
+                run.before_evaluation(selection_loader)
                 evaluated = evaluate(network, selection_loader, **shared)
                 # the last step may have broken the weights, evaluated or not: they must not replace whole ones
                 check_finite(evaluated)

@@ -89,6 +89,21 @@ def test_two_processes_stopped_within_an_epoch_go_on_exactly(tiny_run, tmp_path)
     assert_same_run(*(tmp_path / name / "folder-resnet" for name in ("whole", "stopped")))
 
 
+def test_two_processes_stopped_in_an_evaluation_go_on_exactly(tiny_run, tmp_path):
+    """The second evaluation of the epoch, that of the averaged weights, in which each has three batches, too."""
+    options = ["--epochs", "2", "--evaluation_batch_size", "1", "--ema_decay", "0.9", "--model", "mmal"]
+    whole, stopped = (tiny_run(tmp_path / name, *options) for name in ("whole", "stopped"))
+    jobs = (TROUBLED, "stop", "0", *whole, "--", TROUBLED, "stop_in_evaluation", "5", *stopped)
+    result = run_two_processes(*jobs)
+    assert result.returncode == 2, result.stderr[-2000:]  # both processes of the second run
+    assert result.stderr.count("interrupted; a training run continues from where it stopped") == 1
+    saved = load_checkpoint(tmp_path / "stopped" / "folder-mmal" / "last.pth")
+    assert (saved["epoch"], saved["progress"]["step"], saved["progress"]["meter"]["images"]) == (0, 3, 12)
+    result = run_two_processes(TROUBLED, "stop", "0", *stopped)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert_same_run(*(tmp_path / name / "folder-mmal" for name in ("whole", "stopped")))
+
+
 # ---- Ctrl-C and SIGTERM ---------------------------------------------------------------------------------------------
 
 
@@ -265,8 +280,8 @@ def test_broken_weights_that_evaluation_leaves_out_are_not_saved(tiny_run, tmp_p
     """DCL's location only serves training, so that no figure of the evaluation shows it."""
     before_evaluation = run.Run.before_evaluation
 
-    def broken(self):
-        before_evaluation(self)
+    def broken(self, loader):
+        before_evaluation(self, loader)
         if self.current == 2:
             with torch.no_grad():
                 self.system.location.weight[0, 0] = math.inf

@@ -26,9 +26,9 @@ from utils.reporting.metrics import EpochMeter
 from utils.reporting.pictures import save_png
 from utils.reporting.report_text import figures_line, report_line
 from utils.reporting.runlog import RunLog
-from utils.training.distributed import any_process, is_main, print_once, rank, world_size
+from utils.training.distributed import any_process, gather, is_main, print_once, rank, world_size
 from utils.training.interruption import StopRequest
-from utils.training.nonfinite import STEPS_BETWEEN_READINGS, NonFiniteLossError, SkipBudget, check_weights
+from utils.training.nonfinite import NonFiniteLossError, SkipBudget, check_weights, steps_between_readings
 from utils.training.restoring import restore
 from utils.training.resume import BEGUN_WITH, Data, as_begun, begun_with, load_resumable
 from utils.training.run_folder import (
@@ -165,10 +165,10 @@ class Run:
     def unless_stopped(self, batches: Iterable[Item]) -> Iterator[Item]:
         """Yield what is looked at before the first epoch, when nothing is there to save.
 
-        Raises KeyboardInterrupt where the run was asked to stop; several processes would wait for each other.
+        Raises KeyboardInterrupt where the run was asked to stop; other processes end with this one.
         """
         for batch in batches:
-            if world_size() == 1 and self.stop.requested:
+            if self.stop.requested:
                 raise KeyboardInterrupt
             yield batch
 
@@ -213,15 +213,20 @@ class Run:
         """Seed all that is random in a step."""
         seed_everything(self.settings.seed, self.current, step, rank())
 
-    def before_evaluation(self) -> None:
+    def before_evaluation(self, loader: DataLoader) -> None:
         """Seed what is random in one, which so is the same where a run stopped in it goes on."""
         self.before_step(self.steps + 1)
+        self.evaluated, self.to_evaluate, self.all_evaluate = 0, len(loader), min(gather(len(loader)))
 
     def save_after(self, step: int) -> bool:
         """Whether to save after a step: several processes agree, for which they wait for each other, now and then."""
-        asked = (world_size() == 1 or step % STEPS_BETWEEN_READINGS == 0) and self.stop.agree(self.device)
+        asked = self._asks_at(step) and self.stop.agree(self.device)
         every = self.settings.save_every_steps
         return asked or (every > 0 and step % every == 0 and step < self.steps)
+
+    def _asks_at(self, number: int) -> bool:
+        """Whether the processes ask each other after so many batches if they are to stop."""
+        return world_size() == 1 or number % steps_between_readings(self.device) == 0
 
     def save(self, step: int) -> None:
         """Write a checkpoint within the epoch. Raises Stopped where the run was asked to stop."""
@@ -234,10 +239,15 @@ class Run:
             raise Stopped
 
     def after_evaluation_batch(self, batch: object, output: NetworkOutput, prediction: Tensor) -> None:
-        """Stop where that was asked for, but not on weights that the last step has broken: the end will report that."""
-        if world_size() == 1 and self.stop.requested and prediction.isfinite().all():
+        """Stop where that was asked for, but not on weights that the last step has broken: the end will report that.
+
+        Processes agree after batches that all of them have; there may be two evaluations, the second of averages.
+        """
+        self.evaluated = self.evaluated % self.to_evaluate + 1
+        if self.evaluated > self.all_evaluate or not self._asks_at(self.evaluated) or not self.stop.agree(self.device):
+            return
+        if not any_process(not prediction.isfinite().all(), self.device):
             check_weights(self.system, self.steps)
-            self.stop.agree(self.device)
             self.save(self.steps)
 
     # ---- After an epoch ---------------------------------------------------------------------------------------------

@@ -93,6 +93,7 @@ class EpochMeter:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
         self.images = 0
+        self.reduced = False  # whether the sums are those of all processes
 
     @torch.no_grad()
     def update(
@@ -135,6 +136,7 @@ class EpochMeter:
 
     def reduce(self) -> None:
         """Sum over all processes; call it in every one of them, once, after the last batch. Alone: nothing to do."""
+        self.reduced = True
         if not is_distributed():
             return
         # a process may have met fewer names than another, or no batch at all: all agree on the names first
@@ -152,7 +154,8 @@ class EpochMeter:
         """What has been summed so far, over all processes (each has to ask), as numbers."""
         whole = EpochMeter(self.device)
         whole.sums, whole.counts, whole.images = dict(self.sums), dict(self.counts), self.images
-        whole.reduce()
+        if not self.reduced:
+            whole.reduce()
         return {
             "sums": {name: value.item() for name, value in whole.sums.items()},
             "counts": whole.counts,

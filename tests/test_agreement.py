@@ -1,0 +1,63 @@
+"""Processes of one run that were given different settings or data."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from launching import run_two_processes
+
+from utils.data.record import Picture, Record
+from utils.training import agreement
+from utils.training.agreement import MAY_DIFFER, DifferentProcessesError, refuse_differing_processes
+
+PICTURES = Record([Picture(0, "a", "x/0.jpg")], [Picture(1, "b", "y/0.jpg")], [])
+
+
+def ask(monkeypatch: pytest.MonkeyPatch, *others: tuple[dict, tuple[str, ...], Record]) -> None:
+    """Ask in process 0, beside processes that ask with these."""
+    values = []
+    monkeypatch.setattr(agreement, "gather", lambda value: values.append(value) or [value])
+    for theirs in others:
+        refuse_differing_processes(*theirs)
+    monkeypatch.setattr(agreement, "gather", lambda value: [value, *values])
+    refuse_differing_processes({"epochs": 3, "workers": 1}, ("x", "y"), PICTURES)
+
+
+def test_what_does_not_matter_may_differ(monkeypatch):
+    same = {"epochs": 3} | dict.fromkeys(MAY_DIFFER, "elsewhere")
+    ask(monkeypatch, ({"epochs": 3, "workers": 9}, ("x", "y"), PICTURES), (same, ("x", "y"), PICTURES))
+
+
+@pytest.mark.parametrize(
+    ("settings", "names", "pictures", "words"),
+    [
+        ({"epochs": 4}, ("x", "y"), PICTURES, "process 2 was started with other settings .*epochs is 4, not 3"),
+        ({}, ("x", "y"), PICTURES, "epochs is None, not 3"),
+        ({"epochs": 3}, ("y", "x"), PICTURES, "process 2 sees other classes or pictures than process 0"),
+        ({"epochs": 3}, ("x", "y"), PICTURES._replace(selection=[]), "1 pictures to train on, 0 to choose"),
+        ({"epochs": 3}, ("x", "y"), PICTURES._replace(training=[Picture(0, "c", "x/0.jpg")]), "process 2 sees other"),
+    ],
+)
+def test_what_matters_may_not(settings, names, pictures, words, monkeypatch):
+    alike = ({"epochs": 3}, ("x", "y"), PICTURES)
+    with pytest.raises(DifferentProcessesError, match=words):
+        ask(monkeypatch, alike, (settings, names, pictures))
+
+
+def test_two_processes_with_differing_settings_or_data_train_nothing(tiny_run, picture_tree, tmp_path):
+    """One machine's copy lacks four pictures, so that its split, too, is another."""
+    other = tmp_path / "other"
+    shutil.copytree(picture_tree, other)
+    for path in sorted((other / "red").iterdir())[:4]:
+        path.unlink()
+    script, ends = ("tests/troubled_rank.py", "stop", "0"), ("--", "tests/troubled_rank.py", "stop", "0")
+    data, settings = (tiny_run(tmp_path / name) for name in ("data", "settings"))
+    result = run_two_processes(
+        *(*script, *data, "1:--data_root", f"1:{other}", *ends, *settings, "1:--learning_rate", "1:0.5")
+    )
+    assert result.returncode == 4, result.stderr[-2000:]  # both processes of both runs
+    assert result.stderr.count("error: process 1 sees other classes or pictures than process 0") == 1
+    assert result.stderr.count("error: process 1 was started with other settings than process 0") == 1
+    assert "learning_rate is 0.5, not " in result.stderr
+    assert not list(tmp_path.glob("*/folder-resnet/*.pth"))
