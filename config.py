@@ -16,8 +16,10 @@ docs/settings.md explains each at length, with what was measured.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from utils.command_line import first_value, parse_flags
@@ -113,7 +115,7 @@ class Settings:
 
     # ---- Training -------------------------------------------------------------------------------------------------
     recipe: str = "none"  # none, or modern: a set of values for what is None below, see RECIPES
-    epochs: Count | None = None  # how often every training image is seen
+    epochs: Count | None = None  # passes over the training images; what fills no batch is left out
     patience: CountOrZero = 0  # stop after so many epochs without a gain on what chooses the best one; 0: never
     batch_size: Count | None = None  # over all devices together
     gradient_accumulation: Count = 1  # each batch is computed in so many parts, for less memory; the step is of all
@@ -276,7 +278,10 @@ def complete(settings: Settings) -> Settings:
     check_edited(Settings, tables, read=READ, path=__file__, is_option=owners_of)
     settings = checked(settings)
     if settings.dataset not in DATASETS:
-        raise SettingsError(f"unknown dataset {shown(settings.dataset)}; choose one of {', '.join(DATASETS)}")
+        reader = Path(__file__).parent / "utils" / "data" / "readers" / f"{settings.dataset}.py"
+        has_reader = settings.dataset.isidentifier() and reader.exists()
+        row = ", or give its reader's file a row in DATASETS of config.py" if has_reader else ""
+        raise SettingsError(f"unknown dataset {shown(settings.dataset)}; choose one of {', '.join(DATASETS)}{row}")
     if settings.recipe not in RECIPES:
         raise SettingsError(f"unknown recipe {shown(settings.recipe)}; choose one of {', '.join(RECIPES)}")
     system, of_data, of_recipe = find_system(settings.model), DATASETS[settings.dataset], RECIPES[settings.recipe]
@@ -305,11 +310,16 @@ def complete(settings: Settings) -> Settings:
         last_stride=settings.last_stride,
     )
     refuse_contradictions(settings, system)
-    known = {field.name for field in dataclasses.fields(system.Options)}
-    of_tables = PUBLISHED | of_data | of_recipe
-    options = {name: value for name, value in of_tables.items() if name in known} | settings.options
-    options = build_options(system, options, shared)
-    return dataclasses.replace(settings, options={name: getattr(options, name) for name in sorted(known)})
+    options = _own_values(system, PUBLISHED, of_data, of_recipe) | settings.options
+    options = dataclasses.asdict(build_options(system, options, shared))
+    return dataclasses.replace(settings, options=dict(sorted(options.items())))
+
+
+def _own_values(system: type, *tables: object) -> dict[str, object]:
+    """Return what the tables say of settings that only the system has; later ones overrule earlier ones."""
+    known = hints(system.Options)
+    given = (table.items() for table in tables if isinstance(table, dict))
+    return {name: value for name, value in itertools.chain.from_iterable(given) if name in known}
 
 
 def _titled(tables: Mapping[str, object], kind: str) -> dict[str, object]:
@@ -372,6 +382,7 @@ def parse_settings(arguments: Sequence[str] | None = None, **overrides: object) 
     edited = Settings()
     model = first_value(arguments, "model", edited.model)
     system = find_system(model)
+    dataset = first_value(arguments, "dataset", edited.dataset)
 
     def explain(name: str) -> str | None:
         return refusal_of_option(name, system) if owners_of(name) else NO_FLAGS.get(name)
@@ -381,7 +392,7 @@ def parse_settings(arguments: Sequence[str] | None = None, **overrides: object) 
         {"": Settings, f"Only {model}": system.Options},
         description="Train a fine-grained classifier; settings default to config.py.",
         explain=explain,
-        edited=edited.options if isinstance(edited.options, dict) else None,
+        edited=_own_values(system, PUBLISHED, DATASETS.get(dataset), edited.options),
     )
     options = edited.options | own if isinstance(edited.options, dict) else edited.options
     return complete(dataclasses.replace(edited, **values | overrides, options=options))

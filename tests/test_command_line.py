@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from setting_values import IS_FLAG, RECORDS, default_of, hint_of, is_of, taken, words
 
-from config import Settings, SettingsError, complete, parse_settings
+from config import DATASETS, Settings, SettingsError, complete, parse_settings
 from networks import MODELS, build_network, find_system
 from utils.command_line import blocks, parse_flags
 from utils.errors import exit_with_one_sentence
@@ -126,7 +126,8 @@ def test_help_shows_shared_settings_and_those_of_the_model_with_their_defaults_u
         listed = text[start:end]
         for name in names:
             assert f"--{name}" in listed.replace(",", " ").split(), (heading, name)
-            shown = default_of(model if name in own else "", name)
+            shown = DATASETS["demo"].get(name) if name in own else None
+            shown = default_of(model if name in own else "", name) if shown is None else shown
             assert repr(shown) in " ".join(listed.split()), name
     strangers = {name for other in MODELS for name in hints(find_system(other).Options)} - set(own)
     assert not [name for name in strangers if f"--{name}" in text.replace(",", " ").split()]

@@ -107,6 +107,7 @@ def drop_repeated(catalogue: Catalogue) -> Catalogue:
 
     Raises DataError where a picture is listed in two ways: nothing says which of them is right.
     """
+    check_entries(catalogue)
     first: dict[Path | int, tuple[str, Entry]] = {}
     uses = {"training": "training", "validation": "validation", "test": "testing"}
     for part, entries in catalogue.parts.items():
@@ -126,6 +127,19 @@ def drop_repeated(catalogue: Catalogue) -> Catalogue:
     for part, entry in first.values():
         kept[part].append(entry)
     return catalogue.with_parts(kept)
+
+
+def check_entries(catalogue: Catalogue) -> None:
+    """Raise DataError where a reader has listed pictures in another form than `Entry` has."""
+    classes = len(catalogue.class_names)
+    for source, label, *_ in catalogue.entries:
+        if not isinstance(source, Path | int):
+            raise DataError(f"the data set's reader lists {source!r}: expected a pathlib.Path")
+        if not 0 <= label < classes:
+            raise DataError(
+                f"the data set's reader gives {source} the label {label}: expected 0 to {classes - 1}, the place of "
+                f"its class among the {classes} class names"
+            )
 
 
 def refuse_equal_names(dataset: str, class_names: Sequence[str]) -> None:

@@ -103,7 +103,7 @@ def stored_size(image: Image.Image) -> tuple[int, int]:
 def _unreadable(path: str | Path, error: Exception) -> DataError:
     if is_shortage(error):
         return DataError(f"{path} cannot be read now ({describe(error)}): lower workers, or free memory or open files")
-    return DataError(f"{path} cannot be read as a picture ({describe(error)}): replace it, or take it off the list")
+    return DataError(f"{path} cannot be read as a picture ({describe(error)}): replace it, or leave it out")
 
 
 def decode(path: str | Path, at_least: int | None = None, memory: float | None = None) -> Decoded:

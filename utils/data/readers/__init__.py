@@ -42,9 +42,8 @@ def read_catalogue(
     """
     if dataset not in DATASETS:
         raise DataError(f"unknown data set {dataset!r}: expected one of {', '.join(DATASETS)}")
-    reader = importlib.import_module(f"{__name__}.{dataset}")
     try:
-        catalogue = drop_repeated(reader.read(Source(dataset, root, **choices)))
+        catalogue = _read(Source(dataset, root, **choices))
         if classes:
             catalogue = keep_classes(catalogue, classes)
         refuse_equal_names(dataset, catalogue.class_names)
@@ -59,7 +58,7 @@ def read_catalogue(
 def read_labelled(source: Source) -> Catalogue:
     """List every labelled picture of a data set, whatever its parts and where some are empty, too. Raises DataError."""
     try:
-        catalogue = drop_repeated(importlib.import_module(f"{__name__}.{source.dataset}").read(source))
+        catalogue = _read(source)
     except OSError as error:
         raise DataError(
             f"{error.filename or source.root} cannot be read ({describe(error)}): expected pictures"
@@ -67,3 +66,11 @@ def read_labelled(source: Source) -> Catalogue:
     refuse_equal_names(source.dataset, catalogue.class_names)
     check_on_disk(catalogue)
     return catalogue
+
+
+def _read(source: Source) -> Catalogue:
+    """What a reader lists, each picture once. Raises DataError where a reader of one's own has a slip."""
+    module = importlib.import_module(f"{__name__}.{source.dataset}")
+    if not hasattr(module, "read"):
+        raise DataError(f"{module.__file__} has no function read: it makes a Catalogue of a Source")
+    return drop_repeated(module.read(source))
