@@ -248,6 +248,18 @@ def training_loader(
     )
 
 
+def note_on_left_out(loader: DataLoader, images: int, *, world_size: int = 1) -> str | None:
+    """Return what to say where a tenth or more of so many training images fills no batch of an epoch."""
+    batch_size = loader.batch_size * world_size
+    left_out = images - len(loader) * batch_size
+    if not loader.drop_last or isinstance(loader.sampler, BalancedSampler) or left_out < images / 10:
+        return None
+    return (
+        f"{left_out} of {images} training images are left out of each epoch, others every time, as they fill no batch "
+        f"of {batch_size}: another batch_size may leave out fewer"
+    )
+
+
 def evaluation_loader(settings: DataSettings, entries: list[Entry], *, corners: bool = False) -> DataLoader[Batch]:
     """Batches of the pictures as they are listed, not augmented; see `Pictures` for `corners`."""
     return DataLoader(

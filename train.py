@@ -14,7 +14,14 @@ from pathlib import Path
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from datasets import choose_split, evaluation_loader, load_batch, load_catalogue, training_loader
+from datasets import (
+    choose_split,
+    evaluation_loader,
+    load_batch,
+    load_catalogue,
+    note_on_left_out,
+    training_loader,
+)
 from networks.system import System
 from utils.config_slips import config_as_edited
 from utils.data.catalogue import Catalogue, Entry
@@ -121,12 +128,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     catalogue, bad_pictures = load_catalogue(settings)
     train_entries, selection_entries, selected_on = choose_split(settings, catalogue)
     device = setup_distributed(settings.device)
-    for note in catalogue.notes:
-        print_once(f"note: {note}")
     settings = dataclasses.replace(settings, precision=agreed_precision(settings.precision, device))
     execution = Execution(device, settings.precision, settings.channels_last, settings.normalization)
     train_loader = training_loader(settings, train_entries, rank=rank(), world_size=world_size())
     selection_loader = evaluation_loader(settings, selection_entries[rank() :: world_size()])
+    for note in (*catalogue.notes, note_on_left_out(train_loader, len(train_entries), world_size=world_size())):
+        if note:
+            print_once(f"note: {note}")
 
     selected_on += ", with the averaged weights" if settings.ema_decay else ""
     facts = describe_data(settings, catalogue, train_entries, selection_entries)

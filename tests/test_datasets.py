@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import random
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -27,6 +28,7 @@ from datasets import (
     choose_split,
     evaluation_loader,
     load_catalogue,
+    note_on_left_out,
     read_catalogue,
     split_validation,
     training_loader,
@@ -299,6 +301,32 @@ def test_processes_share_the_batches_of_a_run(picture_tree: Path, images_per_cla
             assert all(rows[path].equal(row) for path, row in zip(part.paths, part.augmentation, strict=True))
         seen |= set(batch.paths)
     assert len(seen) > len(entries) - 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "images", "processes", "sentence"),
+    [
+        ({"batch_size": 8}, 15, 1, "7 of 15 training images are left out of each epoch, .* fill no batch of 8: "),
+        ({"batch_size": 8}, 12, 2, "4 of 12 training images are left out of each epoch, .* fill no batch of 8: "),
+        ({"batch_size": 8}, 15, 2, None),  # one of them sees a picture again
+        ({"batch_size": 8}, 16, 1, None),
+        ({"batch_size": 8}, 7, 1, None),  # a batch of all
+        ({"batch_size": 2}, 15, 1, None),  # less than a tenth
+        ({"batch_size": 8, "images_per_class": 2}, 15, 1, None),  # drawn, not gone through
+    ],
+)
+def test_it_is_said_how_many_images_an_epoch_leaves_out(
+    picture_tree: Path, changes: dict, images: int, processes: int, sentence: str | None
+) -> None:
+    settings = made_settings(picture_tree, **changes)
+    entries = load_catalogue(settings)[0].train[:images]
+    loaders = [training_loader(settings, entries, rank=rank, world_size=processes) for rank in range(processes)]
+    for loader in loaders:
+        note = note_on_left_out(loader, images, world_size=processes)
+        assert note is None if sentence is None else re.match(sentence, note)
+    if sentence:
+        seen = {path for loader in loaders for batch in loader for path in batch.paths}
+        assert len(seen) == images - int(sentence.partition(" ")[0])
 
 
 @pytest.mark.parametrize(
