@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -90,6 +91,22 @@ def test_a_folder_streams_json_and_skips_what_is_no_picture(checkpoints, picture
         assert name in shown.err
     assert "2 of 7 pictures" in shown.err.splitlines()[-1]
     assert "Traceback" not in shown.err
+
+
+def test_the_documented_way_to_load_a_checkpoint_predicts_the_same(checkpoints, pictures, tmp_path, capsys):
+    """docs/systems.md, with the paths of this test; nothing of the settings is in the weights."""
+    picture = pictures / "one" / "same name.png"
+    document = (Path(config.__file__).parent / "docs" / "systems.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(from pathlib.*?)^```", document, re.MULTILINE | re.DOTALL)
+    code = code.replace("checkpoint/demo-sgkrl/best.pth", str(checkpoints / "sgkrl.pth"))
+    code = code.replace('device="cpu"', 'device="cpu", data_root="."').replace("bird.jpg", str(picture))
+    exec(code, found := {})
+    arguments = run(checkpoints / "sgkrl.pth", picture, "--json", "--out", tmp_path, "--exit_threshold", "1")
+    predict.main(arguments)
+    (line,) = map(json.loads, capsys.readouterr().out.splitlines())
+    expected = {prediction["name"]: prediction["probability"] for prediction in line["predictions"]}
+    probabilities = dict(zip(found["names"], found["probabilities"][0].tolist(), strict=True))
+    assert probabilities == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("model", MODELS)
