@@ -61,7 +61,7 @@ def random_images(count: int, size: int, seed: int = 0) -> torch.Tensor:
             marks=pytest.mark.slow,
         ),
         pytest.param("mmal", {"batch_norm": "per_pass"}, marks=pytest.mark.slow),
-        ("sgkrl", CELLS),
+        pytest.param("sgkrl", CELLS, marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -206,7 +206,7 @@ def test_a_run_stopped_by_request_equals_an_uninterrupted_one(when, tiny_run, tm
 
 def test_a_reader_that_leaves_ends_no_run(tmp_path):
     """Such as `| head -1`, or a tee that dies."""
-    code = "from utils.training.distributed import print_once\nfor n in range(9999): print_once('x' * 99)\n"
+    code = "from utils.files import show\nfor n in range(9999): show('x' * 99)\n"  # which prints all lines of a run
     code += f"open({str(tmp_path / 'done')!r}, 'w').close()"
     with subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT, stdout=subprocess.PIPE) as process:
         process.stdout.readline()

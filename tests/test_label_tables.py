@@ -169,7 +169,8 @@ def test_classes_that_are_numbers_come_in_their_order_in_every_process(tmp_path:
     write_flat(tmp_path, *(f"{n}.jpg" for n in range(12)))
     names = ["10", "2", "1", "01", "002", "9" * 5001]
     write_lines(tmp_path / "t.csv", ["image,label", *(f"{n}.jpg,{names[n % 6]}" for n in range(12))])
-    program = f"from datasets import read_catalogue; print(read_catalogue('csv', {str(tmp_path)!r}).class_names)"
+    program = "from utils.data.readers import read_catalogue; "
+    program += f"print(read_catalogue('csv', {str(tmp_path)!r}).class_names)"
     for seed in ("0", "3"):
         environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)}
         done = subprocess.run(

@@ -231,7 +231,7 @@ def test_evaluation_is_as_that_of_every_system(model: str, check: Callable[[Vari
 
 
 def test_it_can_be_compiled() -> None:
-    system_checks.forward_traces_without_graph_break(fresh(), make_images(SIZE))
+    system_checks.forward_traces_without_graph_break(fresh("mmal"), make_images(SIZE))
 
 
 def test_half_precision_teaches_it_too() -> None:
