@@ -102,6 +102,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     ),
     "pmg": ("--model", "pmg", *SAME_PICTURES, "--learning_rate", "1e-3"),  # a quarter: four steps in every batch
     "resnet-equal-compute": (*RESNET, "--epochs", EQUAL_EPOCHS),
+    "resnet-10-epochs": (*RESNET, "--epochs", "10"),  # as long as 3 epochs of `trained`, whose first trains raw only
     "apinet-equal-compute": ("--model", "apinet", *SAME_PICTURES, "--epochs", EQUAL_EPOCHS),
     "published": PUBLISHED,
     "published-batch-graph": (*PUBLISHED, "--graph_scope", "batch"),
