@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from datasets import DataError, Entry, Pictures, Sample, collate, comes_with_corners, loading_of
 from networks.evidence import forward_with_evidence
+from networks.outputs import NetworkOutput
 from networks.views import VIEWS, look_at_views
 from utils.command_line import Parser, named
 from utils.config_slips import config_as_edited
@@ -35,7 +37,7 @@ from utils.reporting.metrics import inclusive_to_edges
 from utils.reporting.panels import image_panel
 from utils.reporting.pictures import save_png
 from utils.text import json_line, let_every_name_pass, one_line
-from utils.training.building import load_trained
+from utils.training.building import Trained, load_trained
 
 with config_as_edited():
     from config import rebuilt
@@ -114,14 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         bar.update(len(samples))
         if not good:
             continue
-        images = trained.execution.images(collate(good).images)
-        passes = {"mask_background": trained.plan.mask_background, "branches": network.prediction}
-        with trained.execution.autocast():
-            if options.no_drawings:
-                with torch.no_grad():
-                    output, evidence = network(images, **passes), None
-            else:
-                output, evidence = forward_with_evidence(network, images, size=EVIDENCE_SIZE, **passes)
+        output, evidence = look_at(trained, collate(good).images, with_evidence=not options.no_drawings)
         probabilities = network.predict_logits(output).float().softmax(dim=1)
         values, labels = (t.tolist() for t in probabilities.topk(min(options.top, len(class_names)), dim=1))
         for index, sample in enumerate(good):
@@ -155,6 +150,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if bad:
         print(f"error: {bad} of {len(pictures)} pictures could not be read and were skipped", file=sys.stderr)
         sys.exit(1)
+
+
+def look_at(trained: Trained, images: Tensor, *, with_evidence: bool) -> tuple[NetworkOutput, Tensor | None]:
+    """Run the network on uint8 images [B, 3, S, S]; the evidence is float32 [B, EVIDENCE_SIZE, EVIDENCE_SIZE]."""
+    images = trained.execution.images(images)
+    passes = {"mask_background": trained.plan.mask_background, "branches": trained.network.prediction}
+    with trained.execution.autocast():
+        if with_evidence:
+            return forward_with_evidence(trained.network, images, size=EVIDENCE_SIZE, **passes)
+        with torch.no_grad():
+            return trained.network(images, **passes), None
 
 
 def find_pictures(given: Sequence[Path], *, leave_out: Path) -> list[Path]:

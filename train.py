@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from datasets import (
@@ -49,7 +49,7 @@ from utils.training.execution import Execution
 from utils.training.found_boxes import find_boxes, with_bar
 from utils.training.nonfinite import check_finite, check_weights
 from utils.training.precision import agreed_precision
-from utils.training.schedule import freeze_trunk, plan_epoch
+from utils.training.schedule import EpochPlan, freeze_trunk, plan_epoch
 from utils.training.seeding import seed_everything
 from utils.training.starting import start_from
 from utils.training.targets import build_mixing, class_weights_of
@@ -120,6 +120,26 @@ def find_all_boxes(
     return found
 
 
+def evaluate_epoch(
+    run: Run, network: nn.Module, average: Average | None, loader: DataLoader, plan: EpochPlan, execution: Execution
+) -> tuple[dict[str, float], dict[str, float] | None]:
+    """Evaluate the network after an epoch's training, and its average, where there is one.
+
+    Raises NonFiniteLossError: the last step may have broken the weights, and such must not replace whole ones.
+    """
+    settings = run.settings
+    shared = {"plan": plan, "execution": execution, "label_smoothing": settings.label_smoothing}
+    shared |= {"on_batch": run.after_evaluation_batch, "description": settings.select_on}
+    shared |= {"learn_ensemble": True, "learn_exit": settings.select_on == "validation"}
+    run.before_evaluation(loader)
+    evaluated = evaluate(network, loader, **shared)
+    check_finite(evaluated)
+    check_weights(unwrap(network), run.steps)  # evaluated or not
+    of_average = evaluate(network_of(average, network), loader, **shared) if average else None
+    check_finite(of_average or {})
+    return evaluated, of_average
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     settings = parse_settings(arguments)
     keep_freed_memory()
@@ -171,7 +191,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for epoch in run.epochs():
             plan = plan_epoch(system, epoch, loss_weights, warmup_epochs=settings.warmup_epochs)
             freeze_trunk(system, optimizer, frozen=epoch <= settings.frozen_trunk_epochs)
-            shared = {"plan": plan, "execution": execution, "label_smoothing": settings.label_smoothing}
             with run.epoch(epoch, train_loader):
                 trained = train_one_epoch(
                     network,
@@ -188,18 +207,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     average=average,
                     gradient_accumulation=settings.gradient_accumulation,
                     mix=mix,
+                    plan=plan,
+                    execution=execution,
+                    label_smoothing=settings.label_smoothing,
                     description=f"epoch {epoch}/{settings.epochs}",
-                    **shared,
                 )
-                shared |= {"on_batch": run.after_evaluation_batch, "description": settings.select_on}
-                shared |= {"learn_ensemble": True, "learn_exit": settings.select_on == "validation"}
-                run.before_evaluation(selection_loader)
-                evaluated = evaluate(network, selection_loader, **shared)
-                # the last step may have broken the weights, evaluated or not: they must not replace whole ones
-                check_finite(evaluated)
-                check_weights(system, run.steps)
-                of_average = evaluate(network_of(average, network), selection_loader, **shared) if average else None
-                check_finite(of_average or {})
+                evaluated, of_average = evaluate_epoch(run, network, average, selection_loader, plan, execution)
             run.finish_epoch(epoch, trained, evaluated, of_average)
             if run.wants_pictures(epoch):
                 with run.pictures(epoch):
