@@ -66,6 +66,10 @@ OPTIONS: tuple[System, ...] = (  # that compute something else on the device
 )
 
 
+# The backbone alone has statistics, and sgkrl sends pictures, objects and windows through it.
+OTHER_STATISTICS = [pytest.param(s, marks=[] if s == ("sgkrl", {}) else pytest.mark.slow) for s in SYSTEMS]
+
+
 class ForbidTwoDevices(TorchDispatchMode):
     """Inside this, an operator raises whose tensors, its result among them, are on two devices, but for plain numbers.
 
@@ -181,14 +185,14 @@ def test_system_runs_without_mixed_precision(fake: None, system: System) -> None
         assert_runs(network, training=training, autocast=False)
 
 
-@pytest.mark.parametrize("system", SYSTEMS, ids=str)
+@pytest.mark.parametrize("system", OTHER_STATISTICS, ids=str)
 def test_system_runs_with_statistics_per_pass(fake: None, system: System) -> None:
     network = build(system, batch_norm="per_pass")
     assert_runs(network, training=True, autocast=True)
     assert_runs(network, training=False, autocast=False)
 
 
-@pytest.mark.parametrize("system", SYSTEMS, ids=str)
+@pytest.mark.parametrize("system", OTHER_STATISTICS, ids=str)
 def test_system_runs_with_frozen_statistics(fake: None, system: System) -> None:
     assert_runs(build(system, batch_norm="frozen"), training=True, autocast=False)
 

@@ -44,7 +44,9 @@ OF_PIXELS = [name for name in ALL if name != "windows of cells"]
 
 
 @pytest.mark.parametrize("check", system_checks.CHECKS, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=pytest.mark.slow if name == "without parts" else []) for name in VARIANTS]
+)
 def test_variant(variant: str, check: system_checks.Check) -> None:
     check(VARIANTS[variant])
 
