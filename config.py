@@ -383,6 +383,7 @@ def parse_settings(arguments: Sequence[str] | None = None, **overrides: object) 
     model = first_value(arguments, "model", edited.model)
     system = find_system(model)
     of_data = DATASETS.get(first_value(arguments, "dataset", str(edited.dataset)))
+    of_recipe = RECIPES.get(first_value(arguments, "recipe", str(edited.recipe)))
 
     def explain(name: str) -> str | None:
         return refusal_of_option(name, system) if owners_of(name) else NO_FLAGS.get(name)
@@ -392,7 +393,7 @@ def parse_settings(arguments: Sequence[str] | None = None, **overrides: object) 
         {"": Settings, f"Only {model}": system.Options},
         description="Train a fine-grained classifier; settings default to config.py.",
         explain=explain,
-        edited=_own_values(system, PUBLISHED, of_data, edited.options),
+        edited=_own_values(system, PUBLISHED, of_data, of_recipe, edited.options),
     )
     options = edited.options | own if isinstance(edited.options, dict) else edited.options
     return complete(dataclasses.replace(edited, **values | overrides, options=options))

@@ -43,7 +43,15 @@ from utils.training.building import (
     note_on_untrained,
     weights_of_losses,
 )
-from utils.training.distributed import cleanup, print_once, rank, setup_distributed, unwrap, world_size
+from utils.training.distributed import (
+    cleanup,
+    print_once,
+    rank,
+    setup_distributed,
+    share_weights,
+    unwrap,
+    world_size,
+)
 from utils.training.engine import evaluate, train_one_epoch
 from utils.training.execution import Execution
 from utils.training.found_boxes import find_boxes, with_bar
@@ -141,7 +149,7 @@ def evaluate_epoch(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    settings = parse_settings(arguments)
+    settings = given = parse_settings(arguments)
     keep_freed_memory()
 
     # Data.
@@ -157,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print_once(f"note: {note}")
 
     selected_on += ", with the averaged weights" if settings.ema_decay else ""
-    facts = describe_data(settings, catalogue, train_entries, selection_entries)
+    facts = describe_data(given, catalogue, train_entries, selection_entries)
     facts |= {"steps_per_epoch": len(train_loader), "selected_on": selected_on}
     folder = folder_of(Path(settings.checkpoint_dir).expanduser() / run_name(settings), settings)
     with Run(folder, settings, facts, device, restored, again=partial(parse_settings, arguments)) as run:
@@ -172,6 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         check_shares(network, train_loader, settings.gradient_accumulation)
         if begins and settings.initial_weights is not None:
             print_once(start_from(settings, system, catalogue.class_names, restored))
+            share_weights(system)
         loss_weights = weights_of_losses(settings, system)
         if note := note_on_untrained(system, loss_weights):
             print_once(f"note: {note}")

@@ -50,7 +50,10 @@ def test_the_example_reads_what_a_run_asks_for(write_reader, picture_tree):
     [
         ("def read(", "def reed(", r"mine\.py has no function read: it makes a Catalogue of a Source$"),
         ("Entry(path, label)", "Entry(str(path), label)", r"reader lists '.*png': expected a pathlib\.Path"),
-        ("Entry(path, label)", "Entry(path, label + 1)", r"the label 3: expected 0 to 2, the place of its class among"),
+        ("Entry(path, label)", "Entry(path, label + 1)", r"the label 3: expected an int from 0 to 2, the place of"),
+        ("Entry(path, label)", "Entry(path, name)", r"the label 'blue': expected an int from 0 to 2"),
+        ("Entry(path, label)", "Entry(path, __import__('numpy').int64(label))", r"the label .*0.*: expected an int"),
+        ("Entry(path, label)", "(path, label)", r"reader lists \(.*png'\), 0\): expected an Entry$"),
     ],
 )
 def test_slips_in_a_reader_are_one_sentence(old, new, sentence, write_reader, picture_tree):

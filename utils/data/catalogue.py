@@ -132,13 +132,15 @@ def drop_repeated(catalogue: Catalogue) -> Catalogue:
 def check_entries(catalogue: Catalogue) -> None:
     """Raise DataError where a reader has listed pictures in another form than `Entry` has."""
     classes = len(catalogue.class_names)
-    for source, label, *_ in catalogue.entries:
-        if not isinstance(source, Path | int):
-            raise DataError(f"the data set's reader lists {source!r}: expected a pathlib.Path")
-        if not 0 <= label < classes:
+    for entry in catalogue.entries:
+        if not isinstance(entry, Entry):
+            raise DataError(f"the data set's reader lists {entry!r}: expected an Entry")
+        if not isinstance(entry.source, Path | int):
+            raise DataError(f"the data set's reader lists {entry.source!r}: expected a pathlib.Path")
+        if type(entry.label) is not int or not 0 <= entry.label < classes:
             raise DataError(
-                f"the data set's reader gives {source} the label {label}: expected 0 to {classes - 1}, the place of "
-                f"its class among the {classes} class names"
+                f"the data set's reader gives {entry.source} the label {entry.label!r}: expected an int from 0 to "
+                f"{classes - 1}, the place of its class among the {classes} class names"
             )
 
 

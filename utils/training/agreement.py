@@ -14,7 +14,8 @@ from utils.errors import UserError
 from utils.options import shown
 from utils.training.distributed import gather
 
-# Where files lie, and how a process computes: what is in them and what comes of it is compared, or the first one's
+# Where files lie, and how a process computes: of pictures and labels the content is compared, weights are those of the
+# first process
 MAY_DIFFER = {
     *("data_root", "checkpoint_dir", "labels", "validation_labels", "test_labels", "pretrained", "initial_weights"),
     *("device", "data_parallel", "workers", "prefetch", "cache", "keep_checkpoints", "pictures_every"),
@@ -35,9 +36,11 @@ def refuse_differing_processes(settings: Mapping[str, object], class_names: Sequ
     counts = tuple(map(len, pictures))
     digest = hashlib.sha256(repr((list(class_names), pictures)).encode(errors="surrogatepass")).hexdigest()
     asked = {name: value for name, value in settings.items() if name not in MAY_DIFFER}
+    asked["initial_weights"] = None if settings.get("initial_weights") is None else "a file"
     (first, first_counts, first_digest), *others = gather((asked, counts, digest))
     for number, (theirs, their_counts, their_digest) in enumerate(others, start=1):
         names = sorted(name for name in first.keys() | theirs.keys() if first.get(name) != theirs.get(name))
+        names = ["model"] if "model" in names else names  # whose own settings differ, too
         if names:
             values = (f"{name} is {shown(theirs.get(name))}, not {shown(first.get(name))}" for name in names)
             raise DifferentProcessesError(

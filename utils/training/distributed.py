@@ -177,3 +177,12 @@ def share_buffers(network: nn.Module) -> None:
     if is_distributed():
         for buffer in network.buffers():
             torch.distributed.broadcast(buffer, src=0)
+
+
+@torch.no_grad()
+def share_weights(network: nn.Module) -> None:
+    """Give all processes the parameters and buffers of the first one, as DistributedDataParallel begins with them."""
+    if is_distributed():
+        for parameter in network.parameters():
+            torch.distributed.broadcast(parameter, src=0)
+    share_buffers(network)
