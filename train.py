@@ -45,6 +45,7 @@ from utils.training.building import (
 )
 from utils.training.distributed import (
     cleanup,
+    print_note,
     print_once,
     rank,
     setup_distributed,
@@ -161,8 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     train_loader = training_loader(settings, train_entries, rank=rank(), world_size=world_size())
     selection_loader = evaluation_loader(settings, selection_entries[rank() :: world_size()])
     for note in (*catalogue.notes, note_on_left_out(train_loader, len(train_entries), world_size=world_size())):
-        if note:
-            print_once(f"note: {note}")
+        print_note(note)
 
     selected_on += ", with the averaged weights" if settings.ema_decay else ""
     facts = describe_data(given, catalogue, train_entries, selection_entries)
@@ -174,16 +174,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         seed_everything(settings.seed)
         classes = len(catalogue.class_names)
         begins = run.saved is None
-        pretrained = begins and settings.initial_weights is None
-        network = build_to_train(settings, classes, device, load_weights=pretrained)
+        network = build_to_train(settings, classes, device, load_weights=begins and settings.initial_weights is None)
         system = unwrap(network)
         check_shares(network, train_loader, settings.gradient_accumulation)
         if begins and settings.initial_weights is not None:
             print_once(start_from(settings, system, catalogue.class_names, restored))
             share_weights(system)
         loss_weights = weights_of_losses(settings, system)
-        if note := note_on_untrained(system, loss_weights):
-            print_once(f"note: {note}")
+        print_note(note_on_untrained(system, loss_weights))
         optimizer, schedule = build_learning(settings, system, steps_per_epoch=len(train_loader))
         labels = [entry.label for entry in train_entries]
         system.class_weights = class_weights_of(settings.class_weights, labels, classes, device)

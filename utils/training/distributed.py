@@ -40,6 +40,12 @@ def print_once(text: str) -> None:
         show(text)
 
 
+def print_note(note: str | None) -> None:
+    """Print what a user should know, once for all processes; None: there is nothing to say."""
+    if note is not None:
+        print_once(f"note: {note}")
+
+
 def choose_device(name: str) -> torch.device:
     """Turn the setting into a device; "auto" is the CUDA GPU where there is one. Raises UserError for an absent one."""
     if name == "auto":
