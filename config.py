@@ -278,9 +278,8 @@ def complete(settings: Settings) -> Settings:
     check_edited(Settings, tables, read=READ, path=__file__, is_option=owners_of)
     settings = checked(settings)
     if settings.dataset not in DATASETS:
-        reader = Path(__file__).parent / "utils" / "data" / "readers" / f"{settings.dataset}.py"
-        has_reader = settings.dataset.isidentifier() and reader.exists()
-        row = ", or give its reader's file a row in DATASETS of config.py" if has_reader else ""
+        readers = {path.stem for path in (Path(__file__).parent / "utils" / "data" / "readers").glob("*.py")}
+        row = ", or give its reader's file a row in DATASETS of config.py" if settings.dataset in readers else ""
         raise SettingsError(f"unknown dataset {shown(settings.dataset)}; choose one of {', '.join(DATASETS)}{row}")
     if settings.recipe not in RECIPES:
         raise SettingsError(f"unknown recipe {shown(settings.recipe)}; choose one of {', '.join(RECIPES)}")

@@ -567,7 +567,8 @@ def test_a_save_that_falls_on_a_skipped_step_is_left_out(tiny_run, tmp_path, mon
         save_last(folder, content)
 
     monkeypatch.setattr(Execution, "images", poisoned)
-    monkeypatch.setattr(run, "save_last", recorded)
+    monkeypatch.setattr(run, "save_last", recorded)  # within an epoch
+    monkeypatch.setattr(run_folder, "save_last", recorded)  # at its end
     train.main(tiny_run(tmp_path, "--skip_nonfinite", "1", "--save_every_steps", "1"))
     assert saves == [1, "end"]
     assert load_checkpoint(tmp_path / "folder-resnet" / "last.pth")["skipped_steps"] == 1
