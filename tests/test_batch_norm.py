@@ -128,8 +128,9 @@ def test_frozen_statistics_never_change_and_scales_still_learn() -> None:
         torch.testing.assert_close(output.logits["raw"], network.eval()(pictures(1)).logits["raw"])
 
 
+@pytest.mark.usefixtures("thin_trunk")
 @pytest.mark.parametrize("dense", (False, True))
-@pytest.mark.parametrize(("name", "first"), (("resnet18", False), ("resnet50", True)))
+@pytest.mark.parametrize(("name", "first"), (("resnet18", False), ("wide_resnet50_2", True)))
 def test_frozen_batch_norms_inside_the_convolutions_compute_and_learn_the_same(name, first, dense) -> None:
     torch.manual_seed(0)
     usual, frozen = (

@@ -28,7 +28,6 @@ PROJECT = Path(export.__file__).resolve().parent
 WINDOWS = ((((5, 5),), 2), (((8, 8),), 1))
 FOUR_WINDOWS = ((((5, 5),), 2), (((8, 8),), 2))  # a node and its three neighbours in a single picture, as published
 CELLS = {"window_source": "stage3"}
-EVERY_RUN = ("sgkrl",)  # with the most parts; the example below traces mmal, the slow tests the other systems
 ONNX_IS_THERE = all(importlib.util.find_spec(name) for name in (*export.ONNX_PACKAGES, "onnxruntime"))
 NAMES = ["blue", "green <b>", "rød"]
 
@@ -53,8 +52,7 @@ def random_images(count: int, size: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("model", "options"),
     [
-        *((model, {}) for model in MODELS if model in EVERY_RUN),
-        *(pytest.param(model, {}, marks=pytest.mark.slow) for model in MODELS if model not in EVERY_RUN),
+        *(pytest.param(model, {}, marks=pytest.mark.slow) for model in MODELS),  # the example below traces sgkrl
         pytest.param(
             "sgkrl_published",
             {"graph_scope": "batch", "prediction": ("graph",), "windows": FOUR_WINDOWS},
@@ -86,7 +84,7 @@ def checkpoint(tiny_run, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("exported")
     torch.manual_seed(0)
     loading = ("--resize_size", "118", "--normalization", "half")
-    settings = config.parse_settings(tiny_run(folder, "--precision", "float32", *loading, model="mmal"))
+    settings = config.parse_settings(tiny_run(folder, "--precision", "float32", *loading, model="sgkrl"))
     network = build_from_settings(settings, 3, load_weights=False)
     values = dataclasses.asdict(settings)
     content = {"settings": values, "class_names": NAMES, "selected_on": "nothing", "epoch": 1}
@@ -163,7 +161,7 @@ def test_the_example_runs_the_file_without_this_code(checkpoint, pictures, tmp_p
 @pytest.mark.parametrize(
     ("model", "options"),
     [
-        *(pytest.param(model, {}, marks=[] if model in EVERY_RUN else pytest.mark.slow) for model in MODELS),
+        *(pytest.param(model, {}, marks=pytest.mark.slow) for model in MODELS),
         ("sgkrl", CELLS),
     ],
     ids=str,

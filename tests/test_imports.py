@@ -9,6 +9,7 @@ library, `networks` and what is light; `datasets.py` errors and `utils.data`.
 from __future__ import annotations
 
 import ast
+import functools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,8 +111,9 @@ def refusal(importer: str, imported: str) -> str | None:
     return f"{importer} is in none of the rooms that the design names"
 
 
-def imports_of(name: str, path: Path) -> set[str]:
-    return set(imported_modules(path.read_text(encoding="utf-8"), name, is_package=path.name == "__init__.py"))
+@functools.cache
+def imports_of(name: str, path: Path) -> frozenset[str]:
+    return frozenset(imported_modules(path.read_text(encoding="utf-8"), name, is_package=path.name == "__init__.py"))
 
 
 def system_of(module: str) -> str | None:
