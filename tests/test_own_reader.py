@@ -64,7 +64,8 @@ def test_slips_in_a_reader_are_one_sentence(old, new, sentence, write_reader, pi
 
 
 def test_a_reader_without_a_row_is_found(tmp_path, monkeypatch):
-    monkeypatch.delitem(config.DATASETS, "pets")
+    others = {name: row for name, row in config.DATASETS.items() if name != "pets"}
+    monkeypatch.setattr(config, "DATASETS", others)
     with pytest.raises(SettingsError, match="unknown dataset 'pets'; .* or give its reader's file a row in DATASETS"):
         config.parse_settings(["--dataset", "pets", "--data_root", str(tmp_path)])
     with pytest.raises(SettingsError, match="unknown dataset 'pet'; choose one of demo, .*, csv$"):
