@@ -19,7 +19,7 @@ from thin_trunk import get_thin_model
 from datasets import Entry
 from networks import find_system
 
-pytest.register_assert_rewrite("small_systems", "system_checks", "object_checks")
+pytest.register_assert_rewrite("small_systems", "system_checks", "object_checks", "whole_runs")
 
 PROJECT = Path(__file__).resolve().parent.parent
 

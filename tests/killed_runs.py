@@ -1,7 +1,7 @@
 """Train in child processes and kill them: `python killed_runs.py KILLS SEED REFERENCE_DIR KILLED_DIR ARGUMENT ...`.
 
-Run by tests/test_faults.py in a forked process (tests/launching.py), so that the children come from one that has
-computed nothing yet.
+Run by tests/runs/test_stopped_runs.py in a forked process (tests/launching.py), so that the children come from one that
+has computed nothing yet.
 First an uninterrupted run into REFERENCE_DIR, then one into KILLED_DIR that is killed KILLS times and started again
 with the same arguments. Prints where each child was killed. A child counts its moments (steps, writes, renamings, log
 lines, evaluations) and kills itself with SIGKILL at a drawn one; every third is killed from outside after a drawn time.

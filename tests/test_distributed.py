@@ -8,8 +8,8 @@ from functools import partial
 import pytest
 import torch
 from launching import TORCHRUN, run_python, run_script, run_two_processes
-from test_train import read_log
 from torch import nn
+from whole_runs import read_log
 
 from config import parse_settings
 from datasets import evaluation_loader, load_catalogue, training_loader

@@ -1,4 +1,4 @@
-"""docs/settings.md and docs/systems.md have what the code has."""
+"""docs/settings.md and docs/systems.md have what the code has, and docs/runs.md names tests that are there."""
 
 from __future__ import annotations
 
@@ -41,3 +41,19 @@ def test_a_recipe_names_what_differs_from_the_shared_values(model):
     assert set(re.findall(r"`(\w+)` (?:`|√?\d)", before_others)) == differing
     for name in differing & {"epochs", "batch_size", "resize_size", "schedule", "optimizer"}:
         assert re.search(rf"`{name}` `?{run[name]}\b", before_others)
+
+
+def test_every_promise_names_tests_that_are_there():
+    """As `file.py: part of a name`, more names of the same file behind it, or a file alone."""
+    rows = (DOCS / "runs.md").read_text(encoding="utf-8").partition("| promise | test |")[2].strip().splitlines()[1:]
+    assert len(rows) > 20
+    for row in rows:
+        content = ""
+        for named in re.findall(r"`([^`]+)`", row.rpartition(" | ")[2]):
+            file, _, word = named.rpartition(": ") if named.startswith("test_") else ("", "", named)
+            if named.endswith(".py"):
+                file, word = named, "def test_"
+            if file:
+                (path,) = Path(__file__).parent.rglob(file)
+                content = path.read_text(encoding="utf-8")
+            assert re.search(rf"^def test_\w*{word}|^{word}", content, re.MULTILINE), named

@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from reference import recorded_passes
-from test_train import read_log
 from thin_trunk import THIN
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from whole_runs import read_log
 
 import config
 import predict

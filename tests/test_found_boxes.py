@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_train import assert_same_run, interrupt_in_epoch
 from thin_trunk import get_thin_model
+from whole_runs import assert_same_run, interrupt_in_epoch
 
 import train
 from config import parse_settings, rebuilt

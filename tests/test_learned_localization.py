@@ -13,8 +13,8 @@ import pytest
 import system_checks
 import torch
 from small_systems import LABELS, SIZE, Variant, make_images, run
-from test_train import assert_same_run, interrupt_in_epoch
 from thin_trunk import get_thin_model
+from whole_runs import assert_same_run, interrupt_in_epoch
 
 import test
 import train

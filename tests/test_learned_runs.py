@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from launching import run_script, run_two_processes
-from test_train import assert_same_run, interrupt_in_epoch, read_log
+from whole_runs import assert_same_run, interrupt_in_epoch, read_log
 
 import config
 import export
