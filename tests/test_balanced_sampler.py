@@ -142,6 +142,23 @@ def test_classes_are_repeated_evenly_where_the_others_ran_out() -> None:
     assert max(groups.values()) < 1.25 * min(groups.values())
 
 
+def test_small_classes_come_in_all_parts_of_an_epoch() -> None:
+    counts = [max(round(300 / (number + 1)), 1) for number in range(100)]  # a long tail
+    labels = spread(counts)
+    sampler = BalancedSampler(labels, batch_size=12, images_per_class=2, seed=0)
+    keys = list(sampler)
+    for part in cut(keys[: len(keys) // 4 * 4], len(keys) // 4):
+        assert len({labels[index] for index, _ in part}) > 60
+
+
+def test_many_classes_take_no_time_for_each_other() -> None:
+    """10,000 classes: if every class looked at all labels, this would take minutes."""
+    labels = list(range(10_000)) * 2
+    sampler = BalancedSampler(labels, batch_size=2000, images_per_class=2, seed=0)
+    assert {index for index, _ in sampler} == set(range(20_000))
+    assert sorted(map(tuple, sampler.images)) == [(n, n + 10_000) for n in range(10_000)]
+
+
 def test_every_pair_of_a_class_may_meet() -> None:
     labels = spread([4] * 3)
     met = set()

@@ -48,8 +48,9 @@ class BalancedSampler(Sampler[tuple[int, int]]):
     """Pairs (index, seed for the sample) in class-balanced batches: groups of `images_per_class` images of one class.
 
     For losses that compare images: a batch holds batch_size / images_per_class different classes (some of them twice
-    where there are fewer classes). An epoch shows every image at least once. Images are repeated where a class cannot
-    fill its groups, and classes where the others ran out; a group holds an image twice only if its class has too few.
+    where there are fewer classes). An epoch shows every image at least once, so that large classes come more often than
+    small ones. Images are repeated where a class cannot fill its groups, and classes where the others ran out; a group
+    holds an image twice only if its class has too few.
 
     As with `ShuffledSampler`, all depends on (seed, epoch) alone, and each of `world_size` processes gets its shard, a
     part of every batch. `batch_size` is that of all processes together; a loader in one of them has to take
@@ -73,15 +74,16 @@ class BalancedSampler(Sampler[tuple[int, int]]):
                 f"batch_size {batch_size} came; expected a multiple of images_per_class x processes, "
                 f"{images_per_class} x {world_size}, all of at least 1"
             )
-        self.images = [np.flatnonzero(np.asarray(labels) == label) for label in np.unique(labels)]
+        if not len(labels):
+            raise UserError("no labels came; expected one for each image")
+        _, counts = np.unique(labels, return_counts=True)
+        self.images = np.split(np.argsort(labels, kind="stable"), counts.cumsum()[:-1])  # of each class, in their order
         self.images_per_class = images_per_class
         self.groups_per_batch = batch_size // images_per_class
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
         self.epoch, self.start = 0, 0
-        if not self.images:
-            raise UserError("no labels came; expected one for each image")
         self.batches = len(self._deal(np.random.default_rng(0)))  # how many does not depend on who comes first
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
@@ -95,7 +97,8 @@ class BalancedSampler(Sampler[tuple[int, int]]):
     def __iter__(self) -> Iterator[tuple[int, int]]:
         generator = np.random.default_rng((self.seed, self.epoch))
         deal = self._deal(generator)
-        groups = [self._groups(images, np.sum(deal == label), generator) for label, images in enumerate(self.images)]
+        counts = np.bincount(deal.ravel(), minlength=len(self.images))
+        groups = [self._groups(*of_class, generator) for of_class in zip(self.images, counts, strict=True)]
         order = np.array([next(groups[label]) for label in deal.ravel()])  # [batches * groups, images_per_class]
         seeds = generator.integers(2**63, size=order.shape)
         # A process gets neighbouring groups of each batch: different classes, also where there are few.
@@ -104,15 +107,25 @@ class BalancedSampler(Sampler[tuple[int, int]]):
         return islice(zip(order, seeds, strict=True), self.start, None)
 
     def _deal(self, generator: np.random.Generator) -> np.ndarray:
-        """Return [batches, groups per batch] classes: in each batch those that have most groups left."""
+        """Return [batches, groups per batch] classes, batches in any order.
+
+        They are dealt one after the other, to each the classes that have most groups left: the last ones would hold
+        all the small classes.
+        """
         left = np.array([-(-len(images) // self.images_per_class) for images in self.images])
         batches = []
         while left.any():
-            order = np.lexsort((generator.random(len(left)), -left))
-            batch = np.resize(order, self.groups_per_batch)
+            batch = np.resize(self._most_left(left, generator), self.groups_per_batch)
             left = np.maximum(left - np.bincount(batch, minlength=len(left)), 0)
             batches.append(batch)
-        return np.array(batches)
+        return generator.permutation(np.array(batches))
+
+    def _most_left(self, left: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        """Return the classes with most groups `left`, as many as a batch can hold: equal ones at random."""
+        keys = generator.random(len(left)) - left
+        count = min(self.groups_per_batch, len(left))
+        classes = np.argpartition(keys, count - 1)[:count]  # of thousands, sorting all would take long
+        return classes[keys[classes].argsort()]
 
     def _groups(self, images: np.ndarray, count: int, generator: np.random.Generator) -> Iterator[np.ndarray]:
         """Return groups [images_per_class] of a class: all of its images, shuffled, as often as `count` groups need."""
