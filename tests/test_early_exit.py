@@ -35,8 +35,9 @@ from utils.reporting.early_exit import (
     curve_text,
     exit_curve,
 )
-from utils.training import exit_learning
+from utils.training import exit_learning, kept_logits
 from utils.training.building import load_trained
+from utils.training.ensemble import EnsembleLearning
 
 pytestmark = pytest.mark.usefixtures("thin_trunk")
 
@@ -234,19 +235,26 @@ def test_passes_of_every_family_are_counted(name: str) -> None:
     assert 2 <= before < 3 and 0.2 < window < 0.6  # one that is attended to in windows is padded
 
 
-def test_a_curve_is_of_the_weights_that_branches_end_with() -> None:
-    """They are learnt after the last batch."""
+def test_a_threshold_is_of_the_weights_that_branches_end_with(monkeypatch) -> None:
+    """They are learnt after the last batch; until then the logits wait in parts, here of one batch each."""
     torch.manual_seed(3)
     options = {"num_classes": 4, "backbone": "resnet18", "input_size": SIZE, "windows": WINDOWS}
     network = build_network("sgkrl", ensembling="learned", **options).eval()
     outputs, labels = [run(network, pictures(n), 1.0)[0] for n in (3, 4)], torch.tensor([0, 1, 2, 3, 0, 1, 2])
-    before, after = ExitCollector(network), ExitCollector(network)
+    monkeypatch.setattr(kept_logits, "PART", 1)
+    ensemble = EnsembleLearning(network, also=("object",))
+    exits, expected = exit_learning.ExitLearning(network, ensemble), ExitCollector(network)
     for output, part in zip(outputs, (labels[:3], labels[3:]), strict=True):
-        before.add(output, part)
+        ensemble.add(output, part)
+        exits.add(output, part)
     network.ensemble_weights.copy_(torch.tensor([0.0, 0.0, 3.0, 0.1]))
     for output, part in zip(outputs, (labels[:3], labels[3:]), strict=True):
-        after.add(output, part)
-    assert before.curve() == after.curve()
+        expected.add(output.logits, part)
+    seen = []
+    monkeypatch.setattr(exit_learning, "safe_threshold", lambda *collected: seen.extend(collected) or 0.5)
+    assert exits.finish() == {"exit_threshold": 0.5}
+    assert len(seen[0]) == 7
+    assert all(torch.equal(one, other) for one, other in zip(seen, expected.collected(), strict=True))
 
 
 def test_several_processes_learn_one_threshold(network, monkeypatch) -> None:
@@ -255,12 +263,12 @@ def test_several_processes_learn_one_threshold(network, monkeypatch) -> None:
     none, both = ExitCollector(network), ExitCollector(network)
     with pytest.raises(UserError, match="no image came"):
         none.curve()
-    both.add(outputs[0], labels[:2])
-    both.add(outputs[1], labels[2:])
+    both.add(outputs[0].logits, labels[:2])
+    both.add(outputs[1].logits, labels[2:])
     monkeypatch.setattr(exit_learning, "LOST_AT_MOST", 0.9)  # five images are enough then
     expected = exit_learning.safe_threshold(*both.collected())
     second = ExitCollector(network)
-    second.add(outputs[1], labels[2:])
+    second.add(outputs[1].logits, labels[2:])
     monkeypatch.setattr(exit_learning, "gather", lambda own: [none.collected(), own, second.collected()])
     learning = exit_learning.ExitLearning(network)
     learning.add(outputs[0], labels[:2])
@@ -329,7 +337,7 @@ def relearned(checkpoint: Path, weights: str) -> float:
     samples = list(Pictures(choose_split(loaded.settings, catalogue)[1], **loading_of(loaded.settings)))
     collector = ExitCollector(loaded.network)
     images = normalised(torch.stack([sample.image for sample in samples]))
-    collector.add(loaded.network(images), torch.tensor([sample.label for sample in samples]))
+    collector.add(loaded.network(images).logits, torch.tensor([sample.label for sample in samples]))
     return exit_learning.safe_threshold(*collector.collected())
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from networks import build_network
 from networks.outputs import NetworkOutput, combine_logits, early_prediction
 from utils.reporting.report_text import ensembled_text, weights_of_branches
+from utils.training import ensemble, kept_logits
 from utils.training.averaging import Average
 from utils.training.ensemble import EnsembleLearning, fit_weights
 
@@ -216,6 +217,23 @@ def test_weights_are_learnt_from_collected_batches() -> None:
         "ensemble_weight/raw": pytest.approx(expected[0].item()),
         "ensemble_weight/peak": pytest.approx(expected[1].item()),
     }
+
+
+def test_of_very_many_images_evenly_spread_ones_teach_the_weights_and_all_are_counted(monkeypatch) -> None:
+    system = Toy().eval()
+    system.ensembling, system.ensemble_weights = "learned", torch.tensor([0.5, 0.5])
+    log_probabilities, labels = made_up(2, 2, classes=5)
+    monkeypatch.setattr(kept_logits, "PART", 2 * 5 * 16)
+    monkeypatch.setattr(ensemble, "LEARNT_FROM", 2 * 5 * 40 / 2)
+    learning = EnsembleLearning(system)
+    for part in (slice(0, 16), slice(16, 30), slice(30, 40)):
+        raw, peak = log_probabilities[:, part]
+        learning.add(NetworkOutput({"raw": raw, "peak": peak}), labels[part])
+    figures = learning.finish()
+    expected = fit_weights(log_probabilities[:, ::2], labels[::2]).float()
+    torch.testing.assert_close(system.ensemble_weights, expected)
+    right = (expected[:, None, None] * log_probabilities).sum(0).argmax(1) == labels
+    assert figures["accuracy/prediction"] == pytest.approx(right.double().mean().item())
 
 
 def test_broken_logits_change_no_weights() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -32,31 +33,22 @@ class ExitCollector:
     def __init__(self, network: System) -> None:
         self.network = network
         self._judged: list[tuple[Tensor, ...]] = []  # of each batch [n] each: confidence, right early, right after all
-        self._waiting: list[tuple[dict[str, Tensor], Tensor]] = []  # logits and labels of batches that are not judged
 
     def __call__(self, batch: Any, output: NetworkOutput, prediction: Tensor) -> None:
         """Take a batch of `datasets`, as `on_batch` of `training.engine.evaluate`."""
-        self.add(output, batch.labels.to(prediction.device))
+        self.add(output.logits, batch.labels.to(prediction.device))
 
-    def add(self, output: NetworkOutput, labels: Tensor) -> None:
-        """Take a batch with its labels [B]. Where weights of branches are learnt, it is judged by what they end as."""
-        logits = {name: output.logits[name] for name in {*self.network.prediction, "object"}}
-        self._waiting.append((logits, labels))
-        if self.network.ensemble_weights is None:
-            self._judge()
-
-    def _judge(self) -> None:
-        network = self.network
-        for logits, labels in self._waiting:
-            early = early_prediction(logits, network.prediction, network.ensembling, network.ensemble_weights)
-            full = network.predict_logits(NetworkOutput(logits))
-            right = (prediction.argmax(dim=1) == labels for prediction in (early, full))
-            self._judged.append((object_confidence(logits), *right))
-        self._waiting.clear()
+    def add(self, logits: Mapping[str, Tensor], labels: Tensor) -> None:
+        """Take the logits of a batch, of `object` and the branches of the prediction, and its labels [B]."""
+        network, device = self.network, next(self.network.parameters()).device
+        logits = {name: logits[name].to(device) for name in {*network.prediction, "object"}}
+        early = early_prediction(logits, network.prediction, network.ensembling, network.ensemble_weights)
+        full = network.predict_logits(NetworkOutput(logits))
+        right = (prediction.argmax(dim=1) == labels.to(device) for prediction in (early, full))
+        self._judged.append((object_confidence(logits), *right))
 
     def collected(self) -> list[Tensor]:
         """Return, [n] each on the CPU, how sure each image is, and whether it is right early, and in the end."""
-        self._judge()
         none = torch.empty(0), *torch.empty(2, 0, dtype=torch.bool)
         return [torch.cat([value.cpu() for value in values]) for values in zip(none, *self._judged, strict=True)]
 

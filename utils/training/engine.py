@@ -141,9 +141,12 @@ def evaluate(
     system = unwrap(network)
     branches = tuple(dict.fromkeys((*(system.evaluated if branches is None else branches), *system.prediction)))
     meter, start = EpochMeter(execution.device), time.perf_counter()
-    ensemble = EnsembleLearning(system) if learn_ensemble and system.ensemble_weights is not None else None
-    exits = ExitLearning(system) if learn_exit and has_passes_to_skip(system) else None
-    learners = [learner for learner in (ensemble, exits) if learner is not None]  # exits depend on the ensemble
+    learn_exit = learn_exit and has_passes_to_skip(system)
+    learners: list[EnsembleLearning | ExitLearning] = []
+    if learn_ensemble and system.ensemble_weights is not None:
+        learners.append(EnsembleLearning(system, also=("object",) if learn_exit else ()))
+    if learn_exit:
+        learners.append(ExitLearning(system, *learners))  # what it learns depends on the ensemble
     for batch in tqdm(batches, desc=description, disable=_bar_disabled(), leave=False):
         labels = batch.labels.to(execution.device, non_blocking=True)
         with execution.autocast():

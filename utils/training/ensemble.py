@@ -6,6 +6,9 @@ not sum to 1: one number is a branch's weight and temperature.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -13,12 +16,14 @@ from networks.outputs import NetworkOutput, combine_logits
 from networks.system import System
 from utils.reporting.metrics import topk_correct
 from utils.training.distributed import gather
+from utils.training.kept_logits import KeptLogits
 
 ITERATIONS, HALVINGS = 100, 40  # far more than are needed
 NEARLY_OPTIMAL = 1e-10  # length of the projected gradient
 NEARLY_ZERO = 1e-6
 DECREASE = 1e-4  # Armijo's share of the decrease that the gradient promises
 ROUNDING = 1e-15  # of an objective, relative
+LEARNT_FROM = 2**26  # logits: enough for 80,000 images of 200 classes, or 1,600 of 10,000
 
 
 def fit_weights(log_probabilities: Tensor, labels: Tensor) -> Tensor:
@@ -74,17 +79,31 @@ def fit_weights(log_probabilities: Tensor, labels: Tensor) -> Tensor:
 
 
 class EnsembleLearning:
-    """Collects what the branches of a system's prediction say in an evaluation, and learns their weights from it."""
+    """Collects what the branches of a system's prediction say in an evaluation, and learns their weights from it.
 
-    def __init__(self, system: System) -> None:
+    `also`: branches that are kept, too, for what is learnt after the weights.
+    """
+
+    def __init__(self, system: System, also: tuple[str, ...] = ()) -> None:
         self.system = system
-        self._logits: list[Tensor] = []  # [B, K, classes] of each batch, where the network is
-        self._labels: list[Tensor] = []
+        self.kept = KeptLogits(tuple(dict.fromkeys((*system.prediction, *also))))
 
     def add(self, output: NetworkOutput, labels: Tensor) -> None:
         """Take a batch with its labels [B]."""
-        self._logits.append(torch.stack([output.logits[name].float() for name in self.system.prediction], dim=1))
-        self._labels.append(labels)
+        self.kept.add(output, labels)
+
+    def _parts(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield logits [K, n, classes] and labels [n] of this process."""
+        for logits, labels in self.kept.parts():
+            yield torch.stack([logits[name] for name in self.system.prediction]), labels
+
+    def _learnt_from(self) -> tuple[Tensor, Tensor]:
+        """Return logits [K, n, classes] and labels [n] of all processes: of too many evenly spread ones."""
+        step = max(math.ceil(sum(gather(self.kept.numbers)) / LEARNT_FROM), 1)
+        own = [(logits[:, ::step].contiguous(), labels[::step]) for logits, labels in self._parts()]
+        shares = gather(own and (torch.cat([part for part, _ in own], dim=1), torch.cat([part for _, part in own])))
+        logits, labels = zip(*filter(len, shares), strict=True)
+        return torch.cat(logits, dim=1), torch.cat(labels)
 
     def finish(self) -> dict[str, float]:
         """Give the system, in all processes, the weights learnt from the images of all; return the figures they change.
@@ -92,15 +111,13 @@ class EnsembleLearning:
         These are `accuracy/prediction`, on the same images, and `ensemble_weight/<branch>`. Weights stay as they are
         where the logits are not finite.
         """
-        shares = gather([torch.cat(part).cpu() for part in (self._logits, self._labels)] if self._labels else None)
-        logits, labels = (torch.cat(parts) for parts in zip(*filter(None, shares), strict=True))
-        logits = logits.transpose(0, 1)
+        logits, labels = self._learnt_from()
         if logits.isfinite().all():
             weights = fit_weights(logits.double().log_softmax(2), labels)
             weights = torch.tensor(gather(weights.tolist())[0])  # of the first process: machines may round otherwise
             self.system.ensemble_weights.copy_(weights)
         weights = self.system.ensemble_weights.cpu()
-        right = topk_correct(combine_logits(logits, "learned", weights), labels, 1)
-        accuracy = gather(right.double().mean().item())[0]  # it decides in all processes when to stop
+        own = [topk_correct(combine_logits(logits, "learned", weights), labels, 1) for logits, labels in self._parts()]
+        right, images = map(sum, zip(*gather((sum(int(r.sum()) for r in own), sum(map(len, own)))), strict=True))
         named = zip(self.system.prediction, weights.tolist(), strict=True)
-        return {"accuracy/prediction": accuracy} | {f"ensemble_weight/{n}": w for n, w in named}
+        return {"accuracy/prediction": right / images} | {f"ensemble_weight/{n}": w for n, w in named}

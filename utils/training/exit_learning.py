@@ -10,6 +10,7 @@ from networks.outputs import NetworkOutput
 from networks.system import System
 from utils.reporting.early_exit import ExitCollector
 from utils.training.distributed import gather
+from utils.training.ensemble import EnsembleLearning
 
 LOST_AT_MOST = 0.01  # of all images: right after all passes, and wrong where they exit
 CONFIDENCE = 0.95
@@ -44,16 +45,24 @@ def safe_threshold(confidence: Tensor, early_correct: Tensor, full_correct: Tens
 
 
 class ExitLearning:
-    """Collects what exiting early would do to the images of an evaluation, and learns the threshold."""
+    """Learns the threshold from what exiting early would do to the images of an evaluation.
 
-    def __init__(self, system: System) -> None:
+    ensemble: learns in the same evaluation, first, what each branch weighs in a prediction, and keeps their logits.
+    """
+
+    def __init__(self, system: System, ensemble: EnsembleLearning | None = None) -> None:
         self._collector = ExitCollector(system)
+        self._ensemble = ensemble
 
     def add(self, output: NetworkOutput, labels: Tensor) -> None:
         """Take a batch with its labels [B]."""
-        self._collector.add(output, labels)
+        if self._ensemble is None:
+            self._collector.add(output.logits, labels)
 
     def finish(self) -> dict[str, float]:
         """Return, in all processes, `exit_threshold`: `safe_threshold` of the images of all."""
+        if self._ensemble is not None:
+            for logits, labels in self._ensemble.kept.parts():
+                self._collector.add(logits, labels)
         shares = gather(self._collector.collected())
         return {"exit_threshold": safe_threshold(*(torch.cat(parts) for parts in zip(*shares, strict=True)))}
