@@ -40,7 +40,7 @@ from utils.errors import exit_with_one_sentence
 from utils.files import make_output_folder, show
 from utils.options import SettingsError, flat
 from utils.reporting.compare import compare
-from utils.reporting.embeddings import project
+from utils.reporting.embeddings import PROJECTED, project
 from utils.reporting.evaluation_flags import parse_arguments
 from utils.reporting.exit_threshold import let_exit_early
 from utils.reporting.mistakes import draw_mistakes, mistaken_batches
@@ -138,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         shown = {name: v for name, v in figures.items() if name.startswith(("accuracy/", "box_iou/"))}
         numbers = {name: v for name, v in shown.items() if name.removeprefix("accuracy/") not in copied}
         numbers["calibration_error"] = report["calibration"]["expected_error"]
-        loader = evaluation_loader(settings, entries)
+        loader = evaluation_loader(settings, spread_over(entries, PROJECTED))
         projected = project(trained, loader, class_names) if options.embeddings else {}
         log_evaluation(folder / f"test{ending}", saved["epoch"], numbers, **projected)
 

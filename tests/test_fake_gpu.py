@@ -25,7 +25,8 @@ from networks.jigsaw import cyclic_permutations, permute_blocks
 from networks.outputs import NetworkOutput
 from networks.system import Step
 from utils.data import image_batches
-from utils.reporting.metrics import EpochMeter, confusion_matrix, inclusive_to_edges
+from utils.reporting.confusions import confusion_matrix
+from utils.reporting.metrics import EpochMeter, inclusive_to_edges
 from utils.reporting.results import ResultCollector
 from utils.training.execution import Execution
 from utils.training.learning import given_boxes

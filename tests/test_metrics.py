@@ -15,14 +15,11 @@ from launching import run_two_processes
 
 from utils.reporting.metrics import (
     EpochMeter,
-    confusion_matrix,
     inclusive_to_edges,
-    mean_per_class_accuracy,
     paired_box_iou,
     share_of_predicted,
     topk_correct,
     wilson_interval,
-    worst_confusions,
 )
 from utils.training import distributed
 from utils.training.seeding import mix, seed_everything
@@ -227,32 +224,6 @@ def test_a_lone_process_is_its_own_main(monkeypatch):
     assert distributed.unwrap(torch.nn.DataParallel(network)) is network
     assert distributed.all_reduce_sum(torch.tensor([2.0])).item() == 2
     distributed.cleanup()
-
-
-def test_confusions():
-    labels = torch.tensor([0, 0, 0, 0, 1, 1, 2])
-    predictions = torch.tensor([0, 1, 1, 2, 1, 0, 2])
-    matrix = confusion_matrix(predictions, labels, 4)
-    assert matrix.tolist() == [[1, 2, 1, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
-    names = ["auk", "bunting", "crow", "dunlin"]
-    assert worst_confusions(matrix, names, count=2) == [
-        {"true": "auk", "predicted": "bunting", "count": 2, "share": 0.5},
-        {"true": "auk", "predicted": "crow", "count": 1, "share": 0.25},
-    ]
-    assert len(worst_confusions(matrix, names)) == 3  # pairs that never happened are not listed
-    assert matrix.diagonal().tolist() == [1, 1, 1, 0]  # the argument stays as it was
-    assert mean_per_class_accuracy(matrix) == pytest.approx((0.25 + 0.5 + 1) / 3)  # without the dunlin
-
-
-def test_confusion_matrix_refuses_unknown_classes():
-    for wrong in (torch.tensor([4]), torch.tensor([-1])):
-        with pytest.raises(ValueError, match="4 classes"):
-            confusion_matrix(wrong, torch.tensor([0]), 4)
-        with pytest.raises(ValueError, match="4 classes"):
-            confusion_matrix(torch.tensor([0]), wrong, 4)
-    nothing = torch.zeros(0, dtype=torch.int64)
-    assert confusion_matrix(nothing, nothing, 4).sum() == 0
-    assert mean_per_class_accuracy(torch.zeros(4, 4, dtype=torch.int64)) == 0
 
 
 def _draws():

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils.reporting.metrics import calibration, confusion_matrix
+from utils.reporting.confusions import confusion_matrix
+from utils.reporting.metrics import calibration
 from utils.reporting.report import Mistake, write_report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -39,6 +40,8 @@ def made_up_report(folder: Path, classes: int = 200) -> tuple[Path, list[str], t
         "images": len(labels),
         "branches": {"prediction": values, "raw": values | {"top1": 0.25}, "object": values | {"top1": 0.125}},
         "mean_per_class_accuracy": share,
+        "classes": classes,
+        "classes_with_images": classes - 1,
         "calibration": calibration(probabilities, correct),
         "boxes": {"mean": overlaps.mean().item(), "share_at_0.5": (overlaps >= 0.5).float().mean().item()},
         "images_per_second": 12.5,
@@ -85,6 +88,10 @@ def test_no_address_outside_the_page(page):
     assert "@import" not in "".join(styles)
 
 
+def test_classes_without_images_are_said_to_be_left_out(page):
+    assert "mean accuracy of the classes (of 199 classes: 1 have no test image)" in page[0].read_text("utf-8")
+
+
 def test_hostile_names_stay_text(page):
     elements = Elements(page[0].read_text(encoding="utf-8"))
     assert [tag for tag, _ in elements.tags].count("script") == 2  # ours, and the data of the matrix
@@ -127,6 +134,8 @@ def test_a_system_without_boxes_or_mistakes_has_a_page_too(tmp_path, boxes):
             "prediction": {"top1": 1.0, "top1_interval_95": (0.5, 1.0), "top5": 1.0, "top5_interval_95": (0.5, 1.0)}
         },
         "mean_per_class_accuracy": 1.0,
+        "classes": 2,
+        "classes_with_images": 2,
         "calibration": calibration(torch.ones(4), torch.ones(4)),
         "boxes": {"mean": 0.5, "share_at_0.5": 0.5} if boxes else None,
         "images_per_second": 1.0,
@@ -136,6 +145,7 @@ def test_a_system_without_boxes_or_mistakes_has_a_page_too(tmp_path, boxes):
     write_report(tmp_path / "report.html", report, class_names=["a", "b"], matrix=matrix)
     text = (tmp_path / "report.html").read_text("utf-8")
     assert "No test image was classified wrongly" in text
+    assert "mean accuracy of the classes<" in text
     assert "nothing to measure" in text
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from utils.files import write_text
+from utils.reporting.confusions import MATRIX_CLASSES, confusions
 from utils.reporting.metrics import wilson_interval
 from utils.text import cell
 
@@ -27,9 +28,17 @@ def write_classes(path: Path, matrix: Tensor, class_names: Sequence[str]) -> Non
 
 
 def write_confusions(path: Path, matrix: Tensor, class_names: Sequence[str]) -> None:
-    """Write the confusion matrix: a line per true class, a column per predicted one."""
-    rows = ([cell(name), *counts] for name, counts in zip(class_names, matrix.tolist(), strict=True))
-    _write(path, [["true class", *map(cell, class_names)], *rows])
+    """Write the confusion matrix: a line per true class, a column per predicted one.
+
+    Of more than `MATRIX_CLASSES`, a line for each pair of classes that was confused.
+    """
+    names = [cell(name) for name in class_names]
+    if len(names) > MATRIX_CLASSES:
+        pairs = ([names[true], names[predicted], images] for true, predicted, images in confusions(matrix).tolist())
+        _write(path, [["true class", "predicted class", "images"], *pairs])
+    else:
+        rows = ([name, *counts] for name, counts in zip(names, matrix.tolist(), strict=True))
+        _write(path, [["true class", *names], *rows])
 
 
 def _write(path: Path, rows: Iterable[Sequence[object]]) -> None:

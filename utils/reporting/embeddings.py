@@ -12,6 +12,8 @@ from utils.data.cropping import pictures_alone
 from utils.text import one_line
 from utils.training.building import Trained
 
+PROJECTED = 10_000  # pictures at most: more take minutes to write and to show, and TensorBoard takes no larger sprite
+
 
 def project(trained: Trained, loader: DataLoader, class_names: Sequence[str]) -> dict[str, object]:
     """Return what TensorBoard's projector shows of the test images: an embedding each, its class, a small picture."""

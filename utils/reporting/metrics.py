@@ -1,11 +1,11 @@
-"""Numbers that describe an epoch: accuracies with their uncertainty, box overlap, confusions.
+"""Numbers that describe an epoch: accuracies with their uncertainty, box overlap, calibration.
 
 Shares and accuracies are fractions in 0 .. 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from statistics import NormalDist
 
 import torch
@@ -175,47 +175,6 @@ class EpochMeter:
         sums = torch.stack(list(self.sums.values())).tolist() if self.sums else []
         averages = {name: total / max(self.counts[name], 1) for name, total in zip(self.sums, sums, strict=True)}
         return {**averages, "images": self.images}
-
-
-def confusion_matrix(predictions: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Count [C, C] int64 of images by true class (row) and predicted class (column), from two [B] int64 tensors.
-
-    Raises:
-        UserError: a prediction or a label outside 0 .. num_classes - 1.
-    """
-    for name, values in (("prediction", predictions), ("label", labels)):
-        if values.numel() > 0 and not 0 <= int(values.min()) <= int(values.max()) < num_classes:
-            raise UserError(f"a {name} in {int(values.min())} .. {int(values.max())} with {num_classes} classes")
-    pairs = labels.long() * num_classes + predictions.long()
-    return pairs.bincount(minlength=num_classes**2).reshape(num_classes, num_classes)
-
-
-def worst_confusions(matrix: Tensor, class_names: Sequence[str], count: int = 10) -> list[dict[str, str | int | float]]:
-    """The most frequent mistakes of a confusion matrix [C, C], the most frequent first.
-
-    Returns:
-        dicts of `true` and `predicted` (class names), `count` (images), `share` (of the images of the true class).
-    """
-    mistakes = matrix.cpu().clone().fill_diagonal_(0)
-    images_per_class = matrix.sum(dim=1).tolist()
-    counts, positions = mistakes.flatten().sort(descending=True, stable=True)
-    worst = []
-    for images, position in zip(counts[:count].tolist(), positions[:count].tolist(), strict=True):
-        if images == 0:
-            break
-        true, predicted = divmod(position, len(class_names))
-        share = images / images_per_class[true]
-        worst.append({"true": class_names[true], "predicted": class_names[predicted], "count": images, "share": share})
-    return worst
-
-
-def mean_per_class_accuracy(matrix: Tensor) -> float:
-    """Mean of the accuracies of the classes in a confusion matrix [C, C]; classes without images are left out."""
-    images_per_class = matrix.sum(dim=1)
-    present = images_per_class > 0
-    if not present.any():
-        return 0.0
-    return (matrix.diagonal()[present].double() / images_per_class[present]).mean().item()
 
 
 def calibration(probabilities: Tensor, correct: Tensor, bins: int = 15) -> dict[str, object]:

@@ -24,9 +24,10 @@ SHOWN = 8  # images of a panel
 PARTS_SHOWN = 3  # of each module that proposes parts, the best ones: more would hide each other
 
 
-def spread_over(entries: Sequence[Entry]) -> list[Entry]:
-    """Return up to `SHOWN` of these, evenly spread over all."""
-    return [entries[i] for i in torch.linspace(0, len(entries) - 1, min(SHOWN, len(entries))).long().tolist()]
+def spread_over(entries: Sequence[Entry], count: int = SHOWN) -> list[Entry]:
+    """Return up to `count` of these, evenly spread over all."""
+    places = torch.linspace(0, len(entries) - 1, min(count, len(entries)), dtype=torch.float64)
+    return [entries[place] for place in places.long().tolist()]
 
 
 def draw_panel(

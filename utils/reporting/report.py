@@ -76,6 +76,12 @@ def epoch_of(report: Mapping) -> str:
     return f"epoch {report['epoch']}{weights.get(report.get('weights'), '')}"
 
 
+def of_classes_with_images(report: Mapping) -> str:
+    """Say of how many classes the mean per-class accuracy is, "" where it is of all."""
+    with_images, classes = report["classes_with_images"], report["classes"]
+    return "" if with_images == classes else f" (of {with_images} classes: {classes - with_images} have no test image)"
+
+
 def order_where_it_matters(report: Mapping) -> str:
     """Say in which order the test images were read if predictions depend on it, else nothing."""
     return f", {report['order']}" if _by_name(report["settings"]).get("graph_scope") == "batch" else ""
@@ -95,7 +101,7 @@ def _tiles(report: Mapping) -> str:
     low, high = prediction["top1_interval_95"]
     tiles = [
         (f"{prediction['top1']:.1%}", f"top-1 of the prediction, 95 % interval {low:.1%} to {high:.1%}"),
-        (f"{report['mean_per_class_accuracy']:.1%}", "mean accuracy of the classes"),
+        (f"{report['mean_per_class_accuracy']:.1%}", f"mean accuracy of the classes{of_classes_with_images(report)}"),
         (f"{report['calibration']['expected_error']:.1%}", "expected calibration error"),
         (f"{report['images']}", f"test images{order_where_it_matters(report)}"),
         (f"{report['images_per_second']:.1f}", "images a second"),

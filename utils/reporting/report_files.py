@@ -13,7 +13,7 @@ from torch import Tensor
 from utils.data.evaluated import Evaluated
 from utils.files import show, write_text
 from utils.reporting.class_tables import write_classes, write_confusions
-from utils.reporting.metrics import confusion_matrix
+from utils.reporting.confusions import confusion_matrix
 from utils.reporting.pictures import save_png
 from utils.reporting.report import write_report
 from utils.reporting.results import ResultCollector

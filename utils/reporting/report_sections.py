@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy
 from torch import Tensor
 
+from utils.reporting.confusions import MATRIX_CLASSES, confusions
 from utils.reporting.metrics import wilson_interval
 from utils.reporting.report_parts import bar, chart, jpeg, png, table
 
@@ -56,7 +57,24 @@ def mistakes_section(mistakes: Sequence[Mistake]) -> str:
 
 
 def confusions_section(matrix: Tensor, class_names: Sequence[str]) -> str:
-    counts = matrix.cpu().numpy()
+    matrix = matrix.cpu()
+    worst, images = confusions(matrix), matrix.sum(dim=1).tolist()
+    rows = [
+        [
+            (escape(class_names[true]), class_names[true]),
+            (escape(class_names[predicted]), class_names[predicted]),
+            (str(n), n),
+            (f"{n / images[true]:.0%}", n / images[true]),
+        ]
+        for true, predicted, n in worst[:CONFUSIONS_LISTED].tolist()
+    ]
+    listed = table(["true class", "taken for", "images", "share of the class"], rows) if rows else ""
+    more = f"<p>The {len(rows)} most frequent of {len(worst)}.</p>" if len(worst) > len(rows) else ""
+    drawn = _drawn_matrix(matrix.numpy(), class_names) if len(class_names) <= MATRIX_CLASSES else ""
+    return drawn + listed + more
+
+
+def _drawn_matrix(counts: numpy.ndarray, class_names: Sequence[str]) -> str:
     count = len(class_names)
     shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
     # a square root, so that a single confusion among many images is still seen
@@ -77,18 +95,6 @@ def confusions_section(matrix: Tensor, class_names: Sequence[str]) -> str:
     cells = [[[column, n] for column, n in enumerate(row) if n] for row in counts.tolist()]
     # "<" would end the script where a class is called so
     data = json.dumps({"names": list(class_names), "rows": cells}).replace("<", "\\u003c")
-    worst = sorted(((n, t, p) for t, row in enumerate(cells) for p, n in row if p != t), key=lambda c: (-c[0], c[1:]))
-    rows = [
-        [
-            (escape(class_names[t]), class_names[t]),
-            (escape(class_names[p]), class_names[p]),
-            (str(n), n),
-            (f"{shares[t, p]:.0%}", shares[t, p]),
-        ]
-        for n, t, p in worst[:CONFUSIONS_LISTED]
-    ]
-    listed = table(["true class", "taken for", "images", "share of the class"], rows) if rows else ""
-    more = f"<p>The {len(rows)} most frequent of {len(worst)}.</p>" if len(worst) > len(rows) else ""
     return (
         "<p>Rows: true classes, columns: predictions; green on the diagonal is right, red is wrong, strong is "
         "frequent.</p>"
@@ -99,7 +105,7 @@ def confusions_section(matrix: Tensor, class_names: Sequence[str]) -> str:
         f'height="{count}"/><rect class="frame" height="{count}" width="{count}"/>{labels}'
         f'<rect class="cursor" id="row" height="1" width="{count}"/>'
         f'<rect class="cursor" id="column" width="1" height="{count}"/></svg>'
-        f'<script type="application/json" id="matrix-data">{data}</script>{listed}{more}'
+        f'<script type="application/json" id="matrix-data">{data}</script>'
     )
 
 

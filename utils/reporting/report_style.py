@@ -53,10 +53,10 @@ for (const button of document.querySelectorAll("th button")) {
     body.append(...rows);
   });
 }
-const matrix = document.getElementById("matrix"), cell = document.getElementById("cell");
-const confusions = JSON.parse(document.getElementById("matrix-data").textContent);
-const image = matrix.querySelector("image"), count = confusions.names.length;
-matrix.addEventListener("pointermove", event => {
+const matrix = document.getElementById("matrix"), cell = document.getElementById("cell");  // null: too large to draw
+const confusions = matrix && JSON.parse(document.getElementById("matrix-data").textContent);
+const image = matrix?.querySelector("image"), count = confusions?.names.length;
+matrix?.addEventListener("pointermove", event => {
   const place = image.getBoundingClientRect();
   const column = Math.floor((event.clientX - place.left) / place.width * count);
   const row = Math.floor((event.clientY - place.top) / place.height * count);

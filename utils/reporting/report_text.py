@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from networks.outputs import ENSEMBLINGS
 from networks.system import System
-from utils.reporting.report import epoch_of, order_where_it_matters
+from utils.reporting.report import epoch_of, of_classes_with_images, order_where_it_matters
 
 
 def weights_of_branches(network: System) -> dict[str, float] | None:
@@ -37,7 +37,8 @@ def as_text(report: dict) -> str:
     for name, values in report["branches"].items():
         low, high = values["top1_interval_95"]
         lines.append(f"{name:<10}{values['top1']:>8.1%}   {low:.1%} to {high:.1%}  {values['top5']:>8.1%}")
-    lines += ["", f"mean per-class accuracy of the prediction: {report['mean_per_class_accuracy']:.1%}"]
+    mean = report["mean_per_class_accuracy"]
+    lines += ["", f"mean per-class accuracy of the prediction: {mean:.1%}{of_classes_with_images(report)}"]
     lines.append(f"expected calibration error of the prediction: {report['calibration']['expected_error']:.1%}")
     if report["boxes"]:
         boxes = report["boxes"]

@@ -14,16 +14,13 @@ from torch import Tensor
 from networks.outputs import NetworkOutput
 from utils.errors import UserError
 from utils.files import write_text, written_whole
-from utils.reporting.metrics import (
-    calibration,
+from utils.reporting.confusions import (
+    classes_with_images,
     confusion_matrix,
-    inclusive_to_edges,
     mean_per_class_accuracy,
-    paired_box_iou,
-    topk_correct,
-    wilson_interval,
     worst_confusions,
 )
+from utils.reporting.metrics import calibration, inclusive_to_edges, paired_box_iou, topk_correct, wilson_interval
 from utils.text import cell
 
 
@@ -89,6 +86,8 @@ class ResultCollector:
             "images": total,
             "branches": branches,
             "mean_per_class_accuracy": mean_per_class_accuracy(matrix),
+            "classes": len(class_names),
+            "classes_with_images": classes_with_images(matrix),
             "worst_confusions": worst_confusions(matrix, class_names),
             "calibration": calibration(values["probability"], values["top1/prediction"]),
         }
