@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from tqdm import tqdm
 from utils.data.decoding import decode, open_picture, refuse_above
 from utils.data.errors import describe, is_shortage
 from utils.data.pixels import Listed
+from utils.data.threads import in_threads
 
 # How files end; cameras and editors may write a little more behind it. To open WebP already checks the length.
 END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "WEBP": b""}
@@ -48,14 +48,9 @@ def find_bad_pictures(
     """
     paths = list(dict.fromkeys(str(entry.source) for entry in entries if not isinstance(entry.source, int)))
     Image.init()  # here, as Pillow does not guard its first use against several threads
-    pool = ThreadPoolExecutor()
-    try:
-        reasons = pool.map(partial(find_fault, thorough=thorough, at_least=at_least, memory=memory), paths)
-        checked = zip(paths, reasons, strict=True)
-        bar = tqdm(checked, desc="checking pictures", total=len(paths), leave=False, disable=True if silent else None)
-        return {path: reason for path, reason in bar if reason is not None}
-    finally:
-        pool.shutdown(cancel_futures=True)  # so that an interruption does not wait for all the pictures
+    reasons = in_threads(partial(find_fault, thorough=thorough, at_least=at_least, memory=memory), paths)
+    bar = tqdm(reasons, desc="checking pictures", total=len(paths), leave=False, disable=True if silent else None)
+    return {path: reason for path, reason in zip(paths, bar, strict=True) if reason is not None}
 
 
 def find_fault(

@@ -17,10 +17,13 @@ class PictureIndex:
         self.root = root
         self.pictures = find_pictures(None, root)
         self.in_one_folder = len({path.parent for path in self.pictures}) == 1
+        self.known = set(self.pictures)
         self.by_name: dict[str, list[Path]] = defaultdict(list)
+        self.by_folder: dict[tuple[str, str], list[Path]] = defaultdict(list)  # by the names of the folder and the file
         for path in self.pictures:
             for name in {path.name, path.stem}:
                 self.by_name[name].append(path)
+                self.by_folder[path.parent.name, name].append(path)
 
     def knows(self, folder: Path, name: str) -> bool:
         """Whether a name is one of a picture."""
@@ -53,16 +56,18 @@ class PictureIndex:
 
     def _candidates(self, folder: Path, name: str) -> list[Path]:
         for start in (folder, self.root):
-            if (start / name) in self.by_name.get(Path(name).name, ()):
+            if start / name in self.known:
                 return [start / name]
         given = Path(name.replace("\\", "/"))
-        named = self.by_name.get(given.name, [])
         if _is_absolute(name):
             # of the machine on which the table was made: the longest common end decides, which the name alone is not
+            same_folder = self.by_folder.get((given.parent.name, given.name))
+            named = same_folder or self.by_name.get(given.name, [])
             ends = {path: _common_end(path.parts, given.parts) for path in named}
             needed = max(ends.values(), default=0) or (0 if self.in_one_folder else 1)
             return [path for path, length in ends.items() if length == needed]
         parts = [part for part in given.parts[:-1] if part != "."]
+        named = self.by_folder.get((parts[-1], given.name), []) if parts else self.by_name.get(given.name, [])
         return [path for path in named if list(path.parts[-1 - len(parts) : -1]) == parts]
 
 

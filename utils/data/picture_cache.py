@@ -22,8 +22,7 @@ import shutil
 import stat
 import warnings
 import zlib
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 
@@ -33,6 +32,7 @@ from torch import Tensor, multiprocessing
 from tqdm import tqdm
 
 from utils.data.errors import LoadingError
+from utils.data.threads import in_threads
 from utils.files import sync_folder
 from utils.training.distributed import is_main
 
@@ -226,17 +226,9 @@ def _build(path: Path, digest: bytes, shapes: Sequence[Shape], decode: Decode) -
         temporary.unlink(missing_ok=True)
 
 
-def _decode_all(count: int, decode: Decode) -> Iterator[tuple[Tensor, Tensor | None]]:
-    pool = ThreadPoolExecutor(os.cpu_count())
-    bar = tqdm(total=count, desc="decoding pictures", leave=False, disable=None if is_main() else True)
-    try:
-        with bar:
-            for start in range(0, count, DECODED_AT_ONCE):
-                for decoded in pool.map(decode, range(start, min(start + DECODED_AT_ONCE, count))):
-                    yield decoded
-                    bar.update()
-    finally:
-        pool.shutdown(cancel_futures=True)  # so that an interruption does not wait for the rest
+def _decode_all(count: int, decode: Decode) -> Iterable[tuple[Tensor, Tensor | None]]:
+    decoded = in_threads(decode, range(count), threads=os.cpu_count(), waiting=DECODED_AT_ONCE)
+    return tqdm(decoded, "decoding pictures", count, leave=False, disable=None if is_main() else True)
 
 
 def free_memory() -> int | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -15,6 +14,7 @@ from torchvision.transforms.v2 import functional
 from utils.data import decoding, demo_birds, demo_drawing, demo_species
 from utils.data.decoding import Box, load_picture, read_size
 from utils.data.demo_birds import DEMO_SIZE, draw_demo_picture
+from utils.data.threads import in_threads
 
 LONGEST = 4  # times the shorter side: a longer panorama is squeezed to it, as any length would not fit into memory
 
@@ -43,8 +43,7 @@ def shapes_of(entries: Sequence[Listed], size: int, keep_aspect_ratio: bool = Fa
     """Heights and widths of what `load_pixels` gives. Raises DataError where a file's header cannot be read."""
     if not keep_aspect_ratio:
         return [(size, size)] * len(entries)
-    with ThreadPoolExecutor() as pool:
-        return [loaded_shape(*stored, size, keep_aspect_ratio) for stored in pool.map(_stored_size, entries)]
+    return [loaded_shape(*stored, size, keep_aspect_ratio) for stored in in_threads(_stored_size, entries)]
 
 
 def _stored_size(entry: Listed) -> tuple[int, int]:
