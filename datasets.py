@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from utils.data.augmentation import Augmentation, whole_if_lost
-from utils.data.catalogue import CHOICES, Catalogue, Entry, Source, leave_out, split_validation
+from utils.data.catalogue import CHOICES, Catalogue, Entry, Source, leave_out, note_on_small_classes, split_validation
 from utils.data.checking import find_bad_pictures
 from utils.data.cropping import central_offset, cut_box, cut_square, draw_offset, with_corners
 from utils.data.decoding import limit_memory
@@ -214,6 +214,7 @@ def choose_split(settings: DataSettings, catalogue: Catalogue) -> tuple[list[Ent
     if not validation:
         raise DataError("no class has an image to spare for validation: raise validation, or set select_on to test")
     share = f"{settings.validation:.0%} of the training images, by class, seed {settings.seed}"
+    share += note_on_small_classes(train, validation, settings.validation)
     return train, validation, f"{len(validation)} validation images ({share})"
 
 

@@ -27,7 +27,7 @@ from utils.config_slips import config_as_edited
 from utils.data.catalogue import Catalogue, Entry
 from utils.data.decoded import build_cache
 from utils.data.picture_cache import PictureCache
-from utils.data.record import pack, record_pictures
+from utils.data.record import pack, record_pictures, repeated_pictures
 from utils.errors import exit_with_one_sentence
 from utils.older_runs import folder_of
 from utils.options import flat
@@ -73,6 +73,8 @@ def describe_data(
     """Return what a checkpoint says of the pictures that its run learns from, which all processes have to see."""
     pictures = record_pictures(train_entries, selection_entries, catalogue.test)
     refuse_differing_processes(flat(settings), catalogue.class_names, pictures)
+    for note in repeated_pictures(pictures, selected_on_test=settings.select_on == "test"):
+        print_note(note)
     return {
         "class_names": list(catalogue.class_names),
         "training_images": len(train_entries),

@@ -271,6 +271,12 @@ def test_settings_choose_the_split(picture_tree: Path) -> None:
     train, validation, words = choose_split(settings, catalogue)
     assert (train, validation) == split_validation(catalogue.train, 0.34, seed=3)
     assert words == "6 validation images (34% of the training images, by class, seed 3)"
+    few = catalogue._replace(train=[entry for entry in catalogue.train if entry.label or entry.source.stem == "3"])
+    _, _, words = choose_split(made_settings(picture_tree, validation=0.1), few)
+    assert words == (
+        "2 validation images (10% of the training images, by class, seed 3; as whole images, at least one, this is 15% "
+        "of all; 1 classes have one image and keep it)"
+    )
     train, selection, words = choose_split(made_settings(picture_tree, select_on="test"), catalogue)
     assert (train, selection) == (catalogue.train, catalogue.test)
     assert words == "the 6 TEST images: test figures are optimistic"

@@ -18,7 +18,7 @@ from utils.checkpoint import load_checkpoint
 from utils.data.catalogue import Catalogue, Entry
 from utils.data.errors import DataError
 from utils.data.evaluated import Evaluated, Labelled, choose_evaluated
-from utils.data.record import record_pictures
+from utils.data.record import record_pictures, repeated_pictures
 from utils.files import SavingError
 from utils.options import SettingsError
 from utils.training.evaluated_data import Readers, validation_images
@@ -62,8 +62,26 @@ def test_an_unchanged_test_set_is_evaluated_as_it_is(files, record):
     files[6].write_bytes(files[0].read_bytes())
     record = record_pictures(*map(entries_of, (files[:4], files[4:6], files[6:8])))
     chosen = choose(record, Catalogue(entries_of(files[:6]), entries_of(files[6:8]), NAMES))
-    assert (chosen.entries, chosen.own, chosen.notes) == (entries_of(files[6:8]), True, ())
-    assert chosen.selection == entries_of(files[4:6])
+    assert (chosen.entries, chosen.own) == (entries_of(files[6:8]), True)
+    (note,) = chosen.notes
+    assert note.startswith("1 of 2 test images are in training or validation, too, byte for byte, the first is 06.png")
+    assert chosen.selection() == entries_of(files[4:6])
+
+
+def test_copies_of_validation_images_are_not_taken_for_them(files, record):
+    """By where they lie; of those that have moved, once each."""
+    for copy, original in ((files[7], files[4]), (files[3], files[5])):
+        copy.write_bytes(original.read_bytes())
+    record = record_pictures(*map(entries_of, (files[:4], files[4:6], files[6:8])))
+    own = Catalogue(entries_of(files[:6]), entries_of(files[6:8]), NAMES)
+    assert choose(record, own).selection() == entries_of(files[4:6])
+    assert repeated_pictures(record, selected_on_test=True) == []
+    test, validation = repeated_pictures(record, selected_on_test=False)
+    assert test.startswith("1 of 2 test images") and "the first is 07.png" in test
+    assert validation.startswith("1 of 2 validation images") and "the first is 05.png" in validation
+    files[5].rename(files[5].with_name("99.png"))
+    moved = Catalogue(entries_of([*files[:5], files[5].with_name("99.png")]), entries_of(files[6:8]), NAMES)
+    assert [entry.source.name for entry in choose(record, moved).selection()] == ["03.png", "04.png"]
 
 
 def test_of_changed_data_nothing_is_evaluated_that_was_learnt_from(files, record):
@@ -103,7 +121,7 @@ def test_classes_are_matched_by_name(files, record):
 def test_validation_images_that_are_gone_are_missed_in_a_sentence():
     settings, readers = config.parse_settings([]), Readers(None, None, None)
     with pytest.raises(SettingsError, match="--exit_curve needs the run's validation images, and none of them is left"):
-        validation_images(settings, Evaluated([Entry(0, 0)], []), readers, "--exit_curve")
+        validation_images(settings, Evaluated([Entry(0, 0)], list), readers, "--exit_curve")
 
 
 def test_without_a_record_the_data_are_the_runs_unless_others_were_asked_for(files):

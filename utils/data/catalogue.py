@@ -97,7 +97,7 @@ def hold_back_test(catalogue: Catalogue, source: Source) -> Catalogue:
     train, test = split_validation(catalogue.train, source.test_fraction, source.seed)
     note = (
         f"no test part is given: {len(test)} images are held back from training for it ({source.test_fraction:.0%} of "
-        f"each class, seed {source.seed})"
+        f"each class, seed {source.seed}{note_on_small_classes(train, test, source.test_fraction)})"
     )
     return catalogue._replace(train=train, test=test, notes=(*catalogue.notes, note))
 
@@ -210,6 +210,16 @@ def leave_out(catalogue: Catalogue, sources: Container[str]) -> Catalogue:
     rest = catalogue.with_parts(kept)
     check_complete("without its unreadable pictures", rest)
     return rest
+
+
+def note_on_small_classes(rest: Sequence[Entry], held_back: Sequence[Entry], fraction: float) -> str:
+    """Say where `split_validation` made something else of its fraction, as classes are small; "" where it did not."""
+    share = len(held_back) / max(len(rest) + len(held_back), 1)
+    without = len({entry.label for entry in rest} - {entry.label for entry in held_back})
+    note = f"; {without} classes have one image and keep it" if without else ""
+    if abs(share - fraction) > fraction / 5:
+        return f"; as whole images, at least one, this is {share:.0%} of all{note}"
+    return note
 
 
 def split_validation(entries: list[Entry], fraction: float, seed: int) -> tuple[list[Entry], list[Entry]]:

@@ -6,12 +6,13 @@ A picture is known again by its content (`utils.data.record`), wherever it lies 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from utils.data.catalogue import Catalogue, Entry
 from utils.data.errors import DataError, one_line
-from utils.data.record import Record, content_hashes
+from utils.data.record import Record, below_shared_folder, content_hashes, repeated_pictures
 
 NAMED = 3  # classes
 UNRECORDED = "the checkpoint does not say which images it was trained on"
@@ -20,13 +21,13 @@ UNRECORDED = "the checkpoint does not say which images it was trained on"
 class Evaluated(NamedTuple):
     """What is evaluated; labels index the checkpoint's class names.
 
-    selection: the run's images that chose its best epoch, as they are in the data; None: not known.
+    selection: finds the run's images that chose its best epoch, as they are in the data; None: not known.
     own: whether it is the run's own data, perhaps with changes, and not another tree.
     notes: what a user should know, a sentence each.
     """
 
     entries: list[Entry]
-    selection: list[Entry] | None = None
+    selection: Callable[[], list[Entry]] | None = None
     own: bool = True
     notes: tuple[str, ...] = ()
 
@@ -73,10 +74,11 @@ def choose_evaluated(
             return Evaluated(own.test, notes=_unrecorded(asked, as_many))
         notes.append(f"{UNRECORDED}: some may be among these")
     elif own is not None and _is_unchanged(class_names, record, own):
-        return Evaluated(own.test, _selection(record, own))
+        repeated = repeated_pictures(record, selected_on_test=selected_on_test)
+        return Evaluated(own.test, partial(_selection, record, own), notes=tuple(repeated))
     if record is not None and own is not None and _is_own(record, own):
         labelled = Labelled(_own_test(record, own), own.class_names)
-        selection, _ = _of_known_classes(Labelled(_selection(record, own), own.class_names), class_names)
+        selection = partial(_selection, record, own, class_names)
         notes.append("the run's data have changed: what is left of its test images is evaluated, and new ones")
     else:
         labelled, selection = read_all(), None
@@ -123,9 +125,23 @@ def _own_test(record: Record, own: Catalogue) -> list[Entry]:
     return own.test + [entry for entry in own.entries if entry not in test and contents[entry.source] in tested]
 
 
-def _selection(record: Record, own: Catalogue) -> list[Entry]:
-    contents, selected = _contents(own), {picture.content for picture in record.selection}
-    return [entry for entry in own.entries if contents[entry.source] in selected]
+def _selection(record: Record, own: Catalogue, class_names: Sequence[str] | None = None) -> list[Entry]:
+    """The images that chose the best epoch, with the labels of `class_names`; None: these are the data's.
+
+    Where two have the content of one of them, the one that lies where it lay, or else the first.
+    """
+    contents, names = _contents(own), below_shared_folder([entry.source for entry in own.entries])
+    wanted = {(picture.content, picture.path) for picture in record.selection}
+    known = [(contents[entry.source], names[entry.source]) for entry in own.entries]
+    left = {picture.content for picture in record.selection} - {content for content, _ in wanted.intersection(known)}
+    found = []
+    for entry, (content, name) in zip(own.entries, known, strict=True):
+        if (content, name) in wanted or content in left:
+            found.append(entry)
+            left.discard(content)
+    if class_names is None:
+        return found
+    return _of_known_classes(Labelled(found, own.class_names), class_names)[0]
 
 
 def _of_known_classes(labelled: Labelled, class_names: Sequence[str]) -> tuple[list[Entry], list[str]]:

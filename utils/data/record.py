@@ -11,7 +11,6 @@ import json
 import os
 import zlib
 from collections.abc import Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from utils.data.catalogue import Entry
 from utils.data.errors import DataError, describe, one_line
+from utils.data.threads import in_threads
 
 SAMPLED = 4 * 1024  # bytes of a block; of a larger file, so many at its beginning, in its middle and at its end
 UNPACKED_LIMIT = 1 << 30  # bytes; a record of a million pictures has a tenth
@@ -49,7 +49,7 @@ class Record(NamedTuple):
 def record_pictures(training: Sequence[Entry], selection: Sequence[Entry], test: Sequence[Entry]) -> Record:
     """Return what a run is to remember of its pictures. Raises DataError where one of them cannot be read."""
     sources = [entry.source for entry in (*training, *selection, *test)]
-    names = _below_shared_folder(sources)
+    names = below_shared_folder(sources)
     contents = content_hashes(sources)
     return Record(
         *(
@@ -59,7 +59,8 @@ def record_pictures(training: Sequence[Entry], selection: Sequence[Entry], test:
     )
 
 
-def _below_shared_folder(sources: Sequence[Path | int]) -> dict[Path | int, str]:
+def below_shared_folder(sources: Sequence[Path | int]) -> dict[Path | int, str]:
+    """Return each picture's path below the folder that all of them share."""
     here = Path.cwd()
     files = {source: os.path.normpath(here / source) for source in sources if isinstance(source, Path)}
     shared = os.path.commonpath([os.path.dirname(file) for file in files.values()]) if files else ""  # noqa: PTH120
@@ -74,8 +75,8 @@ def content_hashes(sources: Collection[Path | int]) -> dict[Path | int, str]:
     DataError.
     """
     unique = list(dict.fromkeys(sources))
-    with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
-        return dict(zip(unique, pool.map(_content_hash, unique, chunksize=64), strict=True))
+    hashes = in_threads(_content_hash, unique, threads=min(16, 4 * (os.cpu_count() or 1)))
+    return dict(zip(unique, hashes, strict=True))
 
 
 def _content_hash(source: Path | int) -> str:
@@ -92,6 +93,23 @@ def _content_hash(source: Path | int) -> str:
     except OSError as error:
         raise DataError(f"{source} cannot be read as a picture ({describe(error)}): restore it") from None
     return content.hexdigest()
+
+
+def repeated_pictures(record: Record, *, selected_on_test: bool) -> list[str]:
+    """Say how many pictures of one part have the same content as others: what is measured on them flatters."""
+    trained = {picture.content for picture in record.training}
+    looked_at = [("test", record.test, record.seen(selection=not selected_on_test))]
+    if not selected_on_test:
+        looked_at.append(("validation", record.selection, trained))
+    said = []
+    for part, pictures, seen in looked_at:
+        again = [picture.path for picture in pictures if picture.content in seen]
+        if again:
+            said.append(
+                f"{len(again)} of {len(pictures)} {part} images are in training or validation, too, byte for byte, the "
+                f"first is {one_line(again[0])}: figures on them flatter, take one of each pair out of the data"
+            )
+    return said
 
 
 # ---- In a checkpoint ------------------------------------------------------------------------------------------------
@@ -153,7 +171,8 @@ def _by_path(record: Record) -> dict[str, tuple[Picture, str]]:
 
 def differing_names(saved: Sequence[str], now: Sequence[str]) -> str:
     """Say how two lists of class names differ."""
-    gone, new = ([n for n in one if n not in set(other)] for one, other in ((saved, now), (now, saved)))
+    before, after = set(saved), set(now)
+    gone, new = [name for name in saved if name not in after], [name for name in now if name not in before]
     found = [
         f"{len(names)} {words}, the first is {one_line(names[0])!r}"
         for names, words in ((gone, "no longer there"), (new, "new"))

@@ -109,9 +109,10 @@ def validation_images(settings: Any, data: Evaluated, readers: Readers, needed_f
         raise SettingsError(
             f"{needed_for} needs the run's own validation images, and these are other data: leave it out"
         )
-    if data.selection == []:
-        raise SettingsError(f"{needed_for} needs the run's validation images, and none of them is left in the data")
     if data.selection is None:  # of an older version, which did not keep them
         _, entries, name = readers.choose_split(settings, readers.load_catalogue(settings)[0])
         return entries, name
-    return data.selection, f"{len(data.selection)} validation images of the run"
+    entries = data.selection()
+    if not entries:
+        raise SettingsError(f"{needed_for} needs the run's validation images, and none of them is left in the data")
+    return entries, f"{len(entries)} validation images of the run"
