@@ -12,7 +12,7 @@ Everything that is wrong with the data on disk is a `DataError` of one sentence.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -159,15 +159,19 @@ def collate(samples: Sequence[Sample]) -> Batch:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def load_catalogue(settings: DataSettings) -> tuple[Catalogue, dict[str, str]]:
-    """Return the data set without the unreadable pictures, and those with the reason; without leave to skip, refuse."""
+def load_catalogue(settings: DataSettings, *, parts: Collection[str] | None = None) -> tuple[Catalogue, dict[str, str]]:
+    """Return the data set without the unreadable pictures, and those with the reason; without leave to skip, refuse.
+
+    Only pictures of these `parts` (training, validation, test) are looked at; None: all.
+    """
     catalogue = read_catalogue(
         settings.dataset,
         settings.data_root,
         classes=settings.classes,
         **{name: getattr(settings, name) for name in CHOICES},
     )
-    bad = _unreadable(settings, catalogue.entries)
+    looked_at = [entries for part, entries in catalogue.parts.items() if parts is None or part in parts]
+    bad = _unreadable(settings, [entry for entries in looked_at for entry in entries])
     return (leave_out(catalogue, bad) if bad else catalogue), bad
 
 

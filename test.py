@@ -186,7 +186,7 @@ def rebuild_published(path: Path, content: dict, overrides: dict, more: Sequence
         raise CheckpointError(
             f"{path} has no learnt weights of its branches, as no published checkpoint has: choose another ensembling"
         )
-    catalogue, _ = load_catalogue(settings)
+    catalogue, _ = load_catalogue(settings, parts=("test",))
     epoch = content.get("epoch")
     saved = {
         "class_names": list(catalogue.class_names),

@@ -101,6 +101,16 @@ def test_data_that_lie_elsewhere(short_copy, picture_tree, tmp_path, evaluation_
         evaluation_script.main([str(path), "--data_root", str(moved)])
 
 
+def test_only_pictures_that_are_evaluated_have_to_be_readable(short_copy, picture_tree, tmp_path, evaluation_script):
+    tree = Path(shutil.copytree(picture_tree, tmp_path / "tree"))
+    catalogue = read_catalogue("folder", tree, seed=0, test_fraction=0.25)
+    catalogue.train[0].source.write_bytes(b"no picture")
+    evaluation_script.main([str(short_copy / "best.pth"), "--data_root", str(tree)])
+    catalogue.test[0].source.write_bytes(b"no picture")
+    with pytest.raises(DataError, match="pictures cannot be read"):
+        evaluation_script.main([str(short_copy / "best.pth"), "--data_root", str(tree)])
+
+
 @pytest.mark.parametrize("content", [{"network": {}}, {"conv1.weight": torch.zeros(2)}, {}])
 def test_a_file_without_settings_is_refused(tmp_path, evaluation_script, content):
     save_checkpoint(tmp_path / "weights.pth", content)

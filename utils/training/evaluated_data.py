@@ -21,7 +21,7 @@ from utils.training.building import Trained
 class Readers(NamedTuple):
     """The functions of `datasets` of these names; each takes a run's settings."""
 
-    load_catalogue: Callable[[Any], tuple[Catalogue, dict[str, str]]]
+    load_catalogue: Callable[..., tuple[Catalogue, dict[str, str]]]
     load_labelled: Callable[[Any], Labelled]
     choose_split: Callable[[Any, Catalogue], tuple[list[Entry], list[Entry], str]]
 
@@ -42,17 +42,19 @@ def find_data(
     Raises DataError where these cannot be read, CheckpointError where they have other classes.
     """
     settings, saved = trained.settings, trained.saved
-    own = None
-    if not (asked and settings.dataset == "demo"):
-        try:
-            own, _ = readers.load_catalogue(settings)
-        except DataError:
-            if not asked:
-                raise
     try:
         record = unpack(saved["pictures"]) if "pictures" in saved else None
     except ValueError as error:
         raise CheckpointError(f"{checkpoint} is refused: there is {error} in it") from None
+    own = None
+    if not (asked and settings.dataset == "demo"):
+        # unreadable pictures of all parts are left out where they may be, or where their number tells the run's data
+        all_parts = record is None or settings.on_bad_image == "skip"
+        try:
+            own, _ = readers.load_catalogue(settings, parts=None if all_parts else ("test",))
+        except DataError:
+            if not asked:
+                raise
     if record is None and not asked and list(own.class_names) != saved["class_names"]:
         raise CheckpointError(
             f"{checkpoint} knows {len(saved['class_names'])} classes and the data in {settings.data_root} has "
