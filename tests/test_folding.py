@@ -79,6 +79,32 @@ def test_batch_norms_of_something_else_stay() -> None:
     assert sum(isinstance(module, nn.BatchNorm2d) for module in fold_batch_norm(network).modules()) == 3
 
 
+class NormAfterReLU(nn.Module):
+    """A batch norm that does not get what the convolution registered before it gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.norm = nn.BatchNorm2d(4)
+        nn.init.uniform_(self.norm.running_mean)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.conv(x).relu())
+
+
+def test_modules_that_may_apply_what_they_hold_in_another_order_stay_as_they_are() -> None:
+    module, images = NormAfterReLU().eval(), torch.randn(2, 3, 5, 5)
+    torch.testing.assert_close(fold_batch_norm(module)(images), module(images))
+
+
+def test_heads_may_compute_in_float32_on_purpose() -> None:
+    network = nn.ModuleDict({"trunk": build_network("resnet", num_classes=3, backbone="resnet18").backbone})
+    network["head"] = nn.Linear(2, 2)
+    cast = cast_for_autocast(network, torch.bfloat16)
+    assert cast["head"].weight.dtype == torch.float32
+    assert cast["trunk"].trunk.conv1.weight.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_weights_cast_in_advance_change_no_bit(model: str) -> None:
     folded = fold_batch_norm(trained_looking(model))
