@@ -105,10 +105,11 @@ class ChannelGate(nn.Module):
     def __init__(self, channels: int, *, reduction: int = 16, identity_start: bool = False):
         super().__init__()
         self.scale = 2.0 if identity_start else 1.0
+        reduced = max(channels // reduction, 1)
         self.mlp = nn.Sequential(
-            nn.Conv2d(channels, channels // reduction, kernel_size=1, bias=False),
+            nn.Conv2d(channels, reduced, kernel_size=1, bias=False),
             nn.ReLU(),
-            nn.Conv2d(channels // reduction, channels, kernel_size=1, bias=False),
+            nn.Conv2d(reduced, channels, kernel_size=1, bias=False),
         )
         if identity_start:
             nn.init.normal_(self.mlp[2].weight, std=NEARLY_ZERO)

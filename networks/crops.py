@@ -85,8 +85,10 @@ def crop_objects(images: Tensor, boxes: Tensor, *, input_size: int, masks: Tenso
     """Cut the objects out of images [B, 3, S, S] and enlarge them to the images' own size: [B, 3, S, S].
 
     `boxes` [B, 4] are in input_size pixels. Where S is larger than `input_size` the cut is made at the images' full
-    resolution. `masks` [B, g, g] bool blanks the cells outside the object to the data set's mean colour, zero.
+    resolution. `masks` [B, g, g] bool blanks the cells outside the object to the data set's mean colour, zero. Raises
+    UserError where the images are not square or smaller than `input_size`.
     """
+    refuse_unless_square(images, input_size)
     size = images.shape[-1]
     if masks is not None:
         images = images * F.interpolate(masks[:, None].to(images.dtype), size=(size, size), mode="nearest")
@@ -96,8 +98,10 @@ def crop_objects(images: Tensor, boxes: Tensor, *, input_size: int, masks: Tenso
 def crop_windows(images: Tensor, boxes: Tensor, *, input_size: int, outside: str = "border") -> Tensor:
     """Cut windows [B, N, 4], in input_size pixels, out of pictures or object crops [B, 3, S, S].
 
-    Returns [B*N, 3, input_size / 2, input_size / 2]. `outside`: see `crop_and_resize`.
+    Returns [B*N, 3, input_size / 2, input_size / 2]. `outside`: see `crop_and_resize`. Raises UserError where the
+    pictures are not square or smaller than `input_size`.
     """
+    refuse_unless_square(images, input_size)
     scale = images.shape[-1] / input_size
     return crop_and_resize(images, resize_boxes(boxes, scale), input_size // 2, outside=outside)
 

@@ -21,13 +21,13 @@ EDGES = ("equal", "distance", "overlap")  # what an edge weighs, see `edge_weigh
 
 
 def nearest_neighbours(corners: Tensor, k: int) -> Tensor:
-    """Link every node to its k nearest by the distance of corners [G, N, 2], in pixels.
+    """Link every node to its k nearest by the distance of corners [G, N, 2], in whole pixels: fractions are cut off.
 
     Returns adjacency [G, N, N] bool; `adjacency[g, i, j]` is the edge from i to its neighbour j. Equally near nodes are
     taken by the lowest index. A node is no neighbour of itself; of fewer than k others all are taken.
     """
     N = corners.shape[1]
-    position = corners.detach().long()  # corners are whole pixels: distances are exact, equal ones compare as equal
+    position = corners.detach().long()  # so distances are exact, and equal ones compare as equal
     squared = ((position[:, :, None] - position[:, None, :]) ** 2).sum(dim=-1)
     itself = torch.eye(N, dtype=torch.bool, device=corners.device)
     squared = squared.masked_fill(itself, -1)  # nearer than any other: sorts first, and is dropped
@@ -101,7 +101,7 @@ class GraphHead(nn.Module):
     sought among all windows of the batch, so that a prediction depends on the pictures it happens to share a batch
     with. `neighbourhood` is the rule that links windows, `nearest_neighbours` or `published_neighbours`; `symmetric`
     adds the reverse of every edge. `edges`: what they weigh, see `edge_weights`. `zero_start` lets the logits start
-    near zero, for a sum with others. Raises UserError for an unknown `edges`, and for weights with `scope="batch"`.
+    near zero, for a sum with others. Raises UserError for unknown `edges` and `scope`, and for weights with "batch".
     """
 
     def __init__(
@@ -121,6 +121,8 @@ class GraphHead(nn.Module):
         super().__init__()
         if edges not in EDGES:
             raise UserError(f"unknown graph_edges {edges!r}; choose one of {', '.join(EDGES)}")
+        if scope not in ("image", "batch"):
+            raise UserError(f"unknown graph_scope {scope!r}; choose image or batch")
         if edges != "equal" and scope == "batch":
             raise UserError(f"graph_edges {edges!r} came with graph_scope 'batch', whose windows share no picture")
         self.edges = edges

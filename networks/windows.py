@@ -141,11 +141,13 @@ def greedy_selection(
 class WindowSelector(nn.Module):
     """Chooses the windows of a window set with the highest mean activation, few of which overlap.
 
-    Raises UserError where a group's quota is larger than the number of its placements on the grid.
+    Raises UserError where a group's quota is larger than the number of its placements on the grid, and for maps of
+    another grid.
     """
 
     def __init__(self, window_set: str | Sequence, *, grid_size: int, stride: int, max_iou: float = 0.25):
         super().__init__()
+        self.grid_size = grid_size
         self.window_set = scale_window_set(resolve_window_set(window_set), grid_size)
         self.count = sum(quota for _, quota in self.window_set)
         for index, (sizes, quota) in enumerate(self.window_set):
@@ -161,6 +163,9 @@ class WindowSelector(nn.Module):
 
     def forward(self, activation: Tensor) -> Tensor:
         """Return inclusive pixel boxes [B, N, 4] of the windows chosen on activation maps [B, g, g]."""
+        if activation.shape[-2:] != (self.grid_size, self.grid_size):
+            height, width = activation.shape[-2:]
+            raise UserError(f"maps of {height}x{width} cells came for windows on {self.grid_size}x{self.grid_size}")
         chosen = []
         for index, (sizes, quota) in enumerate(self.window_set):
             boxes, conflicts = getattr(self, f"boxes{index}"), getattr(self, f"conflicts{index}")

@@ -98,6 +98,7 @@ class ScriptedBackbone(nn.Module):
         kind: str = "picture",
         dense: bool = False,
         split: bool = False,
+        until: str = "final",
         start: str = "images",
     ) -> Features:
         if start == "stage3":
@@ -107,6 +108,8 @@ class ScriptedBackbone(nn.Module):
         penultimate, final = (map_ * self.scale for map_ in self.look(brightness(images, 16 if dense else 32)))
         stage2, stage3 = (0.01 * brightness(images, cell) for cell in (8, 16))
         stage2, stage3 = stage2.expand(-1, 8, -1, -1), stage3.expand(-1, 16, -1, -1)
+        if until != "final":
+            return Features(stage2, stage3 if until == "stage3" else None, None, None, None)
         splits = [Split(0.6 * map_, 0.4 * map_) for map_ in (stage3, final)] if split else [None, None]
         return Features(stage2, stage3, penultimate, final, final.mean(dim=(2, 3)), *splits)
 

@@ -287,3 +287,7 @@ def test_batch_equals_one_by_one(residual: bool) -> None:
     fusion, features = SemanticFusion(CHANNELS, residual=residual).eval(), make_features(3, batch=4)
     singly = torch.cat([fusion(Features(*(map_[i : i + 1] for map_ in features[:5]))) for i in range(4)])
     torch.testing.assert_close(fusion(features), singly, rtol=1e-4, atol=1e-5)
+
+
+def test_few_channels_are_weighted_too() -> None:
+    assert ChannelGate(8)(torch.rand(2, 8, 3, 3)).shape == (2, 8, 3, 3)

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tracing import traced
 
-from networks.crops import boxes_in_image, crop_and_resize, crop_windows, resize_boxes
+from networks.crops import boxes_in_image, crop_and_resize, crop_objects, crop_windows, resize_boxes
+from utils.errors import UserError
 
 
 def random_images(batch: int, height: int, width: int, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -335,3 +336,11 @@ def test_low_precision_images_keep_their_coordinates() -> None:
     boxes = torch.tensor([[290.0, 290.0, 309.0, 309.0]])
     crop = crop_and_resize(columns.to(torch.bfloat16), boxes, 64).float()
     assert (crop - crop_and_resize(columns, boxes, 64)).abs().max() < 0.01
+
+
+def test_pictures_that_are_not_square_are_refused() -> None:
+    images, boxes = torch.zeros(1, 3, 96, 192), torch.tensor([[0.0, 0.0, 9.0, 9.0]])
+    with pytest.raises(UserError, match="images of 96x192 pixels came, square ones of at least 96x96"):
+        crop_objects(images, boxes, input_size=96)
+    with pytest.raises(UserError, match="images of 96x192 pixels came, square ones of at least 96x96"):
+        crop_windows(images, boxes[None], input_size=96)

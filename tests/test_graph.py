@@ -20,6 +20,7 @@ from networks.graph import (
     propagation_matrix,
     published_neighbours,
 )
+from utils.errors import UserError
 
 
 def random_corners(graphs: int, nodes: int, *, span: int = 14, seed: int = 0) -> np.ndarray:
@@ -346,3 +347,8 @@ def test_every_parameter_and_node_gets_a_gradient() -> None:
     head(nodes, boxes).square().sum().backward()
     assert (nodes.grad.abs().sum(dim=2) > 0).all()
     assert all(value.grad.abs().sum() > 0 for value in head.parameters())
+
+
+def test_an_unknown_scope_is_refused() -> None:
+    with pytest.raises(UserError, match="unknown graph_scope 'batches'; choose image or batch"):
+        GraphHead(8, 2, scope="batches")

@@ -126,6 +126,15 @@ def test_statistics_can_be_frozen_folded_and_kept_per_pass(name: str) -> None:
     assert all(passes.tolist() == [0, 1, 0] for passes in counted)
 
 
+def test_a_regnet_without_squeeze_and_excitation() -> None:
+    backbone, whole = build_pair("regnet_x_400mf")
+    images = make_images(96)
+    with torch.no_grad():
+        features, expected = backbone(images), whole.trunk_output(whole.stem(images))
+    torch.testing.assert_close(features.final, expected, rtol=1e-4, atol=1e-4)
+    assert backbone.channels == {"stage2": 64, "stage3": 160, "final": 400}
+
+
 def test_the_last_stride_of_a_regnet() -> None:
     backbone, whole = build_pair("regnet_y_400mf", last_stride=1)
     first = whole.trunk_output.block4[0]

@@ -22,6 +22,7 @@ from networks.windows import (
     window_grid,
     window_scores,
 )
+from utils.errors import UserError
 
 SETS = {"birds": reference.BIRDS, "vehicles": reference.VEHICLES}
 GRIDS = (3, 4, 7, 14, 28)
@@ -386,3 +387,9 @@ def test_no_synchronisation_on_a_gpu() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert result.shape == (8, 7, 4)
+
+
+def test_maps_of_another_grid_are_refused() -> None:
+    selector = WindowSelector("birds", grid_size=14, stride=32)
+    with pytest.raises(UserError, match="maps of 14x12 cells came for windows on 14x14"):
+        selector(torch.rand(1, 14, 12))

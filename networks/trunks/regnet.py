@@ -1,7 +1,7 @@
-"""RegNets with squeeze and excitation.
+"""RegNets, X and Y: without and with squeeze and excitation.
 
-Radosavovic, Kosaraju, Girshick, He & Dollar, "Designing Network Design Spaces", CVPR 2020. Their cells depend on the
-mean of the whole map (squeeze and excitation), so that a denser one would not hold the others: there are no dense maps.
+Radosavovic, Kosaraju, Girshick, He & Dollar, "Designing Network Design Spaces", CVPR 2020. The cells of Y depend on the
+mean of the whole map, so that a denser one would not hold the others: there are no dense maps.
 """
 
 from __future__ import annotations
@@ -12,8 +12,15 @@ from networks.trunks.family import Family, Maps, run_stage
 
 
 class RegNets(Family):
-    one_block = ("regnet_y_3_2gf", "regnet_y_8gf", "regnet_y_16gf", "regnet_y_32gf", "regnet_y_128gf")
-    names = ("regnet_y_400mf", "regnet_y_800mf", "regnet_y_1_6gf", *one_block)
+    one_block = (
+        *("regnet_y_3_2gf", "regnet_y_8gf", "regnet_y_16gf", "regnet_y_32gf", "regnet_y_128gf"),
+        *("regnet_x_8gf", "regnet_x_16gf", "regnet_x_32gf"),
+    )
+    names = (
+        *("regnet_y_400mf", "regnet_y_800mf", "regnet_y_1_6gf"),
+        *("regnet_x_400mf", "regnet_x_800mf", "regnet_x_1_6gf", "regnet_x_3_2gf"),
+        *one_block,
+    )
     classifier = "fc."
 
     @staticmethod
