@@ -272,7 +272,7 @@ def complete(settings: Settings) -> Settings:
 
     `options` then holds all of the system's own. Lists become tuples, and whole numbers floats where those are meant.
     """
-    from networks import Shared, build_options, check_trunk, defaults_of, find_system, owners_of
+    from networks import Shared, build_options, check_trunk, defaults_of, find_system, owners_of, refuse_slips
 
     tables = {"PUBLISHED": PUBLISHED, **_titled(RECIPES, "recipe"), **_titled(DATASETS, "the table of")}
     check_edited(Settings, tables, read=READ, path=__file__, is_option=owners_of)
@@ -284,6 +284,7 @@ def complete(settings: Settings) -> Settings:
     if settings.recipe not in RECIPES:
         raise SettingsError(f"unknown recipe {shown(settings.recipe)}; choose one of {', '.join(RECIPES)}")
     system, of_data, of_recipe = find_system(settings.model), DATASETS[settings.dataset], RECIPES[settings.recipe]
+    refuse_slips(system, hints(Settings))
     given, shared = settings, None
     for _ in range(2):  # a system's values may follow from the others: those are there in the second round
         defaults = PUBLISHED | defaults_of(system, shared) | of_data | of_recipe
@@ -338,20 +339,21 @@ def restored(saved: Mapping[str, object]) -> Settings:
 
     What is younger than the run has the value that it had before it was a setting.
     """
-    from networks import MODELS, find_system
+    from networks import MODELS, find_system, own_settings
 
-    own = {model: {field.name for field in dataclasses.fields(find_system(model).Options)} for model in MODELS}
-    values = dataclasses.asdict(Settings()) | BEFORE | in_current_form(saved, own)
-    if values["model"] not in own:
+    values = dataclasses.asdict(Settings()) | BEFORE | in_current_form(saved, own_settings)
+    if values["model"] not in MODELS:
         raise UnknownSettingsError(f"a model that this version does not know: {shown(values['model'])}")
+    own = {field.name: field.default for field in dataclasses.fields(find_system(values["model"]).Options)}
     unknown = sorted(values.keys() - hints(Settings).keys())
     if unknown:
         raise UnknownSettingsError(f"settings that this version does not know: {', '.join(unknown)}")
-    unknown = sorted(values["options"].keys() - own[values["model"]])
+    unknown = sorted(values["options"].keys() - own)
     if unknown:
         name = values["model"]
         raise UnknownSettingsError(f"settings of {name} that this version does not know: {', '.join(unknown)}")
-    return Settings(**values)
+    younger = {name: value for name, value in own.items() if value not in (dataclasses.MISSING, None)}
+    return Settings(**values | {"options": younger | values["options"]})
 
 
 def rebuilt(saved: Mapping[str, object], **overrides: object) -> Settings:
@@ -376,11 +378,12 @@ def parse_settings(arguments: Sequence[str] | None = None, **overrides: object) 
 
     Raises SettingsError for impossible values, malformed ones and unknown names.
     """
-    from networks import find_system, owners_of, refusal_of_option
+    from networks import find_system, owners_of, refusal_of_option, refuse_slips
 
     edited = Settings()
     model = first_value(arguments, "model", edited.model)
     system = find_system(model)
+    refuse_slips(system, hints(Settings))
     of_data = DATASETS.get(first_value(arguments, "dataset", str(edited.dataset)))
     of_recipe = RECIPES.get(first_value(arguments, "recipe", str(edited.recipe)))
 

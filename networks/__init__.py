@@ -15,12 +15,16 @@ import networks.systems
 from networks.backbone import STRIDE, Backbone
 from networks.outputs import ENSEMBLINGS, SEVERAL_PER_IMAGE
 from networks.system import Shared, System
+from networks.system_slips import refuse_slips as refuse_slips
 from networks.trunks import BACKBONES as BACKBONES
 from networks.trunks import check_trunk as check_trunk
 from utils.errors import UserError
 from utils.options import Probability, SettingsError, as_annotated, checked, shortened, shown
 
-MODELS = tuple(sorted(module.name for module in pkgutil.iter_modules(networks.systems.__path__)))
+FILES = sorted(module.name for module in pkgutil.iter_modules(networks.systems.__path__))
+MODELS = tuple(
+    name for name in FILES if not name.startswith("_")
+)  # what systems share may lie beside them, as _name.py
 
 
 def find_system(name: str) -> type[System]:
@@ -48,9 +52,17 @@ def build_options(system: type[System], given: Mapping[str, object], shared: Sha
     return options
 
 
+def own_settings(model: object) -> list[str]:
+    """Return the names of a system's own settings: of one that is not there, or not to be imported, none."""
+    try:
+        return _names(find_system(model).Options)
+    except Exception:  # a file that is being written, of which no run may know
+        return []
+
+
 def owners_of(name: str) -> list[str]:
     """Return the systems that have a setting of this name of their own."""
-    return [model for model in MODELS if name in _names(find_system(model).Options)]
+    return [model for model in MODELS if name in own_settings(model)]
 
 
 def refusal_of_option(name: str, system: type[System]) -> str:

@@ -16,6 +16,7 @@ from datasets import Sample, collate
 from networks.losses import classification_losses
 from networks.outputs import NetworkOutput
 from networks.system import Step, System
+from utils.errors import UserError
 from utils.reporting.metrics import EpochMeter
 from utils.training.engine import evaluate, train_one_epoch
 from utils.training.execution import Execution
@@ -33,6 +34,7 @@ class Toy(System):
 
     branches = evaluated = ("raw", "object")
     prediction = ("raw", "object")
+    loss_weights = {"raw": 1.0, "object": 1.0}
     input_size = SIZE
 
     def __init__(self, *, boxes: bool = True) -> None:
@@ -393,7 +395,7 @@ def test_a_step_may_name_a_term_that_this_epoch_neither_trains_nor_computes():
 def test_a_step_that_trains_a_term_which_its_losses_lack_is_a_fault():
     network = make_stepping()
     network.steps = lambda images, labels: iter([Step(images, labels, ("object",), ("raw",))])
-    with pytest.raises(KeyError, match="object"):
+    with pytest.raises(UserError, match="has a loss term object and only a weight of it"):
         train_one_epoch(network, make_loader(make_samples(4), 4), *sgd(network), plan=EVERYTHING, execution=CPU)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +77,8 @@ class UnknownSettingsError(SettingsError):
     """Settings of a newer version, or of no version at all."""
 
 
-def in_current_form(saved: Mapping[str, object], own: Mapping[str, Collection[str]]) -> dict[str, object]:
-    """Return saved settings with those of the system in `options`; `own` names what each system has there.
+def in_current_form(saved: Mapping[str, object], own: Callable[[object], Collection[str]]) -> dict[str, object]:
+    """Return saved settings with those of the system in `options`; `own` names what a system has there.
 
     Raises UnknownSettingsError where what was saved are no settings.
     """
@@ -90,10 +90,10 @@ def in_current_form(saved: Mapping[str, object], own: Mapping[str, Collection[st
         if saved.get("model") == "sgkrl" and saved.get("wiring") == "published":
             values["model"] = "sgkrl_published"
         apart = {name: values.pop(name) for name in saved if name in OF_SYSTEMS}
-        options = {name: value for name, value in apart.items() if name in own.get(values.get("model"), ())}
+        options = {name: value for name, value in apart.items() if name in own(values.get("model"))}
         values |= {"prediction": values.pop("answer", None), "options": options}
     younger = OPTIONS_BEFORE | OPTIONS_BEFORE_OF_SYSTEM.get(values.get("model"), {})
-    younger = {name: value for name, value in younger.items() if name in own.get(values.get("model"), ())}
+    younger = {name: value for name, value in younger.items() if name in own(values.get("model"))}
     options = younger | options
     if options.get("localization", "channel_sum") != "channel_sum" and "localization_threshold" in options:
         options["localization_threshold"] = UNUSED_THRESHOLD.get(values.get("model"), 1.0)

@@ -148,6 +148,11 @@ def make_ready(network: System, settings: Any, saved: dict[str, Any]) -> Trained
 def weights_of_losses(settings: Any, system: System) -> dict[str, float]:
     """Return the system's own weights of its loss terms, with those that the settings change. Raises SettingsError."""
     own, changed = system.loss_weights, settings.loss_weights or {}
+    for name in system.evaluated:
+        if name not in own:
+            raise SettingsError(
+                f"{type(system).__name__} has a branch {name} and no weight of its loss: give it one, or 0"
+            )
     if not changed.keys() <= own.keys():
         raise SettingsError(f"loss_weights names {', '.join(changed)}; {settings.model} has {', '.join(own)}")
     weights = {**own, **changed}

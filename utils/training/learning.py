@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from networks.outputs import NetworkOutput, detached
-from networks.system import Step
+from networks.system import Step, System
+from utils.errors import UserError
 from utils.reporting.metrics import EpochMeter
 from utils.training.accumulation import joined_outputs, joined_terms, parts_of
 from utils.training.distributed import gradients_shared, unwrap, without_synchronisation
@@ -39,6 +41,7 @@ class Objective(NamedTuple):
             )
         terms = system.losses(output, step.targets, label_smoothing=self.label_smoothing)
         weights = self.weights(step)
+        _refuse_differing_names(system, terms, weights)
         if step.terms is not None:  # one without a weight may not have been computed
             terms = {name: terms[name] for name in step.terms if name in terms or name in weights}
         return output, {**terms, "total": sum(weight * terms[name] for name, weight in weights.items())}
@@ -56,6 +59,20 @@ class Objective(NamedTuple):
     def weights(self, step: Step) -> dict[str, float]:
         """Return the weights of the loss terms that a step trains."""
         return {n: w for n, w in self.plan.loss_weights.items() if step.terms is None or n in step.terms}
+
+
+def _refuse_differing_names(system: System, terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> None:
+    """Raise UserError where a system computes a loss that has no weight, or gives a weight to one that is not there."""
+    for names, others, words in (
+        (terms, system.loss_weights, "no weight of it"),
+        (weights, terms, "only a weight of it"),
+    ):
+        for name in names:
+            if name not in others:
+                raise UserError(
+                    f"{type(system).__name__} has a loss term {name} and {words}: its losses() and its loss_weights "
+                    "need the same names"
+                )
 
 
 class Learning:
