@@ -57,6 +57,7 @@ UNMASKED = ("--mask_from_epoch", "100")
 # the object box as MMAL-Net draws it, round what is above the mean of the trunk's own grid
 COARSE = ("--localization_stride", "32", "--localization_threshold", "1.0")
 COLOCALIZATION = ("--localization", "colocalization")
+ASPECT = ("--keep_aspect_ratio",)
 NO_WINDOWS = ("--loss_weights", "window=0", "graph=0", "--prediction", "raw", "fused", "object")
 # our SG-KRL as it was before: its graph by itself, spatial weights as CBAM has them
 FORMER = (*UNMASKED, "--no-graph_residual", "--spatial_weights", "absolute")
@@ -79,6 +80,8 @@ ROWS: dict[str, tuple[str, ...]] = {
     "resnet": RESNET,
     # the plain network trained otherwise, in one thing each
     "resnet-crops": (*RESNET, "--resize_size", "256"),  # random crops of 224, the central one in evaluation
+    # the central square of the picture, undistorted, in place of all of it made square; random ones in training
+    "resnet-aspect": (*RESNET, *ASPECT),
     "resnet-adamw": (*RESNET, "--optimizer", "adamw", "--learning_rate", "1e-4", "--weight_decay", "0.05"),
     "resnet-ema": (*RESNET, "--ema_decay", "0.999"),
     "resnet-smoothing": (*RESNET, "--label_smoothing", "0.1"),
@@ -108,6 +111,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "published-batch-graph": (*PUBLISHED, "--graph_scope", "batch"),
     "trained": UNMASKED,
     "trained-mean": (*UNMASKED, "--ensembling", "mean_probability"),  # what `trained` was until weights were learnt
+    "trained-aspect": (*UNMASKED, *ASPECT),
     "trained-former": FORMER,
     # without one part
     "trained-no-fusion-loss": (*UNMASKED, "--loss_weights", "fused=0", "--prediction", "raw", "object", "graph"),
