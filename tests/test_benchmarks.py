@@ -94,6 +94,7 @@ def test_costs_beside_the_plain_network(benchmark, tmp_path: Path, capsys) -> No
     assert "| 96, 96, 7 x 48 |" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_costs_of_a_system_with_other_options(benchmark, tmp_path: Path) -> None:
     """Windows of cells: the same system, whose last pass takes the last stage of the trunk alone."""
     path = tmp_path / "systems.json"
@@ -116,7 +117,7 @@ def test_ratios_compare_times_of_the_same_round(benchmark) -> None:
 
 def test_every_part_equals_its_reference(benchmark, tmp_path: Path, capsys) -> None:
     path = tmp_path / "parts.json"
-    words = "--batches 2 --input_size 160 --channels 32 --rounds 1 --device cpu"
+    words = "--batches 2 --input_size 96 --channels 16 --rounds 1 --device cpu"
     report = benchmark("parts").main([*words.split(), "--json", str(path)])
     assert json.loads(path.read_text(encoding="utf-8"))["parts"] == report["parts"]
     assert len(report["parts"]) == 8
@@ -129,7 +130,7 @@ def test_a_part_that_is_wrong_ends_the_benchmark_with_an_error(benchmark, monkey
     suppress = parts.suppress
     monkeypatch.setattr(parts, "suppress", lambda features, share: suppress(features, share) + 1)
     with pytest.raises(SystemExit) as end:
-        parts.main(["--batches", "2", "--input_size", "160", "--channels", "32", "--rounds", "1", "--device", "cpu"])
+        parts.main(["--batches", "1", "--input_size", "96", "--channels", "16", "--rounds", "1", "--device", "cpu"])
     assert end.value.code == 1
 
 

@@ -184,7 +184,7 @@ def words_of(values: dict[str, object]) -> list[str]:
     return words
 
 
-@examples(30)
+@examples(20)
 @given(possible_settings())
 def test_settings_come_back_from_the_command_line(chosen):
     assert parse_settings(words_of(flat(chosen))) == chosen
