@@ -21,7 +21,7 @@ class KeptLogits:
 
     def __init__(self, branches: tuple[str, ...]) -> None:
         self.branches = branches
-        self.numbers = 0  # logits of all batches
+        self.numbers, self._moved = 0, 0  # logits of all batches, and of those in main memory
         self._latest: list[tuple[Tensor, Tensor]] = []  # of each batch: logits [B, branches, classes], labels [B]
         self._parts: list[tuple[Tensor, Tensor]] = []  # the same of several, on the CPU
 
@@ -30,13 +30,14 @@ class KeptLogits:
         logits = torch.stack([output.logits[name].float() for name in self.branches], dim=1)
         self._latest.append((logits, labels))
         self.numbers += logits.numel()
-        if sum(logits.numel() for logits, _ in self._latest) >= PART:
+        if self.numbers - self._moved >= PART:
             self._move()
 
     def _move(self) -> None:
         if self._latest:
             self._parts.append(tuple(torch.cat(values).cpu() for values in zip(*self._latest, strict=True)))
             self._latest.clear()
+            self._moved = self.numbers
 
     def parts(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         """Yield, on the CPU, logits [n, classes] by branch and labels [n] of a part of the images after the other."""
