@@ -21,10 +21,8 @@ from networks.trunks import check_trunk as check_trunk
 from utils.errors import UserError
 from utils.options import Probability, SettingsError, as_annotated, checked, shortened, shown
 
-FILES = sorted(module.name for module in pkgutil.iter_modules(networks.systems.__path__))
-MODELS = tuple(
-    name for name in FILES if not name.startswith("_")
-)  # what systems share may lie beside them, as _name.py
+FILES = (module.name for module in pkgutil.iter_modules(networks.systems.__path__))
+MODELS = tuple(sorted(name for name in FILES if not name.startswith("_")))
 
 
 def find_system(name: str) -> type[System]:

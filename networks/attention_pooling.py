@@ -15,7 +15,7 @@ from torch import Tensor, nn
 class AttentionMaps(nn.Module):
     """Convolution, batch norm, ReLU: M maps of where to look."""
 
-    applies_in_order = True  # its batch norm what its convolution gives: see `networks.folding`
+    applies_in_order = True  # its batch norm gets what its convolution gives: see `networks.folding`
 
     def __init__(self, channels: int, count: int):
         super().__init__()

@@ -37,7 +37,7 @@ class MultiExcitation(nn.Module):
 class CombinedMap(nn.Module):
     """Join a map of stage 3 and one of the last stage by convolutions, and average the result over the picture."""
 
-    applies_in_order = True  # its batch norm what its convolution gives: see `networks.folding`
+    applies_in_order = True  # its batch norm gets what its convolution gives: see `networks.folding`
 
     def __init__(self, stage3_channels: int, final_channels: int):
         super().__init__()

@@ -11,8 +11,6 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from networks.backbone import Backbone
-
 IN_ORDER = (nn.Sequential, BasicBlock, Bottleneck, ResNet)  # these apply what they hold as it was registered
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -40,14 +38,15 @@ def fold_batch_norm(network: Network) -> Network:
 
 
 def cast_for_autocast(network: Network, dtype: torch.dtype) -> Network:
-    """Cast, in place, the trunk's weights that autocast to `dtype` would cast anew in every pass; returns the network.
+    """Cast, in place, the weights that autocast to `dtype` would cast anew in every forward pass; returns the network.
 
-    Those of its convolutions and linear layers. Under that autocast the network computes the same, bit for bit; without
-    it, it no longer runs. Heads stay as they are: some compute in float32 on purpose.
+    Those of convolutions and linear layers, not of subclasses, which the classifiers are, nor of modules that say with
+    an attribute `computes_in_float32` that they do so whatever autocast is. Under that autocast the network computes
+    the same, bit for bit; without it, it no longer runs.
     """
-    for trunk in network.modules():
-        if isinstance(trunk, Backbone):
-            for module in trunk.modules():
-                if type(module) in (nn.Conv2d, nn.Linear):
-                    module.to(dtype)
+    precise = [module for module in network.modules() if getattr(module, "computes_in_float32", False)]
+    kept = {part for module in precise for part in module.modules()}
+    for module in network.modules():
+        if type(module) in (nn.Conv2d, nn.Linear) and module not in kept:
+            module.to(dtype)
     return network

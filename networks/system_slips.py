@@ -35,8 +35,10 @@ def refuse_slips(system: type[System], shared: Collection[str]) -> None:
     for name in ("branches", "evaluated", "prediction"):
         if not hasattr(system, name):
             raise SettingsError(f"{place} has no {name}: see networks/system.py")
+        if isinstance(getattr(system, name), str):
+            raise SettingsError(f"{place} has a text as its {name}; expected a tuple: ({getattr(system, name)!r},)")
     for name, of in (("evaluated", "branches"), ("prediction", "evaluated"), ("warmup_branches", "branches")):
         for branch in getattr(system, name):
             if branch not in getattr(system, of):
-                choices = ", ".join(getattr(system, of))
-                raise SettingsError(f"{place} has {branch!r} in {name}; expected some of its {of}, {choices}, or ()")
+                choices = ", ".join(getattr(system, of)) + (", or ()" if name == "warmup_branches" else "")
+                raise SettingsError(f"{place} has {branch!r} in {name}; expected some of its {of}, {choices}")

@@ -74,6 +74,11 @@ SLIPS = {
         "which is no shared setting (did you mean weight_decay?)",
     ),
     "no branches": ('    branches = evaluated = prediction = ("raw", "peak")\n', "", "has no branches"),
+    "a comma forgotten": (
+        "    loss_weights",
+        '    prediction = "raw"\n    loss_weights',
+        "has a text as its prediction; expected a tuple: ('raw',)",
+    ),
     "a prediction of another branch": (
         "    loss_weights",
         '    prediction = ("tail",)\n    loss_weights',

@@ -94,7 +94,6 @@ def test_costs_beside_the_plain_network(benchmark, tmp_path: Path, capsys) -> No
     assert "| 96, 96, 7 x 48 |" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_costs_of_a_system_with_other_options(benchmark, tmp_path: Path) -> None:
     """Windows of cells: the same system, whose last pass takes the last stage of the trunk alone."""
     path = tmp_path / "systems.json"

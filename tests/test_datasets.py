@@ -275,7 +275,7 @@ def test_settings_choose_the_split(picture_tree: Path) -> None:
     _, _, words = choose_split(made_settings(picture_tree, validation=0.1), few)
     assert words == (
         "2 validation images (10% of the training images, by class, seed 3; as whole images, at least one, this is 15% "
-        "of all; 1 classes have one image and keep it)"
+        "of all; classes with one image, 1, keep it)"
     )
     train, selection, words = choose_split(made_settings(picture_tree, select_on="test"), catalogue)
     assert (train, selection) == (catalogue.train, catalogue.test)

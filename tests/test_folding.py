@@ -98,11 +98,10 @@ def test_modules_that_may_apply_what_they_hold_in_another_order_stay_as_they_are
 
 
 def test_heads_may_compute_in_float32_on_purpose() -> None:
-    network = nn.ModuleDict({"trunk": build_network("resnet", num_classes=3, backbone="resnet18").backbone})
-    network["head"] = nn.Linear(2, 2)
-    cast = cast_for_autocast(network, torch.bfloat16)
-    assert cast["head"].weight.dtype == torch.float32
-    assert cast["trunk"].trunk.conv1.weight.dtype == torch.bfloat16
+    plain, precise = (nn.Sequential(nn.Linear(2, 2)) for _ in range(2))
+    precise.computes_in_float32 = True
+    cast = cast_for_autocast(nn.ModuleList([plain, precise]), torch.bfloat16)
+    assert [head[0].weight.dtype for head in cast] == [torch.bfloat16, torch.float32]
 
 
 @pytest.mark.parametrize("model", MODELS)

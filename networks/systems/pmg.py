@@ -48,7 +48,7 @@ class Options:
 class ConvolutionBlock(nn.Module):
     """Convolution, batch norm, ReLU."""
 
-    applies_in_order = True  # its batch norm what its convolution gives: see `networks.folding`
+    applies_in_order = True  # its batch norm gets what its convolution gives: see `networks.folding`
 
     def __init__(self, in_channels: int, out_channels: int, *, kernel_size: int):
         super().__init__()

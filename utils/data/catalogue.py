@@ -216,7 +216,7 @@ def note_on_small_classes(rest: Sequence[Entry], held_back: Sequence[Entry], fra
     """Say where `split_validation` made something else of its fraction, as classes are small; "" where it did not."""
     share = len(held_back) / max(len(rest) + len(held_back), 1)
     without = len({entry.label for entry in rest} - {entry.label for entry in held_back})
-    note = f"; {without} classes have one image and keep it" if without else ""
+    note = f"; classes with one image, {without}, keep it" if without else ""
     if abs(share - fraction) > fraction / 5:
         return f"; as whole images, at least one, this is {share:.0%} of all{note}"
     return note

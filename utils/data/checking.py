@@ -48,9 +48,10 @@ def find_bad_pictures(
     """
     paths = list(dict.fromkeys(str(entry.source) for entry in entries if not isinstance(entry.source, int)))
     Image.init()  # here, as Pillow does not guard its first use against several threads
-    reasons = in_threads(partial(find_fault, thorough=thorough, at_least=at_least, memory=memory), paths)
-    bar = tqdm(reasons, desc="checking pictures", total=len(paths), leave=False, disable=True if silent else None)
-    return {path: reason for path, reason in zip(paths, bar, strict=True) if reason is not None}
+    find = partial(find_fault, thorough=thorough, at_least=at_least, memory=memory)
+    with contextlib.closing(in_threads(find, paths)) as reasons:  # an interruption does not wait for the rest
+        bar = tqdm(reasons, desc="checking pictures", total=len(paths), leave=False, disable=True if silent else None)
+        return {path: reason for path, reason in zip(paths, bar, strict=True) if reason is not None}
 
 
 def find_fault(

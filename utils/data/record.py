@@ -106,8 +106,8 @@ def repeated_pictures(record: Record, *, selected_on_test: bool) -> list[str]:
         again = [picture.path for picture in pictures if picture.content in seen]
         if again:
             said.append(
-                f"{len(again)} of {len(pictures)} {part} images are in training or validation, too, byte for byte, the "
-                f"first is {one_line(again[0])}: figures on them flatter, take one of each pair out of the data"
+                f"{len(again)} of {len(pictures)} {part} images seem to be in training or validation, too (same size, "
+                f"beginning, middle and end of the file), the first is {one_line(again[0])}: figures on them flatter"
             )
     return said
 

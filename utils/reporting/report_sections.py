@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy
 from torch import Tensor
 
-from utils.reporting.confusions import MATRIX_CLASSES, confusions
+from utils.reporting.confusions import MATRIX_CLASSES, confusions, worst_confusions
 from utils.reporting.metrics import wilson_interval
 from utils.reporting.report_parts import bar, chart, jpeg, png, table
 
@@ -58,18 +58,18 @@ def mistakes_section(mistakes: Sequence[Mistake]) -> str:
 
 def confusions_section(matrix: Tensor, class_names: Sequence[str]) -> str:
     matrix = matrix.cpu()
-    worst, images = confusions(matrix), matrix.sum(dim=1).tolist()
     rows = [
         [
-            (escape(class_names[true]), class_names[true]),
-            (escape(class_names[predicted]), class_names[predicted]),
-            (str(n), n),
-            (f"{n / images[true]:.0%}", n / images[true]),
+            (escape(worst["true"]), worst["true"]),
+            (escape(worst["predicted"]), worst["predicted"]),
+            (str(worst["count"]), worst["count"]),
+            (f"{worst['share']:.0%}", worst["share"]),
         ]
-        for true, predicted, n in worst[:CONFUSIONS_LISTED].tolist()
+        for worst in worst_confusions(matrix, class_names, CONFUSIONS_LISTED)
     ]
+    count = len(confusions(matrix))
     listed = table(["true class", "taken for", "images", "share of the class"], rows) if rows else ""
-    more = f"<p>The {len(rows)} most frequent of {len(worst)}.</p>" if len(worst) > len(rows) else ""
+    more = f"<p>The {len(rows)} most frequent of {count}.</p>" if count > len(rows) else ""
     drawn = _drawn_matrix(matrix.numpy(), class_names) if len(class_names) <= MATRIX_CLASSES else ""
     return drawn + listed + more
 
