@@ -108,6 +108,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "resnet-10-epochs": (*RESNET, "--epochs", "10"),  # as long as 3 epochs of `trained`, whose first trains raw only
     "apinet-equal-compute": ("--model", "apinet", *SAME_PICTURES, "--epochs", EQUAL_EPOCHS),
     "published": PUBLISHED,
+    "published-aspect": (*PUBLISHED, *ASPECT),
     "published-batch-graph": (*PUBLISHED, "--graph_scope", "batch"),
     "trained": UNMASKED,
     "trained-mean": (*UNMASKED, "--ensembling", "mean_probability"),  # what `trained` was until weights were learnt
