@@ -12,7 +12,7 @@ from utils.data.cropping import pictures_alone
 from utils.text import one_line
 from utils.training.building import Trained
 
-PROJECTED = 10_000  # pictures at most: more take minutes to write and to show, and TensorBoard takes no larger sprite
+PROJECTED = 10_000  # pictures at most: more take minutes to write and to show
 
 
 def project(trained: Trained, loader: DataLoader, class_names: Sequence[str]) -> dict[str, object]:
