@@ -26,15 +26,20 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def interleaved(
-    variants: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, clock: str = "wall"
+    variants: Mapping[str, Callable[[], object]],
+    rounds: int,
+    device: torch.device,
+    clock: str = "wall",
+    before: Callable[[str], object] | None = None,
 ) -> dict[str, dict]:
     """Time each variant once per round, in turn, so that a change of the machine's load meets all of them alike.
 
-    A first round warms up and is not counted. `clock` "cpu" counts this process's processor time, which on a machine
-    shared with others leaves out the waiting for a core: for one thread and no GPU, where it is what the wall clock
-    would show on a machine of one's own. Returns, by name, `seconds` (one per round), their `median` and `minimum`, and
-    `peak_memory_mib`: on a GPU what the variant allocated at most, on Linux the process's largest resident size while
-    it ran (all that was there before included), else None.
+    A first round warms up and is not counted, nor is `before`, which is called with the name of what comes. `clock`
+    "cpu" counts this process's processor time, which on a machine shared with others leaves out the waiting for a
+    core: for one thread and no GPU, where it is what the wall clock would show on a machine of one's own. Returns, by
+    name, `seconds` (one per round), their `median` and `minimum`, and `peak_memory_mib`: on a GPU what the variant
+    allocated at most, on Linux the process's largest resident size while it ran (all that was there before included),
+    else None.
     """
     results = {name: {"seconds": []} for name in variants}
     gc.collect()
@@ -42,6 +47,8 @@ def interleaved(
     try:
         for round_number in range(rounds + 1):
             for name, variant in variants.items():
+                if before is not None:
+                    before(name)
                 if round_number == 0:
                     reset_peak_memory(device)
                 synchronize(device)
