@@ -7,10 +7,10 @@ Networks", BMVC 2016.
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck
 
+from networks.trunks.convolution import convolve, rectified
 from networks.trunks.family import Family, Maps, Split
 
 
@@ -46,76 +46,73 @@ class ResNets(Family):
             stage[0].conv1.stride = (2, 2)
             stage[0].conv2.stride = (1, 1)
 
-    # Frozen batch norms are computed inside the convolutions, without calling the blocks: hooks see nothing. Nor are
-    # blocks called that are split.
+    # Batch norms that are frozen or folded are computed inside the convolutions, without calling the blocks: hooks see
+    # nothing. Nor are blocks called that are split.
     @staticmethod
     def begin(trunk: nn.Module, images: Tensor, *, frozen: bool, split: bool, until: str) -> Maps:
-        x = trunk.maxpool(F.relu(_convolve(trunk.conv1, trunk.bn1, images, frozen=frozen), inplace=True))
-        _, stage1, _ = _stage(trunk.layer1, x, frozen=frozen)
-        _, stage2, _ = _stage(trunk.layer2, stage1, frozen=frozen)
+        x = trunk.maxpool(convolve(trunk.conv1, trunk.bn1, images, frozen=frozen, relu=True))
+        stage1 = _stage(trunk.layer1, x, frozen=frozen).final
+        stage2 = _stage(trunk.layer2, stage1, frozen=frozen).final
         if until == "stage2":
             return Maps(stage2)
-        _, stage3, stage3_split = _stage(trunk.layer3, stage2, frozen=frozen, split=split)
-        return Maps(stage2, stage3, stage3_split=stage3_split)
+        stage3 = _stage(trunk.layer3, stage2, frozen=frozen, split=split)
+        return Maps(stage2, stage3.final, stage3_split=stage3.final_split)
 
     @staticmethod
     def finish(trunk: nn.Module, stage3: Tensor, *, frozen: bool, dense: bool, split: bool) -> Maps:
-        penultimate, final, final_split = _stage(trunk.layer4, stage3, frozen=frozen, dense=dense, split=split)
-        return Maps(penultimate=penultimate, final=final, final_split=final_split)
+        return _stage(trunk.layer4, stage3, frozen=frozen, dense=dense, split=split, keep_penultimate=True)
 
 
 def _stage(
-    stage: nn.Sequential, x: Tensor, *, frozen: bool, dense: bool = False, split: bool = False
-) -> tuple[Tensor, Tensor, Split | None]:
-    """Run a stage and return the output of its second-to-last and of its last residual block, and that one's split."""
-    dilation, of_last = 1 if dense else None, None
+    stage: nn.Sequential,
+    x: Tensor,
+    *,
+    frozen: bool,
+    dense: bool = False,
+    split: bool = False,
+    keep_penultimate: bool = False,
+) -> Maps:
+    """Run a stage; return its `final` map, that one's split if asked for, and the `penultimate` one if it is kept."""
+    dilation, of_last, penultimate = 1 if dense else None, None, None
+    last = len(stage) - 1
     for index, block in enumerate(stage):
-        penultimate, is_split = x, split and index == len(stage) - 1
-        if frozen or dense or is_split:
-            summands, dilation = _summands(block, x, dilation, frozen=frozen)
-            x = F.relu(summands.residual + summands.shortcut, inplace=True)
-            of_last = summands if is_split else None
+        if index == last and keep_penultimate:
+            penultimate = x
+        is_split = split and index == last
+        if frozen or dense or is_split or isinstance(block.bn1, nn.Identity):
+            ours = index > 0 and x is not penultimate
+            x, of_last, dilation = _block(block, x, dilation, frozen=frozen, split=is_split, overwrite=ours)
         else:
             x = block(x)
-    return penultimate, x, of_last
+    return Maps(penultimate=penultimate, final=x, final_split=of_last)
 
 
-def _summands(block: nn.Module, x: Tensor, dilation: int | None, *, frozen: bool) -> tuple[Split, int | None]:
-    """Run a residual block up to its sum; with a dilation, without its stride, and dilated by it after a stride.
+def _block(
+    block: nn.Module, x: Tensor, dilation: int | None, *, frozen: bool, split: bool, overwrite: bool
+) -> tuple[Tensor, Split | None, int | None]:
+    """Run a residual block; with a dilation, without its stride, and dilated by it after a stride.
 
-    Returned are what is added, and the dilation of the block that follows.
+    `overwrite`: nothing else needs x. Returned are the map, what is added up in it if that is to be `split`, and the
+    dilation of the block that follows.
     """
     shortcut = x
     if block.downsample is not None:
-        shortcut = _convolve(*block.downsample, x, dilation, frozen=frozen)
+        shortcut, overwrite = convolve(*block.downsample, x, dilation, frozen=frozen), True
     layers = [(block.conv1, block.bn1), (block.conv2, block.bn2)]
     if isinstance(block, Bottleneck):
         layers.append((block.conv3, block.bn3))
-    for index, (convolution, norm) in enumerate(layers):
-        if index:
-            x = F.relu(x, inplace=True)
-        x = _convolve(convolution, norm, x, dilation, frozen=frozen)
-        if dilation is not None:
-            dilation *= convolution.stride[0]
-    return Split(x, shortcut), dilation
+    for convolution, norm in layers[:-1]:
+        x = convolve(convolution, norm, x, dilation, frozen=frozen, relu=True)
+        dilation = _after(convolution, dilation)
+    convolution, norm = layers[-1]
+    after = _after(convolution, dilation)
+    if split:
+        residual = convolve(convolution, norm, x, dilation, frozen=frozen)
+        return rectified(residual + shortcut), Split(residual, shortcut), after
+    shared = {"frozen": frozen, "relu": True, "summand": shortcut, "overwrite_summand": overwrite}
+    return convolve(convolution, norm, x, dilation, **shared), None, after
 
 
-def _convolve(
-    convolution: nn.Conv2d, norm: nn.Module, x: Tensor, dilation: int | None = None, *, frozen: bool
-) -> Tensor:
-    """Convolve and normalise; with a dilation, without the convolution's stride and dilated by it.
-
-    Frozen batch norms only scale and shift, so the weights can be scaled instead of the maps: backward then needs no
-    copy of the map between the two, nearly half of what a trunk in training keeps.
-    """
-    weight, bias = convolution.weight, convolution.bias
-    folded = frozen and isinstance(norm, nn.BatchNorm2d)  # in copies for inference it is the identity already
-    if folded:
-        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        weight, bias = weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
-    if dilation is None:
-        x = F.conv2d(x, weight, bias, convolution.stride, convolution.padding, groups=convolution.groups)
-    else:
-        padding = dilation * (convolution.kernel_size[0] // 2)
-        x = F.conv2d(x, weight, bias, padding=padding, dilation=dilation, groups=convolution.groups)
-    return x if folded else norm(x)
+def _after(convolution: nn.Conv2d, dilation: int | None) -> int | None:
+    """The dilation of what follows a convolution that was computed without its stride."""
+    return None if dilation is None else dilation * convolution.stride[0]
