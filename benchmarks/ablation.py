@@ -58,6 +58,8 @@ UNMASKED = ("--mask_from_epoch", "100")
 COARSE = ("--localization_stride", "32", "--localization_threshold", "1.0")
 COLOCALIZATION = ("--localization", "colocalization")
 ASPECT = ("--keep_aspect_ratio",)
+MODERN = ("--recipe", "modern", "--learning_rate", "1e-4", "--head_learning_rate_factor", "10")
+STAGE3_WINDOWS = ("--window_source", "stage3")
 NO_WINDOWS = ("--loss_weights", "window=0", "graph=0", "--prediction", "raw", "fused", "object")
 # our SG-KRL as it was before: its graph by itself, spatial weights as CBAM has them
 FORMER = (*UNMASKED, "--no-graph_residual", "--spatial_weights", "absolute")
@@ -88,7 +90,8 @@ ROWS: dict[str, tuple[str, ...]] = {
     "resnet-mixup": (*RESNET, "--mixup", "0.2"),
     "resnet-cutmix": (*RESNET, "--cutmix", "1.0"),
     # the whole recipe, in place of the common rates
-    "resnet-modern": (*RESNET, "--recipe", "modern", "--learning_rate", "1e-4", "--head_learning_rate_factor", "10"),
+    "resnet-modern": (*RESNET, *MODERN),
+    "resnet-modern-aspect": (*RESNET, *MODERN, *ASPECT),
     # the object found by a frozen copy of the pretrained trunk
     "resnet-colocalization": (*RESNET, *COLOCALIZATION),
     "mmal-colocalization": ("--model", "mmal", *COLOCALIZATION),
@@ -113,6 +116,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "trained": UNMASKED,
     "trained-mean": (*UNMASKED, "--ensembling", "mean_probability"),  # what `trained` was until weights were learnt
     "trained-aspect": (*UNMASKED, *ASPECT),
+    "trained-modern-aspect": (*UNMASKED, *MODERN, *ASPECT),
     "trained-former": FORMER,
     # without one part
     "trained-no-fusion-loss": (*UNMASKED, "--loss_weights", "fused=0", "--prediction", "raw", "object", "graph"),
@@ -129,9 +133,10 @@ ROWS: dict[str, tuple[str, ...]] = {
     # variants
     "trained-lone-graph": (*UNMASKED, "--no-graph_residual"),
     "trained-absolute-weights": (*UNMASKED, "--spatial_weights", "absolute"),
-    "trained-stage3-windows": (*UNMASKED, "--window_source", "stage3"),
+    "trained-stage3-windows": (*UNMASKED, *STAGE3_WINDOWS),
+    "trained-stage3-windows-aspect": (*UNMASKED, *STAGE3_WINDOWS, *ASPECT),
     "trained-raw-128": (*UNMASKED, "--raw_size", "128"),
-    "trained-raw-128-stage3-windows": (*UNMASKED, "--raw_size", "128", "--window_source", "stage3"),
+    "trained-raw-128-stage3-windows": (*UNMASKED, "--raw_size", "128", *STAGE3_WINDOWS),
     "trained-crop-scale": (*UNMASKED, "--crop_scale", "0.5"),
     "trained-crop-gradient": (*UNMASKED, "--crop_gradient"),
     "trained-neighbours": (*UNMASKED, "--graph_neighbours", "6"),
