@@ -68,6 +68,8 @@ class Colocalization(nn.Module):
         self.size = max(input_size, SMALLEST_SIDE)
         self.stride = backbone.stride * input_size / self.size
         self.trunk = copy.deepcopy(backbone).requires_grad_(False).eval()
+        if backbone.batch_norm == "shared":  # the same in evaluation, and faster: inside the convolutions
+            self.trunk.batch_norm = "frozen"
         self.register_buffer("mean", torch.zeros(backbone.embedding_channels))
         self.register_buffer("component", torch.zeros(backbone.embedding_channels))
 

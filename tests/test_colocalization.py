@@ -30,6 +30,7 @@ class Cells(nn.Module):
     """A trunk whose final map is the picture's three colours and, with `squares`, their squares, cell by cell."""
 
     stride = 32
+    batch_norm = "shared"
 
     def __init__(self, *, squares: bool = True) -> None:
         super().__init__()

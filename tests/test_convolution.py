@@ -69,6 +69,23 @@ def test_one_operation_equals_the_steps(geometry, dilation, dtype, layout, singl
 
 
 @needs_fused
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_frozen_batch_norms_are_part_of_the_operation(dtype, single_steps) -> None:
+    torch.manual_seed(0)
+    module = nn.Conv2d(8, 12, 3, padding=1, bias=False).to(memory_format=torch.channels_last)
+    norm = nn.BatchNorm2d(12).eval()
+    for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+        nn.init.uniform_(tensor, 0.5, 1.5)
+    x, summand = (torch.randn(2, channels, 9, 9).to(memory_format=torch.channels_last) for channels in (8, 12))
+    shared = {"frozen": True, "relu": True, "summand": summand.to(dtype)}
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+        found, expected = convolve(module, norm, x, **shared), single_steps(convolve, module, norm, x, **shared)
+        unscaled = (norm(module(x)) + summand).relu()
+    for right in (expected, unscaled.to(dtype)):
+        torch.testing.assert_close(found, right, rtol=0, atol=0.1 if dtype == torch.bfloat16 else 1e-5)
+
+
+@needs_fused
 def test_where_there_is_one_operation() -> None:
     x, weight = torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
     assert fused_dtype(x, weight) == torch.float32

@@ -44,7 +44,7 @@ def convolve(
         around = dilation * (convolution.kernel_size[0] // 2)
         stride, padding, spacing = (1, 1), (around, around), (dilation, dilation)
     # in copies for inference the batch norm is in the weights already, and the identity in its place
-    dtype = fused_dtype(x, weight) if isinstance(norm, nn.Identity) else None
+    dtype = fused_dtype(x, weight) if scaled or isinstance(norm, nn.Identity) else None
     if dtype is not None and (summand is None or can_add_fused(x, summand, convolution.groups)):
         x, weight, bias = (None if tensor is None else tensor.to(dtype) for tensor in (x, weight, bias))
         geometry = (padding, stride, spacing, convolution.groups)
