@@ -152,7 +152,7 @@ class Settings:
     sync_batch_norm: bool = False  # torchrun on GPUs: batch-norm statistics of all processes' images; slower
     precision: Literal["auto", "float32", "bf16"] = "auto"  # bf16: mixed, twice as fast; auto: where in hardware
     channels_last: bool = True  # memory layout that convolutions prefer on CPUs and recent GPUs
-    compile: bool = False  # run the backbone through torch.compile, which pays in long runs; not with nn.DataParallel
+    compile: bool = False  # run the backbone through torch.compile: for long runs on GPUs; not with nn.DataParallel
     workers: Processes = 2  # processes that load pictures; 0 loads in the main process
     picture_memory: Positive = 0.36  # GB that one decoded picture may take: a JPEG of more is decoded smaller
     prefetch: Batches = 2  # batches that each of these processes keeps ready; 3 image_size^2 bytes an image, as uint8
