@@ -119,9 +119,9 @@ class Backbone(nn.Module):
         frozen = self.batch_norm == "frozen"
         if start == "stage3":
             maps = self.family.finish(self.trunk, images, frozen=frozen, dense=dense, split=split)
-            maps = maps._replace(stage3=images)
         else:
             maps = self.family.look(self.trunk, images, frozen=frozen, dense=dense, split=split, until=until)
+        stage3 = images if start == "stage3" else maps.stage3
         embedding = None if maps.final is None else maps.final.mean(dim=(2, 3))
-        stages = (maps.stage2, maps.stage3, maps.penultimate, maps.final)
+        stages = (maps.stage2, stage3, maps.penultimate, maps.final)
         return Features(*stages, embedding, maps.stage3_split, maps.final_split)

@@ -224,6 +224,6 @@ def test_frozen_statistics_may_come_from_another_run():
 def test_a_program_in_place_of_weights_is_refused_without_a_warning(tmp_path, recwarn):
     torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "model.pth"))
     recwarn.clear()
-    with pytest.raises(UserError, match="not a plain file of tensors"):
+    with pytest.raises(UserError, match="not a plain file of tensors|hold no state dict"):  # the latter by PyTorch 2.4
         read_weights(tmp_path / "model.pth")
     assert not recwarn.list

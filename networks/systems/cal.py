@@ -112,7 +112,7 @@ class CAL(System):
 
         boxes, dropped = self._look_again(attention)
         if not self.training and len(self.crops) > 1:
-            return NetworkOutput(logits | {"crop": self._classify_crops(images, attention)}, boxes)
+            return NetworkOutput({**logits, "crop": self._classify_crops(images, attention)}, boxes)
         shown = {}
         if "crop" in views:
             crops = crop_objects(images, boxes, input_size=self.input_size)
@@ -121,7 +121,7 @@ class CAL(System):
             shown["drop"] = pictures * ~dropped[:, None]
         final = self.backbone(torch.cat(list(shown.values())), kind="object").final
         attention = self.attention(final)
-        logits |= self._classify(views, wanted, final, attention, attention_pooling(final, attention))
+        logits.update(self._classify(views, wanted, final, attention, attention_pooling(final, attention)))
         return NetworkOutput(logits, boxes, extras=extras)
 
     def _look_again(self, attention: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,7 +184,7 @@ class CAL(System):
         if any(view + EFFECT in wanted for view in views):
             false = attention_pooling(final, false_attention(attention, random=self.training))
             effects = (logits - self.classifier(SCALE * false)).unflatten(0, (len(views), -1))
-            found |= {view + EFFECT: effect for view, effect in zip(views, effects, strict=True)}
+            found.update({view + EFFECT: effect for view, effect in zip(views, effects, strict=True)})
         return {name: value for name, value in found.items() if name in wanted}
 
     def losses(self, output: NetworkOutput, targets: Tensor, *, label_smoothing: float = 0.0) -> dict[str, Tensor]:

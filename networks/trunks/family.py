@@ -90,7 +90,7 @@ class Family:
         if until != "final":
             return maps
         last = cls.finish(trunk, maps.stage3, frozen=frozen, dense=dense, split=split)
-        return maps._replace(penultimate=last.penultimate, final=last.final, final_split=last.final_split)
+        return Maps(maps.stage2, maps.stage3, last.penultimate, last.final, maps.stage3_split, last.final_split)
 
     @classmethod
     def traits(cls, name: str) -> Traits:

@@ -39,7 +39,8 @@ def test_report_equals_an_independent_evaluation(finished, picture_tree, tmp_pat
         with torch.no_grad():
             logits = network(normalised(sample.image[None]), mask_background=True).logits
         scores = {name: value[0].mean(dim=0) if name == "window" else value[0] for name, value in logits.items()}
-        scores["prediction"] = sum(scores[name].softmax(dim=0) for name in ("raw", "fused", "object", "graph"))
+        ensembled = zip(network.ensemble_weights, ("raw", "fused", "object", "graph"), strict=True)
+        scores["prediction"] = sum(weight * scores[name].log_softmax(dim=0) for weight, name in ensembled)
         for name, values in scores.items():
             correct[name] += (values.argmax() == sample.label).item()
         per_class[sample.label].append((scores["prediction"].argmax() == sample.label).item())
