@@ -272,10 +272,10 @@ def complete(settings: Settings) -> Settings:
 
     `options` then holds all of the system's own. Lists become tuples, and whole numbers floats where those are meant.
     """
-    from networks import Shared, build_options, check_trunk, defaults_of, find_system, owners_of, refuse_slips
+    from networks import Shared, build_options, check_trunk, defaults_of, find_system, refuse_slips, settings_of_systems
 
     tables = {"PUBLISHED": PUBLISHED, **_titled(RECIPES, "recipe"), **_titled(DATASETS, "the table of")}
-    check_edited(Settings, tables, read=READ, path=__file__, is_option=owners_of)
+    check_edited(Settings, tables, read=READ, path=__file__, options=settings_of_systems())
     settings = checked(settings)
     if settings.dataset not in DATASETS:
         readers = {path.stem for path in (Path(__file__).parent / "utils" / "data" / "readers").glob("*.py")}

@@ -58,6 +58,11 @@ def own_settings(model: object) -> list[str]:
         return []
 
 
+def settings_of_systems() -> set[str]:
+    """Return the names of all settings that are some system's own."""
+    return {name for model in MODELS for name in own_settings(model)}
+
+
 def owners_of(name: str) -> list[str]:
     """Return the systems that have a setting of this name of their own."""
     return [model for model in MODELS if name in own_settings(model)]

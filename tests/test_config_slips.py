@@ -88,7 +88,7 @@ def test_every_field_that_is_no_longer_there_is_missed_before_anything_else():
     for name in READ:
         rest = dataclasses.make_dataclass("Settings", [(other, object) for other in READ if other != name])
         with pytest.raises(SettingsError, match=f"config.py has no setting {name} in Settings"):
-            check_edited(rest, {}, read=READ, path="config.py", is_option=lambda _: False)
+            check_edited(rest, {}, read=READ, path="config.py", options=())
 
 
 def test_a_removed_field_is_not_taken_for_another_that_is_there():
@@ -96,7 +96,7 @@ def test_a_removed_field_is_not_taken_for_another_that_is_there():
     for fields, words in ((kept, r"any more; put it back"), ([*kept, ("keep_checkpoint", object, None)], "may have")):
         edited = names_what_is_absent(READ)(dataclasses.make_dataclass("Settings", fields))
         with pytest.raises(SettingsError, match=words):
-            check_edited(edited, {}, read=READ, path="config.py", is_option=lambda _: False)
+            check_edited(edited, {}, read=READ, path="config.py", options=())
         with pytest.raises(SettingsError, match=words):
             _ = edited().keep_checkpoints
 

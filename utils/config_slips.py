@@ -12,7 +12,7 @@ import inspect
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from utils.options import SettingsError, hints, shown
@@ -91,12 +91,12 @@ def check_edited(
     *,
     read: Iterable[str],
     path: str,
-    is_option: Callable[[str], object],
+    options: Collection[str],
 ) -> None:
     """Refuse a settings class or tables of values with a slip in them. Raises SettingsError.
 
-    `read`: the fields that a run needs, sooner or later. `tables`: values by setting, by the table's title; a system's
-    own settings may stand there, too (`is_option`).
+    `read`: the fields that a run needs, sooner or later. `tables`: values by setting, by the table's title; settings of
+    systems, `options`, may stand there, too.
     """
     file, fields = Path(path), hints(settings)
     for name, value in vars(settings).items():
@@ -106,7 +106,7 @@ def check_edited(
         if not isinstance(table, dict):
             raise SettingsError(f"{file.name}: {title} is {shown(table)}; expected values by setting")
         for name in table:
-            if name not in fields and not (isinstance(name, str) and is_option(name)):
+            if name not in fields and name not in options:
                 place = _place(file, ".*[\"']" + re.escape(str(name)) + "[\"'] *:")
                 raise SettingsError(f"{place}: {name} in {title} is no setting{nearest(str(name), fields)}")
     for name in read:
