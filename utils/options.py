@@ -159,6 +159,8 @@ def _converted(value: typing.Any, hint: typing.Any) -> object:
 
 def _of_a_member(value: object, members: tuple[object, ...]) -> object:
     """The value as the first type of a union that takes it. Raises what is known about it otherwise."""
+    if value is None and types.NoneType in members:  # at once: most settings are left at None
+        return None
     expected, beyond = [], False
     for member in members:
         try:
