@@ -3,7 +3,7 @@
     python train.py                                                        # the drawn demo birds, ResNet-18, 3-8 min
     python train.py --dataset cub --data_root DIR                          # SG-KRL on CUB-200-2011, ResNet-50 at 448
     python train.py --dataset cub --data_root DIR --model mmal --name try1 # another system, a folder of its own
-    python train.py --help                                                 # all settings and their values
+    python train.py --help                                                 # settings, the model's own too, and values
     python train.py --help_all                                             # the same with explanations
 
 Here are the settings that all systems share; those that only one has stand in `Options` of its own file,
@@ -138,7 +138,7 @@ class Settings:
     cutmix: Alpha | None = None  # alpha; a part of a picture comes from another one, and its label's share; likewise
     loss_weights: Weights | None = None  # weights of loss terms, such as {"object": 2.0}; 0: term not trained
     images_per_class: CountOrZero | None = None  # batches hold so many of each class; 0: plainly shuffled
-    warmup_epochs: CountOrZero | None = None  # first epochs, that train only the raw branch, but never all epochs
+    warmup_epochs: CountOrZero | None = None  # first epochs, that train the warm-up branches only: raw as a rule
 
     # ---- Faults ---------------------------------------------------------------------------------------------------
     save_every_steps: CountOrZero = 0  # a checkpoint within an epoch every so many steps, too; 0: after every epoch

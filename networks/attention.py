@@ -17,10 +17,10 @@ from networks.outputs import Features
 
 
 class CrossAttention(nn.Module):
-    """Every cell of a deep map gathers what it needs from all cells of a shallower one (SG-KRL's `fuse(high, low)`).
+    """Every cell of a deep map gathers what it needs from all cells of a shallower one, averaged to its grid.
 
-    `normalise` standardises each cell's vector before the projections: the stages of a trunk differ in scale by
-    orders of magnitude, which saturates the softmax.
+    SG-KRL's `fuse(high, low)`. `normalise` standardises each cell's vector before the projections: the stages of a
+    trunk differ in scale by orders of magnitude, which saturates the softmax.
     """
 
     def __init__(
