@@ -153,6 +153,28 @@ def _tensors(features) -> list[torch.Tensor]:
     return [tensor for tensor in flat if tensor is not None]
 
 
+class FinalMap(nn.Module):
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.backbone(images).final
+
+
+@pytest.mark.filterwarnings("ignore:.*trace:FutureWarning")
+def test_exports_and_traces_hold_the_single_steps(folded_trunk) -> None:
+    """Which other programs know, on other devices, too."""
+    folded_trunk = FinalMap(folded_trunk)
+    images = torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        program = torch.export.export(folded_trunk, (images,))
+        trace = torch.jit.trace(folded_trunk, (images,), check_trace=False)
+    for graph in (program.graph, trace.inlined_graph):
+        assert "mkldnn" not in str(graph)
+        assert "relu" in str(graph)
+
+
 def test_gradients_reach_a_picture_through_a_folded_trunk(folded_trunk) -> None:
     """As what draws evidence by gradients wants it."""
     picture = torch.randn(1, 3, 64, 64, requires_grad=True)

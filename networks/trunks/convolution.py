@@ -68,9 +68,9 @@ def rectified(x: Tensor) -> Tensor:
 def fused_dtype(x: Tensor, weight: Tensor) -> torch.dtype | None:
     """What x and these weights are convolved in where that can be one operation with what follows, None where not.
 
-    It can on a CPU, without gradients. torch.compile and torch.export have their own ways, and see the single steps.
+    It can on a CPU, without gradients. torch.compile, torch.export and traces see the single steps.
     """
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return None
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return None
