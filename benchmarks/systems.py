@@ -134,9 +134,6 @@ class Operations(TorchDispatchMode):
         formula = flop_registry.get(function.overloadpacket)
         if formula is not None:
             self.number += formula(*args, **(kwargs or {}), out_val=result)
-        elif function.namespace == "mkldnn":  # convolutions fused with what follows, for which PyTorch has no formula
-            names = [argument.name for argument in function._schema.arguments]
-            self.number += 2 * result.numel() * args[names.index("W")][0].numel()
         return result
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from thin_trunk import get_thin_model
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from networks.backbone import Backbone
 from networks.folding import cast_for_autocast, fold_batch_norm
@@ -83,6 +84,20 @@ def test_frozen_batch_norms_are_part_of_the_operation(dtype, single_steps) -> No
         unscaled = (norm(module(x)) + summand).relu()
     for right in (expected, unscaled.to(dtype)):
         torch.testing.assert_close(found, right, rtol=0, atol=0.1 if dtype == torch.bfloat16 else 1e-5)
+
+
+@needs_fused
+@pytest.mark.parametrize("summand", (False, True))
+@pytest.mark.parametrize("overwrite", (False, True))
+def test_operations_are_counted_as_those_of_convolutions(summand: bool, overwrite: bool) -> None:
+    module, x = nn.Conv2d(8, 12, 3, padding=1), torch.randn(2, 8, 9, 7).to(memory_format=torch.channels_last)
+    added = torch.randn(2, 12, 9, 7).to(memory_format=torch.channels_last) if summand else None
+    with torch.no_grad(), FlopCounterMode(display=False) as plain:
+        module(x)
+    with torch.no_grad(), FlopCounterMode(display=False) as fused:
+        convolve(module, nn.Identity(), x, frozen=False, summand=added, overwrite_summand=overwrite)
+    assert "mkldnn" in str(fused.get_flop_counts())
+    assert fused.get_total_flops() == plain.get_total_flops() == 2 * (2 * 12 * 9 * 7) * (8 * 3 * 3)
 
 
 @needs_fused

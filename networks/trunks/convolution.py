@@ -13,6 +13,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import flop_registry
 
 
 def convolve(
@@ -128,3 +129,16 @@ def _fused(
     if overwrite_summand:
         return operations._convolution_pointwise_.binary(summand, x, weight, bias, *geometry, *sum_and_relu)
     return operations._convolution_pointwise.binary(x, summand, weight, bias, *geometry, *sum_and_relu)
+
+
+def _count(*arguments: object, out_val: Tensor, **options: object) -> int:
+    """Floating-point operations of a fused convolution, as FlopCounterMode counts those of others."""
+    _, weight, after_weight, bias_or_padding, *_ = arguments
+    if not isinstance(bias_or_padding, (tuple, list)):  # then a summand comes before the weight
+        weight = after_weight
+    return 2 * out_val.numel() * weight[0].numel()
+
+
+if hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
+    for operation in (torch.ops.mkldnn._convolution_pointwise, torch.ops.mkldnn._convolution_pointwise_):
+        flop_registry[operation] = _count
