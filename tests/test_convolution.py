@@ -101,6 +101,7 @@ def test_operations_are_counted_as_those_of_convolutions(summand: bool, overwrit
 
 
 @needs_fused
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
 def test_where_there_is_one_operation() -> None:
     x, weight = torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
     assert fused_dtype(x, weight) == torch.float32
@@ -109,6 +110,8 @@ def test_where_there_is_one_operation() -> None:
         assert fused_dtype(x, weight.bfloat16()) == fused_dtype(x, weight) == torch.bfloat16
     assert fused_dtype(x.double(), weight.double()) is None
     assert fused_dtype(x.to("meta"), weight.to("meta")) is None
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert fused_dtype(x, weight) is None
     for needing in ((x.clone().requires_grad_(), weight), (x, weight.clone().requires_grad_())):
         assert fused_dtype(*needing) is None
         with torch.no_grad():
@@ -138,6 +141,16 @@ def folded_trunk(request, monkeypatch: pytest.MonkeyPatch) -> Backbone:
             nn.init.normal_(module.bias, std=0.2)
             nn.init.normal_(module.running_mean, std=0.2)
     return fold_batch_norm(backbone.to(memory_format=torch.channels_last))
+
+
+@needs_fused
+def test_sums_of_another_dtype_are_steps_of_their_own() -> None:
+    module = nn.Conv2d(2, 3, 1).requires_grad_(False)
+    x, summand = (torch.randn(1, channels, 4, 4).to(memory_format=torch.channels_last) for channels in (2, 3))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = convolve(module, nn.Identity(), x, frozen=False, summand=summand, overwrite_summand=True)
+        assert torch.equal(found, module(x) + summand)
+    assert found.dtype == torch.float32
 
 
 @needs_fused

@@ -46,7 +46,7 @@ def convolve(
         stride, padding, spacing = (1, 1), (around, around), (dilation, dilation)
     # in copies for inference the batch norm is in the weights already, and the identity in its place
     dtype = fused_dtype(x, weight) if scaled or isinstance(norm, nn.Identity) else None
-    if dtype is not None and (summand is None or can_add_fused(x, summand, convolution.groups)):
+    if dtype is not None and (summand is None or can_add_fused(x, summand, dtype, convolution.groups)):
         x, weight, bias = (None if tensor is None else tensor.to(dtype) for tensor in (x, weight, bias))
         geometry = (padding, stride, spacing, convolution.groups)
         return _fused(x, weight, bias, *geometry, relu=relu, summand=summand, overwrite_summand=overwrite_summand)
@@ -73,6 +73,8 @@ def fused_dtype(x: Tensor, weight: Tensor) -> torch.dtype | None:
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return None
+    if not torch.backends.mkldnn.enabled:
+        return None
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return None
     if torch.is_autocast_enabled("cpu"):
@@ -82,13 +84,17 @@ def fused_dtype(x: Tensor, weight: Tensor) -> torch.dtype | None:
     return dtype if works_fused(dtype) else None
 
 
-def can_add_fused(x: Tensor, summand: Tensor, groups: int) -> bool:
-    """Whether the sum, too, can be part of the operation.
+def can_add_fused(x: Tensor, summand: Tensor, dtype: torch.dtype, groups: int) -> bool:
+    """Whether the sum, too, can be part of an operation in this dtype.
 
     Only without groups and where maps lie in memory as oneDNN wants them, beyond a doubt (a single cell lies any way).
     """
-    return groups == 1 and all(
-        maps.is_contiguous(memory_format=torch.channels_last) and not maps.is_contiguous() for maps in (x, summand)
+    return (
+        groups == 1
+        and summand.dtype == dtype
+        and all(
+            maps.is_contiguous(memory_format=torch.channels_last) and not maps.is_contiguous() for maps in (x, summand)
+        )
     )
 
 
@@ -97,8 +103,8 @@ def works_fused(dtype: torch.dtype | None) -> bool:
     """Whether oneDNN's fused operations are there and right for a dtype: those of PyTorch are not public."""
     if dtype not in (torch.bfloat16, torch.float32):
         return False
-    x = torch.ones(1, 2, 2, 2, dtype=dtype).to(memory_format=torch.channels_last)
-    weight = torch.ones(2, 2, 1, 1, dtype=dtype)
+    x = torch.ones(1, 2, 2, 2, dtype=dtype, device="cpu").to(memory_format=torch.channels_last)
+    weight = torch.ones(2, 2, 1, 1, dtype=dtype, device="cpu")
     geometry = ((0, 0), (1, 1), (1, 1), 1)
     try:
         alone = _fused(x, -weight, None, *geometry, relu=True)
