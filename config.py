@@ -138,7 +138,7 @@ class Settings:
     cutmix: Alpha | None = None  # alpha; a part of a picture comes from another one, and its label's share; likewise
     loss_weights: Weights | None = None  # weights of loss terms, such as {"object": 2.0}; 0: term not trained
     images_per_class: CountOrZero | None = None  # batches hold so many of each class; 0: plainly shuffled
-    warmup_epochs: CountOrZero | None = None  # first epochs, that train the warm-up branches only: raw as a rule
+    warmup_epochs: CountOrZero | None = None  # first epochs, that train warm-up branches only: raw as a rule
 
     # ---- Faults ---------------------------------------------------------------------------------------------------
     save_every_steps: CountOrZero = 0  # a checkpoint within an epoch every so many steps, too; 0: after every epoch
