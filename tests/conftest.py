@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import signal
@@ -27,6 +28,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in what a shell scri
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # there is a process for every core already
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector what has been imported and collected, and stays: else it walks through all of it."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")
