@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from cases import slow_but_for
 from test_engine import CPU, EVERYTHING, Toy, assert_same_state, make_loader, make_samples, make_stepping, sgd
 from torch import Tensor, nn
 
@@ -85,7 +86,7 @@ def test_an_epoch_in_parts_equals_one_of_whole_batches(make, parts: int) -> None
 
 
 @pytest.mark.usefixtures("thin_trunk")
-@pytest.mark.parametrize("model", BY_IMAGE)
+@pytest.mark.parametrize("model", slow_but_for(("sgkrl", "dflcnn"), BY_IMAGE))
 def test_systems_learn_from_parts_what_they_learn_from_whole_batches(model: str) -> None:
     states = []
     for accumulation in (1, 2):

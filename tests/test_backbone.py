@@ -415,6 +415,7 @@ def test_weights_that_are_none_are_refused(spare: Backbone, tmp_path: Path, valu
         load_trunk_weights(spare.trunk, tmp_path / "weights.pth")
 
 
+@pytest.mark.slow
 def test_torchvision_s_swin_has_indices_among_its_weights(tmp_path: Path) -> None:
     torch.manual_seed(5)
     original = torchvision.models.swin_t().state_dict()

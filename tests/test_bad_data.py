@@ -722,6 +722,7 @@ def test_a_sentence_out_of_a_worker_is_found_wherever_its_class_lives() -> None:
     assert str(error.value) == "bad luck\\nUnluckyError: with words of its own, DataError: too"
 
 
+@pytest.mark.slow
 def test_real_birds_are_good() -> None:
     shared = Path(os.environ.get("FINEGRAINED_SHARED", Path(__file__).resolve().parents[2] / "shared"))
     root = shared / "data" / "cub36"

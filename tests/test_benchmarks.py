@@ -56,6 +56,7 @@ def test_throughput_of_every_system(model: str, benchmark, tmp_path: Path, capsy
     assert "train 2 floor" in printed and "inference 1 on" in printed
 
 
+@pytest.mark.slow
 def test_throughput_with_a_system_s_own_settings(benchmark, capsys) -> None:
     words = "--model sgkrl --backbone resnet18 --input_size 128 --classes 5 --device cpu --rounds 1"
     words += " --inference_batches 1 --train_batches 2 --own raw_size=96 window_source=stage3"
@@ -94,6 +95,7 @@ def test_costs_beside_the_plain_network(benchmark, tmp_path: Path, capsys) -> No
     assert "| 96, 96, 7 x 48 |" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_costs_of_a_system_with_other_options(benchmark, tmp_path: Path) -> None:
     """Windows of cells: the same system, whose last pass takes the last stage of the trunk alone."""
     path = tmp_path / "systems.json"
@@ -124,6 +126,7 @@ def test_every_part_equals_its_reference(benchmark, tmp_path: Path, capsys) -> N
     assert "anchor NMS" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_part_that_is_wrong_ends_the_benchmark_with_an_error(benchmark, monkeypatch) -> None:
     parts = benchmark("parts")
     suppress = parts.suppress

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import reference
 import torch
+from cases import slow_but_for
 from skimage.measure import label
 from small_systems import SIZE, Variant, assert_same, make_images, run
 from torch import nn
@@ -145,7 +146,7 @@ def prepared(model: str) -> System:
     return network.eval()
 
 
-@pytest.mark.parametrize("model", SYSTEMS)
+@pytest.mark.parametrize("model", slow_but_for(("sgkrl",), SYSTEMS))
 def test_boxes_stay_while_the_network_learns(model: str) -> None:
     network, images = copy.deepcopy(prepared(model)), make_images(SIZE, 3)
     before, state = network.eval()(images), copy.deepcopy(network.colocalization.state_dict())

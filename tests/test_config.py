@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import slow_but_for
 from setting_values import edited_config, is_of, written_config
 
 import config
@@ -405,7 +406,7 @@ def test_image_size_follows_input_size():
     assert parse_settings([*CUB, "--input_size", "224", "--image_size", "448"]).image_size == 448
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_but_for(("sgkrl", "resnet", "pmg"), MODELS))
 def test_called_without_more_build_network_builds_what_train_builds(name):
     with torch.device("meta"):
         ours = build_network(name, num_classes=200)

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from cases import slow_but_for
 from thin_trunk import get_thin_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -153,8 +154,11 @@ def test_sums_of_another_dtype_are_steps_of_their_own() -> None:
     assert found.dtype == torch.float32
 
 
+WAYS = ({}, {"split": True}, {"dense": True}, {"start": "stage3"})  # to look through a trunk
+
+
 @needs_fused
-@pytest.mark.parametrize("how", ({}, {"dense": True}, {"split": True}, {"start": "stage3"}), ids=str)
+@pytest.mark.parametrize("how", slow_but_for(WAYS[:2], WAYS), ids=str)
 @pytest.mark.parametrize("precision", DTYPES)
 def test_all_maps_of_a_trunk_are_those_of_the_steps(folded_trunk, precision, how, single_steps) -> None:
     """No map that is returned, nor what comes in, is overwritten by a later one."""

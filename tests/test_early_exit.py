@@ -341,7 +341,7 @@ def relearned(checkpoint: Path, weights: str) -> float:
     return exit_learning.safe_threshold(*collector.collected())
 
 
-@pytest.mark.parametrize(("epoch", "weights"), [(1, "ema"), (2, "plain")])
+@pytest.mark.parametrize(("epoch", "weights"), [(1, "ema"), pytest.param(2, "plain", marks=pytest.mark.slow)])
 def test_every_checkpoint_holds_the_threshold_learnt_for_it(
     trained, evaluation_script, epoch, weights, tmp_path, monkeypatch
 ) -> None:

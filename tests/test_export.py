@@ -52,7 +52,7 @@ def random_images(count: int, size: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("model", "options"),
     [
-        *(pytest.param(model, {}, marks=pytest.mark.slow) for model in MODELS),  # the example below traces sgkrl
+        *(pytest.param(model, {}, marks=[] if model == "mmal" else pytest.mark.slow) for model in MODELS),
         pytest.param(
             "sgkrl_published",
             {"graph_scope": "batch", "prediction": ("graph",), "windows": FOUR_WINDOWS},
@@ -146,6 +146,7 @@ def run_example(name: str, model: Path, pictures: list[Path], folder: Path) -> l
     return ended.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_the_example_runs_the_file_without_this_code(checkpoint, pictures, tmp_path, capsys):
     out = tmp_path / "deep" / "model.pt2"
     export.main(["--checkpoint", str(checkpoint), "--out", str(out)])

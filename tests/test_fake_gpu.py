@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from cases import slow_but_for
 from reference import ForbidHostReads
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -55,6 +56,7 @@ SYSTEMS: tuple[System, ...] = (
     *((model, {}) for model in MODELS),
     ("sgkrl_published", {"graph_scope": "batch"}),
 )
+SOME: tuple[System, ...] = (("sgkrl", {}), ("scrim", {}), ("cal", {}))  # most of what there is between them
 OPTIONS: tuple[System, ...] = (  # that compute something else on the device
     ("sgkrl", {"crop_gradient": True, "localization_stride": 16, "graph_edges": "overlap", "graph_residual": False}),
     ("sgkrl", {"graph_edges": "distance", "spatial_weights": "absolute", "without": ("fusion",)}),
@@ -68,7 +70,7 @@ OPTIONS: tuple[System, ...] = (  # that compute something else on the device
 
 
 # The backbone alone has statistics, and sgkrl sends pictures, objects and windows through it.
-OTHER_STATISTICS = [pytest.param(s, marks=[] if s == ("sgkrl", {}) else pytest.mark.slow) for s in SYSTEMS]
+OTHER_STATISTICS = slow_but_for([("sgkrl", {})], SYSTEMS)
 
 
 class ForbidTwoDevices(TorchDispatchMode):
@@ -170,7 +172,7 @@ def assert_step_runs(network: nn.Module, step: Step, *, autocast: bool) -> None:
 # ---- systems ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("system", SYSTEMS, ids=str)
+@pytest.mark.parametrize("system", slow_but_for(SOME, SYSTEMS), ids=str)
 def test_system_runs(fake: None, system: System) -> None:
     """With mixed precision; the two tests below run every system without it."""
     network = build(system)
@@ -198,12 +200,12 @@ def test_system_runs_with_frozen_statistics(fake: None, system: System) -> None:
     assert_runs(build(system, batch_norm="frozen"), training=True, autocast=False)
 
 
-@pytest.mark.parametrize("system", OPTIONS, ids=str)
+@pytest.mark.parametrize("system", slow_but_for(OPTIONS[:3], OPTIONS), ids=str)
 def test_system_runs_with_options(fake: None, system: System) -> None:
     assert_runs(build(system), training=True, autocast=True)
 
 
-@pytest.mark.parametrize("system", (*SYSTEMS, ("sgkrl", {"window_source": "stage3"})), ids=str)
+@pytest.mark.parametrize("system", slow_but_for(SOME, (*SYSTEMS, ("sgkrl", {"window_source": "stage3"}))), ids=str)
 def test_evidence(fake: None, system: System, monkeypatch: pytest.MonkeyPatch) -> None:
     """But for the gradients, which need the autograd engine. Here the host may wait: the maps are for people."""
     monkeypatch.setattr(torch.autograd, "grad", lambda scores, maps, **_: [torch.zeros_like(one) for one in maps])

@@ -8,6 +8,7 @@ import pytest
 import reference
 import system_checks
 import torch
+from cases import slow_but_for
 from small_systems import SIZE, Variant, flat, make_images, run
 
 from networks.crops import resize_images
@@ -32,7 +33,7 @@ OF_THE_FIRST_PASS = (
 
 
 @pytest.mark.parametrize("check", OF_THE_FIRST_PASS, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("model", SMALLER)
+@pytest.mark.parametrize("model", slow_but_for(("sgkrl",), SMALLER))
 def test_what_holds_for_every_system_holds_here(model: str, check: system_checks.Check) -> None:
     check(SMALLER[model])
 
@@ -92,7 +93,7 @@ def test_boxes_teach_the_cells_of_a_smaller_picture(model: str) -> None:
     torch.testing.assert_close(learned.localize(surely)[0], torch.tensor([[64.0, 0, 127, 127]]), atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("model", SMALLER)
+@pytest.mark.parametrize("model", slow_but_for(("sgkrl",), SMALLER))
 @torch.no_grad()
 def test_a_frozen_trunk_finds_the_object_in_the_whole_picture(model: str) -> None:
     variant = Variant(model, pretrained=None, raw_size=RAW, localization="colocalization")

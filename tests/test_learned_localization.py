@@ -230,6 +230,7 @@ def test_evaluation_is_as_that_of_every_system(model: str, check: Callable[[Vari
     check(Variant(model, pretrained=None, localization="learned"))
 
 
+@pytest.mark.slow
 def test_it_can_be_compiled() -> None:
     system_checks.forward_traces_without_graph_break(fresh("mmal"), make_images(SIZE))
 
@@ -284,6 +285,7 @@ def run_that_learns(tiny_run, tmp_path_factory):
     return arguments
 
 
+@pytest.mark.slow
 def test_a_run_finds_boxes_once_learns_from_them_and_goes_on_bit_for_bit(
     run_that_learns, tmp_path, monkeypatch, capsys
 ) -> None:

@@ -87,6 +87,7 @@ def test_a_run_continues_as_if_never_stopped(learned, tiny_run, tmp_path, monkey
     assert_same_run(learned, tmp_path / learned.name)
 
 
+@pytest.mark.slow
 def test_killed_runs_end_as_one_that_was_not(tiny_run, tmp_path) -> None:
     places = [str(tmp_path / name) for name in ("whole", "killed")]
     result = run_script("tests/killed_runs.py", "3", "5", *places, *tiny_run(tmp_path, *OPTIONS, model="mmal"))
@@ -95,6 +96,7 @@ def test_killed_runs_end_as_one_that_was_not(tiny_run, tmp_path) -> None:
     assert_same_run(*(Path(place) / "folder-mmal" for place in places))
 
 
+@pytest.mark.slow
 def test_two_processes_learn_the_weights_of_one(tiny_run, tmp_path) -> None:
     """Of a network that hardly learns, and of the validation images of both processes."""
     options = (*LEARNED, "--dropout", "0", "--flip", "0", "--brightness", "0", "--contrast", "0")

@@ -340,7 +340,8 @@ SOME_PICTURE, DRAWN = (
 )  # a picture of the demo set, and what its pixels were when the runs were begun
 
 
-@pytest.mark.parametrize("data", ["sgkrl", pytest.param("published", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("data", ["sgkrl", "published"])
 def test_a_run_is_finished_as_the_version_that_began_it_would_have(data, thin_parts, tmp_path):
     model, own, name = RUNS[data]
     folder = f"demo-sgkrl-{name}"

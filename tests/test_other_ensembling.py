@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from cases import slow_but_for
 
 import train
 from utils.options import SettingsError
@@ -33,7 +34,7 @@ def evaluated(script, checkpoint: Path, out: Path, *flags: str) -> tuple[dict, l
         return json.loads(report.read_text(encoding="utf-8")), list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("weights", ["plain", "ema"])
+@pytest.mark.parametrize("weights", slow_but_for(["ema"], ["plain", "ema"]))
 @pytest.mark.parametrize(("of_run", "asked"), [("mean_probability", "learned"), ("learned", "mean_probability")])
 def test_it_is_that_of_a_run_trained_with_it(runs, of_run, asked, weights, tmp_path, evaluation_script) -> None:
     flags = ("--weights", weights)

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from cases import slow_but_for
 from PIL import Image
 from test_imports import FILES, imports_of
 from torch.utils.data import DataLoader
@@ -66,7 +67,7 @@ def on_disk(entries: Sequence[Entry], folder: Path, size: int = SIZE):
 
 
 @pytest.mark.parametrize("build", [in_memory, on_disk])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", slow_but_for([2], [0, 2]))
 def test_the_same_pixels_as_without(build, workers: int, entries: list[Entry], tmp_path: Path) -> None:
     cache = build(entries, tmp_path / "cache")
     chosen = [*entries[4:], *entries[:3]]  # another order, and not all of them

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from cases import slow_but_for
 from launching import run_script
 from PIL import Image
 
@@ -109,7 +110,7 @@ def test_the_documented_way_to_load_a_checkpoint_predicts_the_same(checkpoints, 
     assert probabilities == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", slow_but_for(("sgkrl", "resnet", "pmg", "dflcnn"), MODELS))
 def test_predictions_equal_the_network_on_the_data_sets_own_pictures(model, checkpoints, pictures, tmp_path, capsys):
     predict.main(run(checkpoints / f"{model}.pth", pictures / "one" / "same name.png", "--json", "--out", tmp_path))
     (line,) = map(json.loads, capsys.readouterr().out.splitlines())
@@ -234,7 +235,7 @@ def test_nothing_but_json_is_on_standard_output(checkpoints, pictures, tmp_path)
     assert len(ended.stderr.splitlines()) == 5
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", slow_but_for(("sgkrl", "resnet", "flrdf", "ntsnet", "dflcnn"), MODELS))
 @pytest.mark.parametrize("size", [(90, 60), (4, 400), (400, 4)], ids=str)
 def test_drawings_show_what_there_is(model, size, checkpoints):
     trained = load_trained(checkpoints / f"{model}.pth", config.rebuilt, data_root=".")

@@ -9,6 +9,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
+from cases import slow_but_for
 from torch import Tensor, nn
 
 from networks import build_network
@@ -98,6 +99,7 @@ def test_sgkrl_equals_reference(
     assert_equals_reference(sgkrl.network, expected_sgkrl[mask_background], mask_background=mask_background)
 
 
+@pytest.mark.slow
 def test_sgkrl_equals_reference_with_the_graph_inside_the_image_and_other_windows(
     sgkrl: Published, spare: dict[str, nn.Module]
 ) -> None:
@@ -153,7 +155,7 @@ def assert_holds(network: nn.Module, published: Published) -> None:
         assert torch.equal(value, expected[name]), name
 
 
-@pytest.mark.parametrize("system", ("sgkrl", "mmal"))
+@pytest.mark.parametrize("system", slow_but_for(("mmal",), ("sgkrl", "mmal")))
 def test_prefix_is_tolerated(
     system: str, spare: dict[str, nn.Module], request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from cases import slow_but_for
 from torch.optim import lr_scheduler
 
 from config import parse_settings
@@ -95,7 +96,7 @@ def test_published_plan():
 # ---- Optimizer ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", slow_but_for(("sgkrl", "resnet", "crossx", "dflcnn"), MODELS))
 def test_every_trainable_parameter_is_optimized_once_and_heads_at_their_factor(model):
     network = build_network(model, num_classes=3, backbone="resnet18", input_size=128)
     optimizer = build_optimizer(

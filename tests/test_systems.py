@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import system_checks
 import torch
+from cases import slow_but_for
 from small_systems import SIZE, Variant, make_images
 
 import networks.systems
@@ -33,7 +34,7 @@ def test_every_system(model: str, check: system_checks.Check) -> None:
     check(SYSTEMS[model])
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", slow_but_for(("sgkrl",), MODELS))
 def test_traces_without_graph_break(model: str) -> None:
     """On a scripted trunk; a real one is traced in `test_resnet.py`."""
     system_checks.forward_traces_without_graph_break(SYSTEMS[model].build_scripted(), make_images(2 * SIZE))
@@ -59,7 +60,7 @@ FINER = (system_checks.output_keeps_the_contract, system_checks.gradient_reaches
 
 
 @pytest.mark.parametrize("check", FINER, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", slow_but_for(("sgkrl", "scrim", "pmg"), MODELS))
 def test_without_the_last_stride(model: str, check: system_checks.Check) -> None:
     own = {"localization_stride": 16} if "localization_stride" in owned(model) else {}
     check(Variant(model, last_stride=1, **own))

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from cases import slow_but_for
 from whole_runs import (
     FOUR_EPOCHS,
     MASKED,
@@ -60,7 +61,11 @@ def test_a_run_stopped_in_every_epoch_equals_an_uninterrupted_one(short, tiny_ru
 
 
 @pytest.mark.parametrize(
-    ("options", "more"), [(["--schedule", "steps", "--milestones"], "3"), (["--schedule", "exponential"], "4")]
+    ("options", "more"),
+    [
+        (["--schedule", "steps", "--milestones"], "3"),
+        pytest.param(["--schedule", "exponential"], "4", marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_goes_on_with_more_epochs_as_if_it_had_had_them_from_the_start(options, more, tiny_run, tmp_path):
     options = (*options, "--warmup_epochs", "1", "--ema_decay", "0.5")
@@ -159,10 +164,10 @@ LEARNING = {
 }
 
 
-@pytest.mark.parametrize("options", LEARNING.values(), ids=LEARNING)
-def test_a_run_stopped_within_an_epoch_equals_an_uninterrupted_one(options, tiny_run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("learning", slow_but_for(["ema"], LEARNING))
+def test_a_run_stopped_within_an_epoch_equals_an_uninterrupted_one(learning, tiny_run, tmp_path, monkeypatch):
     """Each time after its second step of three."""
-    arguments = ("--epochs", "3", *options)
+    arguments = ("--epochs", "3", *LEARNING[learning])
     train.main(tiny_run(tmp_path / "whole", *arguments))
     for epoch in (1, 2, 3):
         with monkeypatch.context() as patch, pytest.raises(Stopped):

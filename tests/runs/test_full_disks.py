@@ -8,6 +8,7 @@ import re
 
 import pytest
 import torch
+from cases import slow_but_for
 from launching import run_script
 from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -93,7 +94,7 @@ def fill_the_disk(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     monkeypatch.setattr(RecordWriter, "write", full)
 
 
-@pytest.mark.parametrize("after", [0, 2, 12], ids=["at the start", "the settings", "an epoch"])
+@pytest.mark.parametrize("after", slow_but_for([12], [0, 2, 12]), ids=["at the start", "the settings", "an epoch"])
 def test_a_disk_that_fills_up_with_events_is_one_sentence(after, tiny_run, tmp_path, monkeypatch, capsys):
     """The thread that writes them keeps its traceback to itself, and what was saved stays: the run can go on."""
     arguments = tiny_run(tmp_path, "--epochs", "2", "--schedule", "steps")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import slow_but_for
 from launching import PROJECT, Script, run_script, run_two_processes
 from whole_runs import FOUR_EPOCHS, MASKED, TROUBLED, assert_same_run, read_log, wait_for
 
@@ -42,6 +43,7 @@ def test_a_run_killed_again_and_again_equals_an_uninterrupted_one(tiny_run, tmp_
     assert not list((folders[1] / "folder-sgkrl").glob("*.part"))
 
 
+@pytest.mark.slow
 def test_two_processes_stopped_within_an_epoch_go_on_exactly(tiny_run, tmp_path):
     """One gets SIGTERM, both agree on the step, and they sum what each has seen."""
     options = [*WITHIN_EPOCHS, "--epochs", "2", "--save_every_steps", "0"]
@@ -109,7 +111,7 @@ def test_sigterm_to_every_process_of_a_job_finishes_the_step_and_saves(tiny_run,
     assert load_checkpoint(folder / "last.pth")["epoch"] >= 1
 
 
-@pytest.mark.parametrize("when", ["step", "evaluation"])
+@pytest.mark.parametrize("when", slow_but_for(["step"], ["step", "evaluation"]))
 def test_a_run_stopped_by_request_equals_an_uninterrupted_one(when, tiny_run, tmp_path, monkeypatch):
     """Within the second epoch, and after it, in its evaluation."""
     arguments = tiny_run(tmp_path / "whole", *FOUR_EPOCHS, "--epochs", "3")

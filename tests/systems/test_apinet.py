@@ -276,6 +276,7 @@ def test_pictures_alone_can_be_trained_without_pairs():
     assert parse_settings([*CUB, *words]).images_per_class == 0
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_exactly_and_is_evaluated(tiny_run, tmp_path, evaluation_script):
     arguments = {
         name: tiny_run(tmp_path / name, "--epochs", "2", "--save_every_steps", "1", model="apinet")

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from cases import slow_but_for
 from launching import run_two_processes
 from torch import Tensor, nn
 
@@ -227,7 +228,7 @@ def test_a_checkpoint_with_centres_is_loaded_and_one_that_does_not_fit_is_refuse
 # ---- Training -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lose_repeated_labels", [True, False])
+@pytest.mark.parametrize("lose_repeated_labels", slow_but_for([True], [True, False]))
 def test_two_batches_equal_the_published_training(pair, lose_repeated_labels, monkeypatch):
     """In float64. With `lose_repeated_labels` the centres, too, are those of the published code."""
     network, reference = (module.double().train() for module in pair)

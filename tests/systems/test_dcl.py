@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from cases import slow_but_for
 from small_systems import training_steps
 from torch import Tensor, nn
 
@@ -129,7 +130,7 @@ def test_a_published_checkpoint_that_does_not_fit_is_refused(tmp_path):
 # ---- Training -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("two", [False, True])
+@pytest.mark.parametrize("two", slow_but_for([False], [False, True]))
 def test_two_batches_equal_the_published_training(two, tmp_path, monkeypatch):
     """In float64, with the same orders of blocks and true places."""
     network, reference = (module.double().train() for module in build_pair(tmp_path, two=two))

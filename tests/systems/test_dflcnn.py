@@ -361,6 +361,7 @@ def test_what_cannot_be_is_refused(words, expected):
     assert str(refusal.value).startswith(expected)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_exactly_and_is_evaluated(tiny_run, tmp_path, evaluation_script):
     """Stopped in its second epoch, after its filters were started from the pictures."""
     more = ("--epochs", "2", "--save_every_steps", "1", "--learning_rate", "0.01", "--filter_start", "k_means")

@@ -13,6 +13,7 @@ import small_systems
 import system_checks
 import torch
 import torch.nn.functional as F
+from cases import slow_but_for
 from small_systems import Variant, flat, learners, run
 from torch import Tensor, nn
 from tracing import traced
@@ -142,7 +143,7 @@ def classify(network: FLRDF, embedding: Tensor) -> Tensor:
     return network.classifier.weight @ embedding.to(network.classifier.weight.dtype) + network.classifier.bias
 
 
-@pytest.mark.parametrize("factor", (1, 2))
+@pytest.mark.parametrize("factor", slow_but_for([2], [1, 2]))
 @pytest.mark.parametrize("box_agreement", (False, True))
 @pytest.mark.parametrize("control", CONTROLS)
 @torch.no_grad()
@@ -612,7 +613,7 @@ def test_with_a_real_trunk(blocks: int) -> None:
         torch.testing.assert_close(together.logits["raw"][index], raw, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("control", ("learnable", 0.3))
+@pytest.mark.parametrize("control", slow_but_for(["learnable"], ["learnable", 0.3]))
 @torch.no_grad()
 def test_training_without_host_synchronisation_or_graph_break(control: str | float) -> None:
     network, images = build(control, input_size=128, jigsaw_blocks=3).train(), make_images(2, 256)

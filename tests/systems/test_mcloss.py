@@ -258,6 +258,7 @@ def test_more_classes_than_pairs_of_channels_are_refused():
     assert build(num_classes=64).num_classes == 64
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_exactly_with_the_same_masks(tiny_run, tmp_path):
     more = ("--epochs", "2", "--save_every_steps", "1", "--learning_rate", "0.01")
     arguments = {name: tiny_run(tmp_path / name, *more, model="mcloss") for name in ("whole", "stopped")}

@@ -304,6 +304,7 @@ def test_what_cannot_be_is_refused(words, expected):
     assert isinstance(refusal.value, SettingsError) or "choose from its branches raw, concat" in str(refusal.value)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_exactly_and_is_evaluated(tiny_run, tmp_path, evaluation_script):
     arguments = {
         name: tiny_run(tmp_path / name, "--epochs", "2", "--save_every_steps", "1", model="ntsnet")

@@ -176,7 +176,14 @@ def test_the_steps_of_a_batch(order_per_image, monkeypatch):
     assert {step.images.shape for step in larger} == {(3, 3, SIZE, SIZE)}
 
 
-@pytest.mark.parametrize(("zeroed_gradients", "whole_passes"), [(True, True), (False, True), (True, False)])
+@pytest.mark.parametrize(
+    ("zeroed_gradients", "whole_passes"),
+    [
+        (True, True),
+        pytest.param(False, True, marks=pytest.mark.slow),
+        pytest.param(True, False, marks=pytest.mark.slow),
+    ],
+)
 def test_two_batches_equal_the_published_training(pair, zeroed_gradients, whole_passes, monkeypatch):
     """In float64: in float32 the published code itself does not repeat what it computes.
 
@@ -316,6 +323,7 @@ def test_what_cannot_be_is_refused(words, expected):
     assert str(refusal.value).startswith(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("thin_trunk")
 def test_a_run_goes_on_exactly_and_is_evaluated(tiny_run, tmp_path, evaluation_script):
     """Stopped within an epoch, where gradients that are zero and not absent have been there before."""

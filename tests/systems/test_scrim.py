@@ -9,6 +9,7 @@ import small_systems
 import system_checks
 import torch
 import torch.nn.functional as F
+from cases import slow_but_for
 from small_systems import Variant, flat, learners, run
 from test_parts import COUNTS, FORMER_SCALES, gate_by_hand, list_anchors, list_boxes, propose
 from torch import Tensor, nn
@@ -136,7 +137,7 @@ def assert_step_by_step(network: SCRIM, images: Tensor, **rule: object) -> None:
             torch.testing.assert_close(logits[index], expected[name], rtol=1e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("zoom", (1, 2, 3))
+@pytest.mark.parametrize("zoom", slow_but_for((1, 2), (1, 2, 3)))
 @pytest.mark.parametrize("input_size", (96, 128, 224))
 def test_step_by_step(input_size: int, zoom: int) -> None:
     assert_step_by_step(build(input_size=input_size), make_images(zoom * input_size))

@@ -8,6 +8,7 @@ import reference
 import system_checks
 import torch
 import torch.nn.functional as F
+from cases import slow_but_for
 from object_checks import enlarged
 from small_systems import CLASSES, SIZE, Variant, flat, learners, make_images, run
 from torch import Tensor, nn
@@ -44,9 +45,7 @@ OF_PIXELS = [name for name in ALL if name != "windows of cells"]
 
 
 @pytest.mark.parametrize("check", system_checks.CHECKS, ids=lambda check: check.__name__)
-@pytest.mark.parametrize(
-    "variant", [pytest.param(name, marks=pytest.mark.slow if name == "without parts" else []) for name in VARIANTS]
-)
+@pytest.mark.parametrize("variant", slow_but_for(("other choices", "without fusion", "windows of cells"), VARIANTS))
 def test_variant(variant: str, check: system_checks.Check) -> None:
     check(VARIANTS[variant])
 
@@ -171,7 +170,7 @@ def test_background_is_blanked_outside_the_mask(factor: int) -> None:
 
 
 @pytest.mark.parametrize("maps", object_checks.ODD_MAPS)
-@pytest.mark.parametrize("variant", ALL)
+@pytest.mark.parametrize("variant", slow_but_for(("default", "other choices"), ALL))
 def test_maps_without_an_object_give_the_whole_image(variant: str, maps: str) -> None:
     object_checks.maps_without_an_object_give_the_whole_image(ALL[variant], maps)
 

@@ -38,6 +38,7 @@ def test_graph_over_the_batch_depends_on_the_batch() -> None:
     assert change > 1e-3
 
 
+@pytest.mark.slow
 def test_graph_over_the_batch_traces_without_graph_break() -> None:
     """With images as large as what the backbone sees."""
     system_checks.forward_traces_without_graph_break(BATCH.build_scripted(), make_images())
