@@ -14,6 +14,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import ablation  # noqa: E402
+import sweep_results  # noqa: E402
+import sweep_rows  # noqa: E402
 
 ACCURACIES = {"resnet": (0.5, 0.6), "mmal": (0.75, 0.85), "published": (0.6, 0.7)}  # by row and seed
 ACCURACIES["published-batch-graph"] = ACCURACIES["published"]
@@ -37,21 +39,21 @@ def test_the_averaged_weights_are_the_result_of_a_run_that_has_them(monkeypatch,
 
     monkeypatch.setattr(ablation, "script", script)
     options, _ = ablation.parse_arguments(["--runs", str(tmp_path)])
-    result = ablation.run("resnet-ema", 0, ablation.COMMON, options)
+    result = ablation.run("resnet-ema", 0, sweep_rows.COMMON, options)
     assert result["validation"] == {"accuracy/prediction": 0.75, "box_iou/share_at_0.5": 0.2}
     assert result["boxes_by_epoch"] == [0.2]
 
 
 def test_comparators_load_pictures_at_the_side_of_the_common_flags():
-    for common, side in (ablation.COMMON, "224"), ([*ablation.COMMON, "--input_size=320"], "320"):
-        flags = ablation.flags_of("cal", 0, common)
+    for common, side in (sweep_rows.COMMON, "224"), ([*sweep_rows.COMMON, "--input_size=320"], "320"):
+        flags = sweep_rows.flags_of("cal", 0, common)
         assert ("--resize_size", side) in itertools.pairwise(flags)
-        assert ablation.INPUT_SIZE not in flags
+        assert sweep_rows.INPUT_SIZE not in flags
 
 
 @pytest.mark.parametrize(("epochs", "equal"), [(3, "13"), (6, "26"), (12, "52")])
 def test_equal_compute_means_the_epochs_of_the_sweep(epochs, equal):
-    flags = ablation.flags_of("resnet-equal-compute", 0, [*ablation.COMMON, "--epochs", str(epochs)])
+    flags = sweep_rows.flags_of("resnet-equal-compute", 0, [*sweep_rows.COMMON, "--epochs", str(epochs)])
     assert [value for name, value in itertools.pairwise(flags) if name == "--epochs"][-1] == equal
 
 
@@ -102,8 +104,8 @@ def test_rows_and_seeds_become_runs_and_a_table(scripts, tmp_path, capsys):
         (row, seed) for seed in (0, 1) for row in ("resnet", "mmal")
     ]
     for _, flags in scripts:  # common flags, those of this sweep, those of the row
-        assert flags[: len(ablation.COMMON)] == list(ablation.COMMON)
-        assert flags[len(ablation.COMMON) :][:4] == ["--data_root", "birds", "--epochs", "2"]
+        assert flags[: len(sweep_rows.COMMON)] == list(sweep_rows.COMMON)
+        assert flags[len(sweep_rows.COMMON) :][:4] == ["--data_root", "birds", "--epochs", "2"]
     assert {name for name, _ in scripts} == {"train.py"}
     lines = (tmp_path / "results.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == results
@@ -260,12 +262,12 @@ def test_a_run_that_fails_does_not_end_the_sweep(scripts, broken, tmp_path, caps
 )
 def test_recorded_runs_are_recognised(file, runs):
     """Rows that a line names and that are still there would not be run again."""
-    results = ablation.read_results(Path(ablation.__file__).parent / "results" / file)
+    results = sweep_results.read_results(Path(ablation.__file__).parent / "results" / file)
     assert len(results) == runs
     for result in results:
-        if result["row"] in ablation.ROWS:
-            flags = ablation.flags_of(result["row"], result["seed"], shlex.split(result["common"]))
-            assert ablation.command_of(flags) == result["command"]
+        if result["row"] in sweep_rows.ROWS:
+            flags = sweep_rows.flags_of(result["row"], result["seed"], shlex.split(result["common"]))
+            assert sweep_rows.command_of(flags) == result["command"]
             assert ablation.is_tested(result, flags)
 
 
@@ -306,7 +308,7 @@ def test_another_file_is_refused_and_left_alone(scripts, tmp_path, line):
 def test_every_row_has_possible_settings():
     from config import parse_settings
 
-    for row in ablation.ROWS:
-        parse_settings([*ablation.flags_of(row, 0, ablation.COMMON), "--data_root", "birds"])
+    for row in sweep_rows.ROWS:
+        parse_settings([*sweep_rows.flags_of(row, 0, sweep_rows.COMMON), "--data_root", "birds"])
     with pytest.raises(SystemExit):
         ablation.main(["--rows", "nonsense"])
