@@ -60,8 +60,10 @@ ROWS: dict[str, tuple[str, ...]] = {
     "resnet-modern-aspect": (*RESNET, *MODERN, *ASPECT),
     # the object found by a frozen copy of the pretrained trunk
     "resnet-colocalization": (*RESNET, *COLOCALIZATION),
+    "resnet-colocalization-modern-aspect": (*RESNET, *COLOCALIZATION, *MODERN, *ASPECT),
     "mmal-colocalization": ("--model", "mmal", *COLOCALIZATION),
     "trained-colocalization": (*UNMASKED, *COLOCALIZATION),
+    "trained-colocalization-modern-aspect": (*UNMASKED, *COLOCALIZATION, *MODERN, *ASPECT),
     "trained-learned": (*UNMASKED, "--localization", "learned"),
     "mmal": ("--model", "mmal"),
     "flrdf": ("--model", "flrdf"),
@@ -78,6 +80,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "apinet-equal-compute": ("--model", "apinet", *SAME_PICTURES, "--epochs", EQUAL_EPOCHS),
     "published": PUBLISHED,
     "published-aspect": (*PUBLISHED, *ASPECT),
+    "published-modern-aspect": (*PUBLISHED, *MODERN, *ASPECT),
     "published-batch-graph": (*PUBLISHED, "--graph_scope", "batch"),
     "trained": UNMASKED,
     "trained-mean": (*UNMASKED, "--ensembling", "mean_probability"),  # what `trained` was until weights were learnt
