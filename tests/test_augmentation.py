@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from made_pictures import bright_box
 from PIL import Image
 from torchvision import tv_tensors
@@ -223,6 +224,11 @@ def test_pictures_reach_the_network_augmented_and_normalised(
     assert plain.dtype == changed.dtype == torch.float32
     assert plain.is_contiguous(memory_format=layout) and changed.is_contiguous(memory_format=layout)
     assert torch.equal(execution.images(plain, rows), plain)  # such images are finished
+
+
+def test_the_normalisation_is_that_of_torchvisions_weights() -> None:
+    transform = torchvision.models.ResNet18_Weights.DEFAULT.transforms()
+    assert NORMALIZATIONS["imagenet"] == (tuple(transform.mean), tuple(transform.std))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,12 +5,13 @@ from __future__ import annotations
 import collections
 import os
 import pickle
+import stat
 from pathlib import Path
 
 import pytest
 import torch
 
-from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, save_last
 
 
 def _content(value: float) -> dict:
@@ -83,12 +84,25 @@ def test_a_failed_write_does_not_fill_the_disk(tmp_path, monkeypatch):
 
 
 def test_the_file_is_on_the_disk_before_it_replaces_the_old_one(tmp_path, monkeypatch):
-    order = []
+    """Whole, none of it left in Python's buffer; then its new name, which the folder holds."""
+    order, sizes = [], []
     fsync, replace = os.fsync, Path.replace
-    monkeypatch.setattr(os, "fsync", lambda number: (order.append("fsync"), fsync(number))[1])
+
+    def synced(number):
+        status = os.fstat(number)
+        order.append("fsync of folder" if stat.S_ISDIR(status.st_mode) else "fsync")
+        sizes.append(status.st_size)
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(Path, "replace", lambda path, to: (order.append("replace"), replace(path, to))[1])
-    save_checkpoint(tmp_path / "last.pth", _content(1.0))
-    assert order[:2] == ["fsync", "replace"]
+    path = tmp_path / "last.pth"
+    save_checkpoint(path, _content(1.0))
+    assert order == ["fsync", "replace", "fsync of folder"]
+    assert sizes[0] == path.stat().st_size
+    order.clear()
+    save_last(tmp_path, {"epoch": 2})
+    assert order[-3:] == ["replace", "replace", "fsync of folder"]
 
 
 class _CreatesAFile:

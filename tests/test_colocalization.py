@@ -73,6 +73,19 @@ def test_finds_mean_and_first_principal_component_of_all_cells(batches: list[tor
     assert_fitted(fitted(batches), batches, within=1e-5)  # the second one has nine tenths of its variance
 
 
+def test_a_tenth_of_the_highest_indicator_is_the_objects() -> None:
+    assert SHARE_OF_MAXIMUM == 0.1
+
+
+def test_looks_at_large_pictures_scaled_down_with_antialiasing() -> None:
+    colocalization, seen = Colocalization(Cells(), input_size=448), []
+    colocalization.trunk.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    images = torch.randn(1, 3, 896, 896, generator=torch.Generator().manual_seed(0))
+    colocalization(images)
+    expected = nn.functional.interpolate(images, size=(448, 448), mode="bilinear", antialias=True)
+    torch.testing.assert_close(seen[0], expected)
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_the_component_keeps_its_digits_where_cells_are_far_from_zero(
     batches: list[torch.Tensor], autocast: bool

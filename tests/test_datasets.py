@@ -176,11 +176,11 @@ def test_unknown_data_set() -> None:
 
 
 def test_validation_split() -> None:
-    counts = {0: 40, 1: 30, 2: 4, 3: 2, 4: 1}
+    counts = {0: 40, 1: 30, 2: 4, 3: 2, 4: 1, 5: 16}
     entries = [Entry(number, label) for label, count in counts.items() for number in range(count)]
     random.Random(0).shuffle(entries)
     rest, validation = split_validation(entries, 0.1, seed=0)
-    assert Counter(entry.label for entry in validation) == {0: 4, 1: 3, 2: 1, 3: 1}
+    assert Counter(entry.label for entry in validation) == {0: 4, 1: 3, 2: 1, 3: 1, 5: 2}
     assert sorted(rest + validation) == sorted(entries)
     assert rest == [entry for entry in entries if entry in rest]  # in the order they came in
     assert (rest, validation) == split_validation(entries, 0.1, seed=0)
@@ -280,6 +280,9 @@ def test_settings_choose_the_split(picture_tree: Path) -> None:
     train, selection, words = choose_split(made_settings(picture_tree, select_on="test"), catalogue)
     assert (train, selection) == (catalogue.train, catalogue.test)
     assert words == "the 6 TEST images: test figures are optimistic"
+    given = catalogue._replace(train=catalogue.train[2:], validation=catalogue.train[:2])
+    chosen = choose_split(made_settings(picture_tree, select_on="test"), given)
+    assert chosen[:2] == ([*given.train, *given.validation], catalogue.test)
     singles = catalogue._replace(train=[entry for entry in catalogue.train if entry.source.stem == "3"])
     with pytest.raises(DataError, match="no class has an image to spare for validation: raise validation, or set"):
         choose_split(settings, singles)

@@ -36,7 +36,7 @@ from utils.reporting.early_exit import (
     exit_curve,
 )
 from utils.training import exit_learning, kept_logits
-from utils.training.building import load_trained
+from utils.training.building import build_to_train, load_trained
 from utils.training.ensemble import EnsembleLearning
 
 pytestmark = pytest.mark.usefixtures("thin_trunk")
@@ -356,6 +356,19 @@ def test_every_checkpoint_holds_the_threshold_learnt_for_it(
     (report,) = tmp_path.glob("*.json")
     settings = json.loads(report.read_text(encoding="utf-8"))["settings"]
     assert settings["options"]["exit_threshold"] == held[weights]
+
+
+def test_in_training_no_image_exits(tiny_run, tmp_path) -> None:
+    settings = config.parse_settings(tiny_run(tmp_path, "--exit_threshold", "0.5", model="sgkrl"))
+    assert build_to_train(settings, 3, torch.device("cpu"), load_weights=True).exit_threshold == 1.0
+
+
+def test_a_checkpoint_within_an_epoch_holds_no_threshold_of_other_weights(tiny_run, tmp_path) -> None:
+    words = ("--warmup_epochs", "0", "--epochs", "2", "--save_every_steps", "2")
+    train.main(tiny_run(tmp_path, *words, model="sgkrl"))
+    within = load_checkpoint(tmp_path / "folder-sgkrl" / "previous.pth")
+    assert (within["epoch"], within["progress"]["step"]) == (1, 2)
+    assert "exit_threshold" not in within
 
 
 def test_test_images_choose_no_threshold(tiny_run, tmp_path) -> None:

@@ -18,9 +18,10 @@ from networks.outputs import NetworkOutput
 from networks.system import Step, System
 from utils.errors import UserError
 from utils.reporting.metrics import EpochMeter
+from utils.training import learning, nonfinite
 from utils.training.engine import evaluate, train_one_epoch
 from utils.training.execution import Execution
-from utils.training.nonfinite import NonFiniteLossError, SkipBudget, StepLosses, check_losses
+from utils.training.nonfinite import NonFiniteLossError, SkipBudget, StepLosses, check_losses, check_weights
 from utils.training.schedule import EpochPlan
 
 SIZE = 8  # pixels that the toy network sees
@@ -415,6 +416,39 @@ def test_of_several_steps_only_the_broken_one_is_skipped():
     plan = EVERYTHING._replace(loss_weights={"raw": 1.0})
     train_one_epoch(reference, loader, *sgd(reference), plan=plan, execution=CPU)
     assert_same_state(network, reference)
+
+
+def test_of_several_processes_the_first_broken_step_is_told(monkeypatch):
+    others = [(9, ["total"], ["c.jpg"]), (7, ["raw"], ["d.jpg"]), (8, [], [])]
+    monkeypatch.setattr(nonfinite, "any_process", lambda flag, device: True)
+    monkeypatch.setattr(nonfinite, "gather", lambda own: [own, *others])
+    with pytest.raises(NonFiniteLossError) as stop:
+        check_losses([StepLosses(8, ["raw", "total"], torch.tensor([math.nan, 1.0]), ["a.jpg"])], None)
+    assert (stop.value.step, stop.value.terms, stop.value.paths) == (7, ["raw"], ["d.jpg"])
+
+
+def test_a_statistic_that_is_not_finite_is_found():
+    network = make_network()
+    network.norm.running_var[0] = math.inf
+    with pytest.raises(NonFiniteLossError, match="weights are no longer finite after step 3"):
+        check_weights(network, 3)
+
+
+def test_losses_not_read_yet_are_read_at_the_end_of_an_epoch(monkeypatch):
+    """As on a GPU: the step is told, with its images, and not only that the weights are broken."""
+    monkeypatch.setattr(learning, "steps_between_readings", lambda device: 10)
+    network, calls = make_network(), []
+
+    def losses(output, labels, **options):
+        calls.append(1)
+        terms = classification_losses(output, labels)
+        return terms | {"object": terms["object"] * math.nan} if len(calls) == 2 else terms
+
+    network.losses = losses
+    loader = make_loader(make_samples(12), batch_size=4)
+    with pytest.raises(NonFiniteLossError) as stop:
+        train_one_epoch(network, loader, *sgd(network), plan=EVERYTHING, execution=CPU)
+    assert (stop.value.step, stop.value.paths) == (2, ["4", "5", "6", "7"])
 
 
 # ---- Evaluation -----------------------------------------------------------------------------------------------------

@@ -281,6 +281,13 @@ def test_published_head_equals_reference(batch: int, count: int, scope: str) -> 
     torch.testing.assert_close(result, head_reference(head, nodes, boxes, scope), rtol=1e-4, atol=1e-5)
 
 
+def test_dropout_comes_after_the_first_convolution_only() -> None:
+    head, widths = build_head(), []
+    head.dropout.register_forward_hook(lambda module, given, found: widths.append(found.shape[-1]))
+    head.train()(*head_inputs(2))
+    assert widths == [12]
+
+
 @pytest.mark.parametrize("symmetric", (False, True))
 def test_graph_inside_the_image_does_not_know_its_batch(symmetric: bool) -> None:
     head = build_head(symmetric=symmetric, scope="image")

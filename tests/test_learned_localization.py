@@ -133,6 +133,13 @@ def test_where_no_cell_is_the_objects_the_whole_picture_is_looked_at() -> None:
     assert found.tolist() == [[0, 0, 127, 127]] * 3
 
 
+def test_a_cell_is_the_objects_where_that_is_likelier_than_not() -> None:
+    logits = torch.full((1, 6, 6), -0.1)
+    logits[0, 2:4, 1:5] = 0.1
+    _, localization = LearnedLocalization(4, stride=16).localize(logits)
+    assert torch.equal(localization.cells, logits > 0)
+
+
 # ---- In a system ----------------------------------------------------------------------------------------------------
 
 

@@ -73,6 +73,13 @@ def test_iou_of_boxes_without_area_is_zero():
     assert paired_box_iou(points[:0], others[:0]).shape == (0,)
 
 
+def test_an_overlap_of_just_a_half_counts():
+    meter = EpochMeter(torch.device("cpu"))
+    boxes, halves = torch.tensor([[0.0, 0, 10, 10]]), torch.tensor([[0.0, 0, 10, 5]])
+    meter.update(torch.zeros(1, dtype=torch.int64), boxes=boxes, true_boxes=halves)
+    assert meter.compute() == {"box_iou/mean": 0.5, "box_iou/share_at_0.5": 1.0, "images": 1}
+
+
 def test_topk():
     logits = torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [3.0, 2.0, 1.0]])
     labels = torch.tensor([0, 1, 2])

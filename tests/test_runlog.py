@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -55,6 +56,15 @@ def test_tensorboard_and_json_hold_the_same(tmp_path):
     for tag in events.Tags()["scalars"]:
         points = [(point.step, point.value) for point in events.Scalars(tag)]
         assert points == [(line["epoch"], pytest.approx(line[tag])) for line in lines]
+
+
+def test_a_line_is_on_the_disk_before_the_checkpoint_that_follows(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append((os.fstat(number).st_ino, os.fstat(number).st_size)))
+    with RunLog(tmp_path) as log:
+        log.log_epoch(1, {"train": {"loss/total": 0.5}})
+        status = (tmp_path / "log.jsonl").stat()
+        assert (status.st_ino, status.st_size) in synced
 
 
 def test_each_epoch_is_on_disk_before_the_log_is_closed(tmp_path):

@@ -335,6 +335,7 @@ def test_a_warm_up_may_be_part_of_an_epoch():
     trunk, _ = _rates("steps", epochs=2, steps=4, linear_warmup_epochs=0.5)
     assert trunk == pytest.approx([0.01, *[0.02] * 7])
     assert _rates("steps", epochs=2, steps=4, linear_warmup_epochs=0.1)[0] == pytest.approx([0.02] * 8)
+    assert _rates("steps", epochs=1, steps=3, linear_warmup_epochs=0.5)[0] == pytest.approx([0.01, 0.02, 0.02])
 
 
 @pytest.mark.parametrize(

@@ -227,3 +227,10 @@ def test_a_program_in_place_of_weights_is_refused_without_a_warning(tmp_path, re
     with pytest.raises(UserError, match="not a plain file of tensors|hold no state dict"):  # the latter by PyTorch 2.4
         read_weights(tmp_path / "model.pth")
     assert not recwarn.list
+
+
+def test_weights_of_a_trunk_with_its_strides_elsewhere_are_refused(build, saved):
+    settings, network = build("resnet")
+    path, _ = saved("resnet", settings=dataclasses.asdict(settings) | {"stride_on_first_conv": True})
+    with pytest.raises(CheckpointError, match="has stride_on_first_conv True, and here it is False"):
+        start(settings, network, path, BIRDS)

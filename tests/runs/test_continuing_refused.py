@@ -16,7 +16,9 @@ import train
 from config import rebuilt
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from utils.options import flat
+from utils.training.agreement import MAY_DIFFER
 from utils.training.building import build_from_settings, load_trained
+from utils.training.resume import FREE_ON_RESUME
 
 
 def test_other_settings_are_refused_with_both_values(short, short_copy, tiny_run):
@@ -29,6 +31,19 @@ def test_other_settings_are_refused_with_both_values(short, short_copy, tiny_run
         assert word in sentence
     assert "workers" not in sentence
     assert {path.name: path.read_bytes() for path in short_copy.iterdir() if path.is_file()} == before
+
+
+LEARNS = {
+    *("optimizer", "learning_rate", "head_learning_rate_factor", "momentum", "weight_decay", "decay_norms_and_biases"),
+    *("schedule", "milestones", "decay_rate", "linear_warmup_epochs", "warmup_epochs", "frozen_trunk_epochs"),
+    *("batch_size", "gradient_accumulation", "images_per_class", "clip_gradient_norm", "ema_decay", "seed"),
+    *("label_smoothing", "class_weights", "mixup", "cutmix", "loss_weights", "dropout", "batch_norm", "backbone"),
+    *("input_size", "image_size", "resize_size", "crop_scale", "flip", "normalization", "precision", "validation"),
+}
+
+
+def test_what_a_network_learns_by_is_free_nowhere():
+    assert not LEARNS & (FREE_ON_RESUME | MAY_DIFFER)
 
 
 def test_settings_younger_than_the_run_had_their_defaults(short, tiny_run, tmp_path):

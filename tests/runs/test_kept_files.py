@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from whole_runs import contents, read_log
 
@@ -18,6 +20,16 @@ def test_a_fresh_start_keeps_the_old_run_beside_it(tiny_run, tmp_path):
     for number, name in enumerate(("folder-resnet.old1", "folder-resnet.old2", "folder-resnet")):
         assert load_checkpoint(tmp_path / name / "last.pth")["settings"]["seed"] == number
         assert len(read_log(tmp_path / name)) == 1
+
+
+def test_of_a_run_that_is_moved_aside_what_could_be_gone_on_from_goes_first(tmp_path, monkeypatch):
+    folder, moved = tmp_path / "run", []
+    folder.mkdir()
+    for name in ("best.pth", "config.json", "last.pth", "log.jsonl", "next.pth", "previous.pth"):
+        (folder / name).touch()
+    monkeypatch.setattr(Path, "rename", lambda path, to: moved.append(path.name))
+    run_folder.move_aside(folder)
+    assert set(moved[:3]) == {"last.pth", "next.pth", "previous.pth"}
 
 
 def test_checkpoints_of_the_last_epochs_are_kept(tiny_run, tmp_path):
