@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import slow_but_for
 
 import train
 from networks import MODELS
@@ -30,9 +31,7 @@ def benchmark():
         yield importlib.import_module
 
 
-@pytest.mark.parametrize(
-    "model", [model if model == "sgkrl" else pytest.param(model, marks=pytest.mark.slow) for model in MODELS]
-)
+@pytest.mark.parametrize("model", slow_but_for(("sgkrl",), MODELS))
 def test_throughput_of_every_system(model: str, benchmark, tmp_path: Path, capsys) -> None:
     path = tmp_path / "folder" / "figures.json"
     words = f"--model {model} --backbone resnet18 --input_size 96 --classes 5 --device cpu --rounds 1"

@@ -6,6 +6,7 @@ import pytest
 import system_checks
 import torch
 import torchvision
+from cases import slow_but_for
 from small_systems import CLASSES, Variant, make_images
 from thin_trunk import THIN, get_thin_model
 from torch import Tensor, nn
@@ -249,9 +250,7 @@ def test_every_system_learns_on_every_trunk(model: str, name: str) -> None:
         system_checks.assert_contract(network(images), network, batch=2)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name == "convnext_tiny" else pytest.mark.slow) for name in OTHERS]
-)
+@pytest.mark.parametrize("name", slow_but_for(("convnext_tiny",), OTHERS))
 def test_evidence_and_a_program_of_them(name: str) -> None:
     network = build_network("mmal", num_classes=CLASSES, backbone=name, input_size=96, pretrained="none").eval()
     images = make_images(96, batch=3)

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import slow_but_for
 from small_systems import CLASSES, SIZE, Variant, assert_same, make_images, run
 from torch import Tensor
 from torchvision.transforms.functional import five_crop, ten_crop
@@ -57,9 +58,7 @@ def test_views_are_those_cut_by_hand(views: tuple[str, ...]) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "model", [pytest.param(model, marks=[] if model in ("sgkrl", "pmg") else pytest.mark.slow) for model in MODELS]
-)
+@pytest.mark.parametrize("model", slow_but_for(("sgkrl", "pmg"), MODELS))
 def test_a_system_is_ensembled_over_the_views_one_by_one(model: str) -> None:
     plain, network = Variant(model).evaluated, Variant(model).build().eval()
     images = make_images(2 * SIZE, batch=2)

@@ -138,9 +138,7 @@ def test_dense_and_split_maps_of_the_last_stage_alone() -> None:
     assert torch.equal(found.final_split.residual, expected.final_split.residual)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name == "resnet18" else pytest.mark.slow) for name in THIN]
-)
+@pytest.mark.parametrize("name", slow_but_for(("resnet18",), THIN))
 @torch.no_grad()
 def test_the_last_stage_alone_is_traced_without_a_graph_break(name: str) -> None:
     backbone = build_pair(name)[0]
@@ -234,7 +232,7 @@ def test_the_gradient_of_the_windows_goes_back_into_the_object_pass(model: str, 
     assert all(gradient.isfinite().all() and gradient.abs().max() > 0 for gradient in (of_first, of_last))
 
 
-@pytest.mark.parametrize("model", ("mmal", pytest.param("sgkrl", marks=pytest.mark.slow)))
+@pytest.mark.parametrize("model", slow_but_for(("mmal",), ("mmal", "sgkrl")))
 def test_systems_trace_without_graph_break(model: str) -> None:
     system_checks.forward_traces_without_graph_break(SYSTEMS[model].build_scripted(), make_images(2 * SIZE))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import slow_but_for
 from whole_runs import TWO_EPOCHS, assert_same_run, interrupt_in_epoch, read_events, read_log
 
 import train
@@ -26,7 +27,7 @@ LOGGED = {
 }
 
 
-@pytest.fixture(scope="module", params=["mmal", *(pytest.param(m, marks=pytest.mark.slow) for m in ("flrdf", "scrim"))])
+@pytest.fixture(scope="module", params=slow_but_for(["mmal"], ["mmal", "flrdf", "scrim"]))
 def other_system(request, tiny_run, runs) -> tuple[str, Path]:
     """The name of a system and the folder of its run over two epochs, the first of which trains `raw` only."""
     train.main(tiny_run(runs, *TWO_EPOCHS, "--warmup_epochs", "1", "--pictures_every", "1", model=request.param))
