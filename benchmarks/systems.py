@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from measuring import CLOCKS, interleaved, machine, ratio, write_json
-from throughput import Inference, TrainingStep, images_for, in_layout, pass_shapes
+from throughput_variants import Inference, TrainingStep, images_for, in_layout, pass_shapes
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm

@@ -69,11 +69,11 @@ def test_throughput_with_a_system_s_own_settings(benchmark, capsys) -> None:
 
 def test_backbone_flops_are_those_of_the_literature(benchmark) -> None:
     """ResNet-50 at 224 pixels: 4.1 thousand million multiplications and additions, each pair two operations."""
-    throughput = benchmark("throughput")
+    variants = benchmark("throughput_variants")
     shapes = [torch.Size((2, 3, 224, 224))]
-    forward = throughput.backbone_flops(Backbone("resnet50"), shapes, training=False)
+    forward = variants.backbone_flops(Backbone("resnet50"), shapes, training=False)
     assert forward / 2 == pytest.approx(2 * 4.09e9, rel=0.01)
-    both = throughput.backbone_flops(Backbone("resnet50"), shapes, training=True)
+    both = variants.backbone_flops(Backbone("resnet50"), shapes, training=True)
     assert 2.9 * forward < both < 3 * forward  # the pictures themselves need no gradient
 
 
@@ -85,7 +85,7 @@ def test_costs_beside_the_plain_network(benchmark, tmp_path: Path, capsys) -> No
     plain, sgkrl = json.loads(path.read_text(encoding="utf-8"))["systems"].values()
     assert plain["train"]["times_plain"] == plain["inference"]["times_plain"] == 1
     backbone = Backbone("resnet18")
-    forward = benchmark("throughput").backbone_flops(backbone, [torch.Size((1, 3, 96, 96))], training=False)
+    forward = benchmark("throughput_variants").backbone_flops(backbone, [torch.Size((1, 3, 96, 96))], training=False)
     head = backbone.embedding_channels * 5
     assert plain["parameters"] == sum(p.numel() for p in backbone.parameters()) + head + 5 < sgkrl["parameters"]
     assert plain["inference"]["gmac_per_image"] == pytest.approx((forward / 2 + head) / 1e9)
