@@ -43,6 +43,7 @@ from utils.training.building import (
     note_on_untrained,
     weights_of_losses,
 )
+from utils.training.current_epoch import CurrentEpoch
 from utils.training.distributed import (
     cleanup,
     print_note,
@@ -132,20 +133,25 @@ def find_all_boxes(
 
 
 def evaluate_epoch(
-    run: Run, network: nn.Module, average: Average | None, loader: DataLoader, plan: EpochPlan, execution: Execution
+    current: CurrentEpoch,
+    network: nn.Module,
+    average: Average | None,
+    loader: DataLoader,
+    plan: EpochPlan,
+    execution: Execution,
 ) -> tuple[dict[str, float], dict[str, float] | None]:
     """Evaluate the network after an epoch's training, and its average, where there is one.
 
     Raises NonFiniteLossError: the last step may have broken the weights, and such must not replace whole ones.
     """
-    settings = run.settings
+    settings = current.settings
     shared = {"plan": plan, "execution": execution, "label_smoothing": settings.label_smoothing}
-    shared |= {"on_batch": run.after_evaluation_batch, "description": settings.select_on}
+    shared |= {"on_batch": current.after_evaluation_batch, "description": settings.select_on}
     shared |= {"learn_ensemble": True, "learn_exit": settings.select_on == "validation"}
-    run.before_evaluation(loader)
+    current.before_evaluation(loader)
     evaluated = evaluate(network, loader, **shared)
     check_finite(evaluated)
-    check_weights(unwrap(network), run.steps)  # evaluated or not
+    check_weights(unwrap(network), current.steps)  # evaluated or not
     of_average = evaluate(network_of(average, network), loader, **shared) if average else None
     check_finite(of_average or {})
     return evaluated, of_average
@@ -200,17 +206,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for epoch in run.epochs():
             plan = plan_epoch(system, epoch, loss_weights, warmup_epochs=settings.warmup_epochs)
             freeze_trunk(system, optimizer, frozen=epoch <= settings.frozen_trunk_epochs)
-            with run.epoch(epoch, train_loader):
+            with run.epoch(epoch, train_loader) as current:
                 trained = train_one_epoch(
                     network,
                     train_loader,
                     optimizer,
                     schedule,
-                    meter=run.meter,
-                    first_step=run.steps_done + 1,
-                    before_step=run.before_step,
-                    save_after=run.save_after,
-                    save=run.save,
+                    meter=current.meter,
+                    first_step=current.steps_done + 1,
+                    before_step=current.before_step,
+                    save_after=current.save_after,
+                    save=current.save,
                     clip_gradient_norm=settings.clip_gradient_norm,
                     skip_nonfinite=run.skipped if settings.skip_nonfinite else None,
                     average=average,
@@ -221,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     label_smoothing=settings.label_smoothing,
                     description=f"epoch {epoch}/{settings.epochs}",
                 )
-                evaluated, of_average = evaluate_epoch(run, network, average, selection_loader, plan, execution)
+                evaluated, of_average = evaluate_epoch(current, network, average, selection_loader, plan, execution)
             run.finish_epoch(epoch, trained, evaluated, of_average)
             if run.wants_pictures(epoch):
                 with run.pictures(epoch):

@@ -24,8 +24,8 @@ import thin_trunk
 import torch
 
 import train
-import utils.run
 from utils.reporting.runlog import RunLog
+from utils.training import current_epoch
 
 thin_trunk.install()
 os.fsync = lambda file_number: None  # a kill loses nothing that the system was given, and the disk may be slow
@@ -65,7 +65,7 @@ def kill_at_moment(number: int, report: int) -> None:
         save(content, file, *arguments)
 
     torch.save = save_or_half
-    train.seed_everything = utils.run.seed_everything = before(train.seed_everything, "step")
+    train.seed_everything = current_epoch.seed_everything = before(train.seed_everything, "step")
     train.evaluate = before(train.evaluate, "evaluation")
     RunLog.log_epoch = before(RunLog.log_epoch, "log line")
     Path.replace = before(Path.replace, "renaming")

@@ -12,9 +12,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-import utils.run
 from networks import build_network
 from utils.checkpoint import load_checkpoint
+from utils.training.current_epoch import CurrentEpoch
 from utils.training.resume import FREE_ON_RESUME
 
 BRANCHES = ("raw", "fused", "object", "window", "graph")
@@ -97,13 +97,13 @@ def interrupt_in_epoch(monkeypatch: pytest.MonkeyPatch, epoch: int) -> None:
 def stop_after_step(monkeypatch: pytest.MonkeyPatch, epoch: int, step: int) -> None:
     """Ask the run to stop after a step of an epoch."""
 
-    def save_after(self, number):
-        if (self.current, number) == (epoch, step):
+    def save_after(self, done):
+        if (self.number, done) == (epoch, step):
             self.stop.requested = True
             return self.stop.agree(self.device)
         return False
 
-    monkeypatch.setattr(utils.run.Run, "save_after", save_after)
+    monkeypatch.setattr(CurrentEpoch, "save_after", save_after)
 
 
 def put_together(saved: dict) -> torch.nn.Module:

@@ -1,4 +1,4 @@
-"""A training run: its folder, what it goes on from, its log, its best epoch, and what happens between steps."""
+"""A training run: its folder, what it goes on from, its log and its best epoch."""
 
 from __future__ import annotations
 
@@ -16,19 +16,18 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
-from networks.outputs import NetworkOutput
 from networks.system import System
 from utils.checkpoint import BEGIN_ANEW, fits, save_last
 from utils.errors import Stopped, UserError, is_out_of_memory
 from utils.files import locked
 from utils.options import flat
-from utils.reporting.metrics import EpochMeter
 from utils.reporting.pictures import save_png
 from utils.reporting.report_text import figures_line, report_line
 from utils.reporting.runlog import RunLog
-from utils.training.distributed import any_process, gather, is_main, print_once, rank, world_size
+from utils.training.current_epoch import CurrentEpoch
+from utils.training.distributed import any_process, is_main, print_once
 from utils.training.interruption import StopRequest
-from utils.training.nonfinite import NonFiniteLossError, SkipBudget, check_weights, steps_between_readings
+from utils.training.nonfinite import NonFiniteLossError, SkipBudget
 from utils.training.restoring import restore
 from utils.training.resume import BEGUN_WITH, Data, as_begun, begun_with, load_resumable
 from utils.training.run_folder import (
@@ -40,7 +39,6 @@ from utils.training.run_folder import (
     save_epoch,
     write_settings,
 )
-from utils.training.seeding import seed_everything
 
 Item = TypeVar("Item")
 
@@ -52,7 +50,7 @@ class Run:
             run.attach(system, optimizer, schedule)
             run.begin(...)                       # before this, nothing is written
             for epoch in run.epochs():
-                with run.epoch(epoch, loader):   # its methods are the callbacks of `train_one_epoch` and `evaluate`
+                with run.epoch(epoch, loader) as current:  # a `CurrentEpoch`
                     ...
                 run.finish_epoch(epoch, trained, evaluated)
 
@@ -192,63 +190,29 @@ class Run:
                 raise Stopped
 
     @contextlib.contextmanager
-    def epoch(self, epoch: int, loader: DataLoader) -> Iterator[None]:
-        """Set an epoch's beginning, or the place in it where the run goes on; a loss that is not finite is recorded."""
-        self.current, self.steps = epoch, len(loader)
+    def epoch(self, epoch: int, loader: DataLoader) -> Iterator[CurrentEpoch]:
+        """Begin an epoch, or go on where the run was in it; a loss in the block that is not finite is recorded."""
         self.exit_threshold = {}  # of other weights
-        self.learning_rate = self.optimizer.param_groups[0]["lr"]
-        self.meter, self.steps_done = EpochMeter(self.device), 0
-        if self.progress is not None:
-            self.steps_done, self.learning_rate = self.progress["step"], self.progress["learning_rate"]
-            if is_main():  # it holds the sums of all processes
-                self.meter.load_state_dict(self.progress["meter"])
-        loader.sampler.set_epoch(epoch, start=self.steps_done * loader.batch_size)
+        current = CurrentEpoch(
+            epoch,
+            loader,
+            self.settings,
+            self.system,
+            self.device,
+            self.stop,
+            learning_rate=self.optimizer.param_groups[0]["lr"],
+            progress=self.progress,
+            save=self._save_within_epoch,
+        )
+        self.learning_rate = current.learning_rate
         try:
-            yield
+            yield current
         except NonFiniteLossError as error:
-            raise recorded(self.folder, self.current, error, write=is_main()) from None
+            raise recorded(self.folder, epoch, error, write=is_main()) from None
         self.progress = None
 
-    def before_step(self, step: int) -> None:
-        """Seed all that is random in a step."""
-        seed_everything(self.settings.seed, self.current, step, rank())
-
-    def before_evaluation(self, loader: DataLoader) -> None:
-        """Seed what is random in one, which so is the same where a run stopped in it goes on."""
-        self.before_step(self.steps + 1)
-        self.evaluated, self.to_evaluate, self.all_evaluate = 0, len(loader), min(gather(len(loader)))
-
-    def save_after(self, step: int) -> bool:
-        """Whether to save after a step: several processes agree, for which they wait for each other, now and then."""
-        asked = self._asks_at(step) and self.stop.agree(self.device)
-        every = self.settings.save_every_steps
-        return asked or (every > 0 and step % every == 0 and step < self.steps)
-
-    def _asks_at(self, number: int) -> bool:
-        """Whether the processes ask each other after so many batches if they are to stop."""
-        return world_size() == 1 or number % steps_between_readings(self.device) == 0
-
-    def save(self, step: int) -> None:
-        """Write a checkpoint within the epoch. Raises Stopped where the run was asked to stop."""
-        progress = {"epoch": self.current, "learning_rate": self.learning_rate, "step": step}
-        progress["meter"] = self.meter.state_dict()
-        if is_main():
-            save_last(self.folder, self.content(self.current - 1) | self.training_state(progress))
-        if self.stop.agreed:
-            any_process(False, self.device)  # torchrun ends all when one has ended: wait for the one that saves
-            raise Stopped
-
-    def after_evaluation_batch(self, batch: object, output: NetworkOutput, prediction: Tensor) -> None:
-        """Stop where that was asked for, but not on weights that the last step has broken: the end will report that.
-
-        Processes agree after batches that all of them have; there may be two evaluations, the second of averages.
-        """
-        self.evaluated = self.evaluated % self.to_evaluate + 1
-        if self.evaluated > self.all_evaluate or not self._asks_at(self.evaluated) or not self.stop.agree(self.device):
-            return
-        if not any_process(not prediction.isfinite().all(), self.device):
-            check_weights(self.system, self.steps)
-            self.save(self.steps)
+    def _save_within_epoch(self, progress: dict[str, Any]) -> None:
+        save_last(self.folder, self.content(progress["epoch"] - 1) | self.training_state(progress))
 
     # ---- After an epoch ---------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from utils import run
 from utils.checkpoint import load_checkpoint, load_run
 from utils.errors import Stopped
 from utils.training import learning, run_folder
+from utils.training.current_epoch import CurrentEpoch
 from utils.training.execution import Execution
 from utils.training.nonfinite import NonFiniteLossError
 
@@ -87,16 +88,16 @@ def test_broken_weights_are_not_saved_within_an_epoch(tiny_run, tmp_path, monkey
 @pytest.mark.parametrize("stopped", [False, True])
 def test_broken_weights_that_evaluation_leaves_out_are_not_saved(tiny_run, tmp_path, monkeypatch, stopped):
     """DCL's location only serves training, so that no figure of the evaluation shows it."""
-    before_evaluation = run.Run.before_evaluation
+    before_evaluation = CurrentEpoch.before_evaluation
 
     def broken(self, loader):
         before_evaluation(self, loader)
-        if self.current == 2:
+        if self.number == 2:
             with torch.no_grad():
                 self.system.location.weight[0, 0] = math.inf
             self.stop.requested |= stopped
 
-    monkeypatch.setattr(run.Run, "before_evaluation", broken)
+    monkeypatch.setattr(CurrentEpoch, "before_evaluation", broken)
     with pytest.raises(NonFiniteLossError, match="weights are no longer finite after step 3"):
         train.main(tiny_run(tmp_path, "--epochs", "2", model="dcl"))
     for name in ("last.pth", "best.pth"):

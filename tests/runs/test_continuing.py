@@ -23,8 +23,8 @@ from whole_runs import (
 import train
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from utils.errors import Stopped
-from utils.run import Run
 from utils.training import run_folder
+from utils.training.current_epoch import CurrentEpoch
 
 
 def test_a_continued_run_equals_an_uninterrupted_one(finished, tiny_run, picture_tree, tmp_path, monkeypatch):
@@ -180,14 +180,14 @@ def test_a_run_stopped_within_an_epoch_equals_an_uninterrupted_one(learning, tin
 def test_an_evaluation_that_draws_random_numbers_is_the_same_where_a_run_stopped_in_it(tiny_run, tmp_path, monkeypatch):
     arguments = ("--dropout_in_evaluation", "--learning_rate", "0.01")
     train.main(tiny_run(tmp_path / "whole", *arguments, model="ntsnet"))
-    look_on = Run.after_evaluation_batch
+    look_on = CurrentEpoch.after_evaluation_batch
 
-    def stop(run, *arguments):
-        run.stop.requested = True
-        look_on(run, *arguments)
+    def stop(current, *arguments):
+        current.stop.requested = True
+        look_on(current, *arguments)
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(Run, "after_evaluation_batch", stop)
+        patch.setattr(CurrentEpoch, "after_evaluation_batch", stop)
         train.main(tiny_run(tmp_path / "parts", *arguments, model="ntsnet"))
     assert load_checkpoint(tmp_path / "parts" / "folder-ntsnet" / "last.pth")["progress"]["step"] == 3
     train.main(tiny_run(tmp_path / "parts", *arguments, model="ntsnet"))

@@ -16,9 +16,9 @@ from launching import PROJECT, Script, run_script, run_two_processes
 from whole_runs import FOUR_EPOCHS, MASKED, TROUBLED, assert_same_run, read_log, wait_for
 
 import train
-from utils import run
 from utils.checkpoint import load_checkpoint
 from utils.errors import Stopped
+from utils.training import current_epoch
 
 WITHIN_EPOCHS = [
     *("--epochs", "4", "--save_every_steps", "1", "--schedule", "one_cycle", "--clip_gradient_norm", "1"),
@@ -130,7 +130,7 @@ def test_a_run_stopped_by_request_equals_an_uninterrupted_one(when, tiny_run, tm
     arguments = tiny_run(tmp_path / "stopped", *FOUR_EPOCHS, "--epochs", "3")
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         if when == "step":  # 3 steps and an evaluation, then the second one
-            patch.setattr(run, "seed_everything", request(run.seed_everything, at=6))
+            patch.setattr(current_epoch, "seed_everything", request(current_epoch.seed_everything, at=6))
         else:
             patch.setattr(train, "evaluate", request(train.evaluate, at=2))
         train.main(arguments)

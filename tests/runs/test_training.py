@@ -12,11 +12,11 @@ from whole_runs import TWO_EPOCHS, read_log
 
 import train
 from config import parse_settings
-from utils import run
 from utils.checkpoint import load_checkpoint
 from utils.data.augmentation import Augmentation
-from utils.training import run_folder
+from utils.training import current_epoch, run_folder
 from utils.training.building import build_from_settings
+from utils.training.current_epoch import CurrentEpoch
 from utils.training.nonfinite import NonFiniteLossError
 from utils.training.seeding import seed_everything
 
@@ -99,8 +99,8 @@ def test_what_is_set_reaches_what_learns(kind, tiny_run, tmp_path, monkeypatch):
 def test_random_numbers_are_of_a_step_an_epoch_and_a_process(monkeypatch):
     drawn = set()
     for seed, epoch, step, rank in itertools.product((3, 4), (1, 2), (1, 2), (0, 1)):
-        monkeypatch.setattr(run, "rank", lambda rank=rank: rank)
-        run.Run.before_step(SimpleNamespace(settings=SimpleNamespace(seed=seed), current=epoch), step)
+        monkeypatch.setattr(current_epoch, "rank", lambda rank=rank: rank)
+        CurrentEpoch.before_step(SimpleNamespace(settings=SimpleNamespace(seed=seed), number=epoch), step)
         drawn.add(torch.rand(()).item())
     assert len(drawn) == 16
 
