@@ -150,7 +150,7 @@ class Settings:
     device: Device = "auto"  # auto: the GPU where there is one; or cpu, cuda, cuda:1 ..., mps (Apple's GPUs)
     data_parallel: bool = True  # several visible GPUs: share each batch among them (nn.DataParallel)
     sync_batch_norm: bool = False  # torchrun on GPUs: batch-norm statistics of all processes' images; slower
-    precision: Literal["auto", "float32", "bf16"] = "auto"  # bf16: mixed, twice as fast; auto: where in hardware
+    precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"  # the last two: mixed; auto: bf16 where in hardware
     channels_last: bool = True  # memory layout that convolutions prefer on CPUs and recent GPUs
     compile: bool = False  # run the backbone through torch.compile: for long runs on GPUs; not with nn.DataParallel
     workers: Processes = 2  # processes that load pictures; 0 loads in the main process

@@ -57,8 +57,9 @@ from utils.training.distributed import (
 from utils.training.engine import evaluate, train_one_epoch
 from utils.training.execution import Execution
 from utils.training.found_boxes import find_boxes, with_bar
+from utils.training.loss_scale import build_loss_scale
 from utils.training.nonfinite import check_finite, check_weights
-from utils.training.precision import agreed_precision
+from utils.training.precision import agreed_precision, note_on_fp16
 from utils.training.schedule import EpochPlan, freeze_trunk, plan_epoch
 from utils.training.seeding import seed_everything
 from utils.training.starting import start_from
@@ -166,6 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     train_entries, selection_entries, selected_on = choose_split(settings, catalogue)
     device = setup_distributed(settings.device)
     settings = dataclasses.replace(settings, precision=agreed_precision(settings.precision, device))
+    print_note(note_on_fp16(given.precision, settings.precision, device))
     execution = Execution(device, settings.precision, settings.channels_last, settings.normalization)
     train_loader = training_loader(settings, train_entries, rank=rank(), world_size=world_size())
     selection_loader = evaluation_loader(settings, selection_entries[rank() :: world_size()])
@@ -195,7 +197,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         system.class_weights = class_weights_of(settings.class_weights, labels, classes, device)
         mix = build_mixing(classes, mixup=settings.mixup, cutmix=settings.cutmix)
         average = Average(system, settings.ema_decay) if settings.ema_decay > 0 else None
-        run.attach(system, optimizer, schedule, average)
+        loss_scale = build_loss_scale(execution)
+        run.attach(system, optimizer, schedule, loss_scale, average)
         cache = build_cache(settings, train_entries + selection_entries)
         train_loader.dataset.cache = selection_loader.dataset.cache = cache
         run.begin(bad_pictures)
@@ -221,6 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     skip_nonfinite=run.skipped if settings.skip_nonfinite else None,
                     average=average,
                     gradient_accumulation=settings.gradient_accumulation,
+                    loss_scale=loss_scale,
                     mix=mix,
                     plan=plan,
                     execution=execution,

@@ -72,7 +72,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--input_size", type=int, default=448)
     parser.add_argument("--classes", type=int, default=200)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
-    parser.add_argument("--precision", choices=("auto", "float32", "bf16"), default="auto")
+    parser.add_argument("--precision", choices=("auto", "float32", "bf16", "fp16"), default="auto")
     parser.add_argument("--inference_batch", type=int, default=8, metavar="IMAGES")
     parser.add_argument("--train_batch", type=int, default=8, metavar="IMAGES")
     parser.add_argument("--rounds", type=int, default=3, help="times that each is measured (default: 3)")
@@ -99,8 +99,8 @@ def prepared(model: str, mode: str, options: argparse.Namespace, execution: Exec
         labels = torch.arange(options.train_batch) // 2 % options.classes  # pairs, which some losses need
         return TrainingStep(network, images, labels, execution)
     network = fold_batch_norm(network.eval())
-    if execution.precision == "bf16":
-        cast_for_autocast(network, torch.bfloat16)
+    if execution.half is not None:
+        cast_for_autocast(network, execution.half)
     return Inference(network, images_for(options, options.inference_batch), execution)
 
 

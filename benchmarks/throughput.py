@@ -81,7 +81,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--input_size", type=int, default=448)
     parser.add_argument("--classes", type=int, default=200)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
-    parser.add_argument("--precision", choices=("auto", "float32", "bf16"), default="auto", help="of `on`")
+    parser.add_argument("--precision", choices=("auto", "float32", "bf16", "fp16"), default="auto", help="of `on`")
     parser.add_argument("--compile", action="store_true", help="measure the compiled backbone, too")
     parser.add_argument(
         "--own", type=named_value, nargs="*", metavar="NAME=VALUE", help="measure `on` with these settings, too"

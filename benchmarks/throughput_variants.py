@@ -111,8 +111,8 @@ def inference_variants(
 ) -> dict[str, Inference]:
     def folded(network: System) -> System:
         folded = fold_batch_norm(in_layout(network, on))
-        if on.precision == "bf16":
-            cast_for_autocast(folded, torch.bfloat16)
+        if on.half is not None:
+            cast_for_autocast(folded, on.half)
         return folded
 
     variants = {"off": Inference(in_layout(network, off), images, off), "on": Inference(folded(network), images, on)}

@@ -37,7 +37,7 @@ from networks.outputs import SEVERAL_PER_IMAGE, NetworkOutput
 from networks.system import System
 from utils.errors import UserError
 from utils.reporting.metrics import EpochMeter
-from utils.training.execution import Execution
+from utils.training.execution import HALF_PRECISIONS, Execution
 from utils.training.learning import Learning, Objective
 from utils.training.nonfinite import NonFiniteLossError
 from utils.training.schedule import plan_epoch
@@ -414,16 +414,21 @@ def larger_images_are_scaled_down_for_the_first_pass(variant: Variant) -> None:
 # ---- precision, tracing, several devices --------------------------------------------------------------------------
 
 
-def mixed_precision_keeps_logits_and_losses_in_float32(variant: Variant, *, scripted: bool = True) -> None:
+def mixed_precision_keeps_logits_and_losses_in_float32(
+    variant: Variant, *, scripted: bool = True, precision: str = "bf16"
+) -> None:
     """On a scripted trunk, cast, as convolutions in bf16 can be very slow; or on the real one."""
+    half = HALF_PRECISIONS[precision]
     network = variant.build_scripted(input_size=96) if scripted else variant.build(input_size=96)
     if scripted:
-        network.backbone.register_forward_hook(lambda trunk, images, maps: tree_map_only(Tensor, Tensor.bfloat16, maps))
-    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
-        _assert_not_rounded(network.eval()(make_images(192), mask_background=True), network, batch=2)
+        network.backbone.register_forward_hook(
+            lambda trunk, images, maps: tree_map_only(Tensor, lambda m: m.to(half), maps)
+        )
+    with torch.autocast("cpu", dtype=half), torch.no_grad():
+        _assert_not_rounded(network.eval()(make_images(192), mask_background=True), network, half, batch=2)
     trained = set()
-    for step, output, terms in training_steps(network, make_images(192, batch=4), precision="bf16"):
-        _assert_not_rounded(output, network, batch=len(step.images))
+    for step, output, terms in training_steps(network, make_images(192, batch=4), precision=precision):
+        _assert_not_rounded(output, network, half, batch=len(step.images))
         assert all(term.dtype == torch.float32 and term.isfinite() for term in terms.values())
         terms.pop("total").backward()
         trained |= terms.keys()
@@ -432,11 +437,15 @@ def mixed_precision_keeps_logits_and_losses_in_float32(variant: Variant, *, scri
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
 
 
-def _assert_not_rounded(output: NetworkOutput, network: System, *, batch: int) -> None:
+def fp16_keeps_logits_and_losses_in_float32(variant: Variant) -> None:
+    mixed_precision_keeps_logits_and_losses_in_float32(variant, precision="fp16")
+
+
+def _assert_not_rounded(output: NetworkOutput, network: System, half: torch.dtype, *, batch: int) -> None:
     assert_contract(output, network, batch=batch)
     assert all(value.isfinite().all() for value in flat(output).values())
-    for name, logits in output.logits.items():  # not rounded to bfloat16 on the way either
-        assert not torch.equal(logits, logits.bfloat16().float()), name
+    for name, logits in output.logits.items():  # not rounded on the way either
+        assert not torch.equal(logits, logits.to(half).float()), name
 
 
 @torch.no_grad()
@@ -507,6 +516,7 @@ CHECKS: tuple[Check, ...] = (
     batched_equals_one_by_one_and_shuffled,
     larger_images_are_scaled_down_for_the_first_pass,
     mixed_precision_keeps_logits_and_losses_in_float32,
+    fp16_keeps_logits_and_losses_in_float32,
     host_waits_nowhere,
     outputs_survive_the_gather_of_data_parallel,
 )

@@ -20,7 +20,7 @@ from utils.errors import UserError
 from utils.reporting.metrics import EpochMeter
 from utils.training import learning, nonfinite
 from utils.training.engine import evaluate, train_one_epoch
-from utils.training.execution import Execution
+from utils.training.execution import HALF_PRECISIONS, Execution
 from utils.training.nonfinite import NonFiniteLossError, SkipBudget, StepLosses, check_losses, check_weights
 from utils.training.schedule import EpochPlan
 
@@ -266,7 +266,8 @@ def test_an_epoch_begun_before_goes_on_where_it_stopped():
     assert averages == expected
 
 
-def test_bf16_computes_in_bf16_and_keeps_weights_and_loss_in_float32():
+@pytest.mark.parametrize("precision", HALF_PRECISIONS)
+def test_mixed_precision_keeps_weights_and_loss_in_float32(precision):
     network = make_network()
     seen = []
     network.raw.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
@@ -277,10 +278,10 @@ def test_bf16_computes_in_bf16_and_keeps_weights_and_loss_in_float32():
         return terms
 
     network.losses = losses
-    execution = Execution(torch.device("cpu"), precision="bf16")
+    execution = Execution(torch.device("cpu"), precision=precision)
     loader = make_loader(make_samples(4), batch_size=4)
     train_one_epoch(network, loader, *sgd(network), plan=EVERYTHING, execution=execution)
-    assert seen == [torch.bfloat16, torch.float32]
+    assert seen == [HALF_PRECISIONS[precision], torch.float32]
     assert {p.dtype for p in network.parameters()} == {torch.float32}
 
 

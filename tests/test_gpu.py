@@ -13,7 +13,8 @@ from networks import MODELS, build_network
 from networks.folding import fold_batch_norm
 from utils.training.averaging import Average
 from utils.training.compilation import compile_backbone
-from utils.training.execution import Execution
+from utils.training.execution import HALF_PRECISIONS, Execution
+from utils.training.loss_scale import build_loss_scale
 from utils.training.precision import has_native_bf16
 from utils.training.replicas import Replicas
 from utils.training.targets import build_mixing
@@ -101,18 +102,25 @@ def test_the_host_does_not_wait_for_mixed_pictures_nor_for_an_average(alphas: tu
     torch.testing.assert_close([value.cpu() for value in found], list(expected))
 
 
-@pytest.mark.skipif(not (torch.cuda.is_available() and has_native_bf16(torch.device("cuda"))), reason="needs bf16")
+@pytest.mark.parametrize("precision", HALF_PRECISIONS)
 @pytest.mark.parametrize("model", MODELS)
-def test_a_step_in_bf16_is_finite(model: str) -> None:
+def test_steps_in_mixed_precision_are_finite(model: str, precision: str) -> None:
+    if precision == "bf16" and not has_native_bf16(torch.device("cuda")):
+        pytest.skip("needs bf16")
     network = build(model).train().to(memory_format=torch.channels_last)
-    execution = Execution(torch.device("cuda"), "bf16")
-    optimizer = torch.optim.SGD(network.parameters(), lr=1e-3)
-    with execution.autocast():
-        output = network(execution.images(pictures()))
-    terms = network.losses(output, torch.tensor([0, 0, 1, 1]).cuda())
-    sum(terms.values()).backward()
-    optimizer.step()
+    execution = Execution(torch.device("cuda"), precision)
+    optimizer, loss_scale = torch.optim.SGD(network.parameters(), lr=1e-3), build_loss_scale(execution)
+    before = [parameter.detach().clone() for parameter in network.parameters()]
+    for _ in range(12):  # the first ones in fp16 may be left out, until the scale of the loss is small enough
+        optimizer.zero_grad()
+        with execution.autocast():
+            output = network(execution.images(pictures()))
+        terms = network.losses(output, torch.tensor([0, 0, 1, 1]).cuda())
+        loss_scale.scale(sum(terms.values())).backward()
+        loss_scale.step(optimizer)
+        loss_scale.update()
     assert all(torch.isfinite(term) for term in terms.values())
+    assert not all(torch.equal(*pair) for pair in zip(before, network.parameters(), strict=True))
     assert all(torch.isfinite(parameter).all() for parameter in network.parameters())
     assert all(logits.dtype == torch.float32 for logits in output.logits.values())
 

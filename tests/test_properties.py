@@ -83,7 +83,7 @@ POSSIBLE = {
     "skip_nonfinite": COUNTS,
     "device": st.from_regex(r"auto|cpu|cuda(:[0-9]{1,2})?", fullmatch=True),
     "data_parallel": st.booleans(),
-    "precision": st.sampled_from(["auto", "float32", "bf16"]),
+    "precision": st.sampled_from(["auto", "float32", "bf16", "fp16"]),
     "channels_last": st.booleans(),
     "compile": st.booleans(),
     "workers": st.integers(0, 1024),

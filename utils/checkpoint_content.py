@@ -70,6 +70,13 @@ def _are_thresholds(value: object) -> bool:
     return all(_is_number(threshold) and 0 <= threshold <= 1 for threshold in value.values())
 
 
+def _is_loss_scale(value: object) -> bool:
+    names = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
+    if not isinstance(value, dict) or value.keys() != names or not all(_is_number(v) for v in value.values()):
+        return False
+    return value["scale"] > 0
+
+
 # In every checkpoint of a run, those to go on from and those to evaluate
 NETWORK = {
     "settings": Entry(lambda value: isinstance(value, dict) and len(value) > 0, "settings by name"),
@@ -96,6 +103,7 @@ OPTIONAL = {
         lambda v: isinstance(v, Tensor) and v.dtype == torch.uint8 and v.ndim == 1, "a record of the run's pictures"
     ),
     "found_boxes": Entry(_are_found_boxes, "boxes of the run's pictures"),
+    "loss_scale": Entry(_is_loss_scale, "the scale of a loss in fp16"),
     "exit_threshold": Entry(_are_thresholds, "probabilities from 0 to 1 for the weights plain and ema"),
 }
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
@@ -113,15 +114,23 @@ class Run:
     # ---- Before the first epoch -------------------------------------------------------------------------------------
 
     def attach(
-        self, system: System, optimizer: Optimizer, schedule: LRScheduler, average: AveragedModel | None = None
+        self,
+        system: System,
+        optimizer: Optimizer,
+        schedule: LRScheduler,
+        loss_scale: GradScaler,
+        average: AveragedModel | None = None,
     ) -> None:
         """Take what learns, and bring it to where the run that goes on was. Raises CheckpointError where that fails."""
         self.system, self.optimizer, self.schedule, self.average = system, optimizer, schedule, average
+        self.loss_scale = loss_scale
         saved = self.saved
         if saved is None:
             return
         with fits(self.folder / "last.pth", BEGIN_ANEW):
             restore(system, optimizer, schedule, saved)
+            if loss_scale.is_enabled():
+                loss_scale.load_state_dict(saved["loss_scale"])
             if average is not None:
                 average.load_state_dict(saved["ema"])
         self.epochs_done, self.best, self.progress = saved["epoch"], saved["best"], saved["progress"]
@@ -296,4 +305,5 @@ class Run:
             "progress": progress,
             "skipped_steps": self.skipped.used,
             **({} if self.found_boxes is None else {"found_boxes": self.found_boxes}),
+            **({"loss_scale": self.loss_scale.state_dict()} if self.loss_scale.is_enabled() else {}),
         }

@@ -56,7 +56,7 @@ def parse_arguments(arguments: Sequence[str] | None, *, views: Sequence[str]) ->
     machine.add_argument("--labels", metavar="FILE", help="dataset csv: the table of these pictures, all in one")
     machine.add_argument("--class_level", type=int, metavar="N", help="folders: the level of those that are classes")
     machine.add_argument("--device", help="cpu, cuda, cuda:1 ..., mps")
-    machine.add_argument("--precision", choices=("auto", "float32", "bf16"))
+    machine.add_argument("--precision", choices=("auto", "float32", "bf16", "fp16"))
     machine.add_argument("--evaluation_batch_size", type=int, metavar="N", help="images at a time")
     machine.add_argument("--workers", type=int, metavar="N", help="processes that load pictures")
     options, more = parser.parse_known_args(arguments)

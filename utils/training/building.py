@@ -131,8 +131,8 @@ def make_ready(network: System, settings: Any, saved: dict[str, Any]) -> Trained
     if settings.channels_last:
         network = network.to(memory_format=torch.channels_last)
     network = fold_batch_norm(network.to(device))
-    if execution.precision == "bf16":
-        cast_for_autocast(network, torch.bfloat16)
+    if execution.half is not None:
+        cast_for_autocast(network, execution.half)
     if settings.compile:
         compile_backbone(network)
     if network.can_exit_early:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
@@ -44,6 +45,7 @@ def train_one_epoch(
     skip_nonfinite: SkipBudget | None = None,
     average: AveragedModel | None = None,
     gradient_accumulation: int = 1,
+    loss_scale: GradScaler | None = None,
     mix: Mixing | None = None,
     description: str = "train",
 ) -> dict[str, float]:
@@ -53,8 +55,8 @@ def train_one_epoch(
     computed in `gradient_accumulation` parts. An epoch begun before goes on with `meter`, which holds its sums, and
     `batches` that leave out what came before `first_step`. Steps count from 1 and are told to `before_step`; where
     `save_after` asks for it, `save` is called once it is sure that the step has not broken the weights (after a skipped
-    step it is not asked). `average` is updated after every optimizer step. `mix` makes mixed pictures with shares of
-    labels of a batch.
+    step it is not asked). `average` is updated after every optimizer step. `loss_scale` is that of fp16, which goes on
+    from epoch to epoch (None: a new one). `mix` makes mixed pictures with shares of labels of a batch.
 
     Raises NonFiniteLossError, with the terms, the step and its images, where the loss shows NaN or infinity: before
     the weights are touched on a CPU, at one of the readings every few steps on a GPU.
@@ -70,6 +72,7 @@ def train_one_epoch(
         skip_nonfinite,
         average,
         gradient_accumulation,
+        loss_scale,
     )
     with tqdm(
         total=len(batches) * batches.batch_size,

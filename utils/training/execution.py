@@ -11,6 +11,8 @@ from torch.utils.data import DataLoader
 
 from utils.data.image_batches import normalised
 
+HALF_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}  # mixed: weights and losses are float32
+
 
 class Execution(NamedTuple):
     """How to compute: the device, mixed precision, the memory layout, and the scale of the images."""
@@ -22,7 +24,12 @@ class Execution(NamedTuple):
 
     def autocast(self) -> torch.autocast:
         """Return the context in which the network runs."""
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+        return torch.autocast(self.device.type, dtype=self.half or torch.bfloat16, enabled=self.half is not None)
+
+    @property
+    def half(self) -> torch.dtype | None:
+        """What convolutions and matrix products are computed in, None where that is float32."""
+        return HALF_PRECISIONS.get(self.precision)
 
     def images(self, images: Tensor, augmentation: Tensor | None = None) -> Tensor:
         """Move a batch of images [B, 3, H, W] to the device, in the chosen layout, as the network wants them.

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim.swa_utils import AveragedModel
 
 from networks.outputs import NetworkOutput, detached
@@ -16,6 +17,7 @@ from utils.reporting.metrics import EpochMeter
 from utils.training.accumulation import joined_outputs, joined_terms, parts_of
 from utils.training.distributed import gradients_shared, unwrap, without_synchronisation
 from utils.training.execution import Execution
+from utils.training.loss_scale import build_loss_scale, check_loss_scale
 from utils.training.nonfinite import SkipBudget, StepLosses, check_losses, check_weights, steps_between_readings
 from utils.training.schedule import EpochPlan
 
@@ -87,8 +89,10 @@ class Learning:
         skip_nonfinite: SkipBudget | None,
         average: AveragedModel | None = None,
         accumulation: int = 1,
+        loss_scale: GradScaler | None = None,
     ) -> None:
         self.average, self.accumulation = average, accumulation
+        self.loss_scale = build_loss_scale(objective.execution) if loss_scale is None else loss_scale
         self.network, self.system = network, unwrap(network)
         self.optimizer, self.objective = optimizer, objective
         self.clip_gradient_norm, self.skip_nonfinite = clip_gradient_norm, skip_nonfinite
@@ -141,7 +145,7 @@ class Learning:
         for number, (part, share) in enumerate(parts, start=1):
             with gradients_shared(self.network, number == len(parts)):
                 output, losses = self.objective.compute(self.network, part)
-                (share * losses["total"]).backward()
+                self.loss_scale.scale(share * losses["total"]).backward()
             # logits that no loss is trained on hold what they were computed from
             outputs.append(detached(output))
             terms.append({name: value.detach() for name, value in losses.items()})
@@ -149,10 +153,12 @@ class Learning:
         return joined_outputs(outputs), joined_terms(terms, [share for _, share in parts])
 
     def _move(self) -> None:
-        """Take one optimizer step along the gradient."""
+        """Take one optimizer step along the gradient; in fp16 none where the scaled loss was too large for it."""
         if self.clip_gradient_norm > 0:
+            self.loss_scale.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.parameters, self.clip_gradient_norm)
-        self.optimizer.step()
+        self.loss_scale.step(self.optimizer)
+        self.loss_scale.update()
         if self.average is not None:
             self.average.update_parameters(self.system)
         if not self.system.absent_gradients:
@@ -168,7 +174,10 @@ class Learning:
     def read(self, budget: SkipBudget | None = None) -> bool:
         """Wait for the losses not read yet and check them, see `check_losses`."""
         unread, self.unread = self.unread, []
-        return check_losses(unread, budget)
+        broken = check_losses(unread, budget)
+        if unread:
+            check_loss_scale(self.loss_scale, unread[-1].step)
+        return broken
 
     def check_everything(
         self, images: Tensor, labels: Tensor, number: int, paths: list[str], boxes: Tensor | None = None

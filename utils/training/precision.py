@@ -6,22 +6,40 @@ from pathlib import Path
 
 import torch
 
+from utils.options import SettingsError
 from utils.training.distributed import any_process
 
 NATIVE_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86 twice, 64-bit ARM; as Linux lists them
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
-    """Turn the setting `precision` into "float32" or "bf16"; "auto" is bf16 where `device` computes it natively."""
-    if name != "auto":
+    """Turn the setting `precision` into "float32", "bf16" or "fp16"; "auto" is bf16 where `device` has it natively.
+
+    fp16 is for CUDA's GPUs, and "auto" elsewhere: others imitate it, or have no scaled loss.
+    """
+    if name != "auto" and (name != "fp16" or device.type == "cuda"):
         return name
     return "bf16" if has_native_bf16(device) else "float32"
 
 
 def agreed_precision(name: str, device: torch.device) -> str:
-    """The same for a run of several processes: float32 where one of them has no other. All of them have to ask."""
+    """The same for a run of several processes: float32 where one of them has no other. All of them have to ask.
+
+    Raises SettingsError for fp16 where a run cannot be trained in it.
+    """
+    if name == "fp16" and device.type != "cuda":
+        raise SettingsError(f"precision is 'fp16'; expected 'float32', 'bf16' or 'auto' on {device}: only GPUs have it")
     here = resolve_precision(name, device)
     return "float32" if any_process(here == "float32", device) else here
+
+
+def note_on_fp16(given: str, settled: str, device: torch.device) -> str | None:
+    """Return what to say where "auto" is float32 on a GPU of NVIDIA's that has units for fp16: Volta and Turing."""
+    if given != "auto" or settled != "float32" or device.type != "cuda" or torch.version.hip is not None:
+        return None
+    if not (7, 0) <= torch.cuda.get_device_capability(device) < (8, 0):
+        return None
+    return "this GPU has no bf16, so that precision auto is float32; --precision fp16 may be several times as fast"
 
 
 def has_native_bf16(device: torch.device) -> bool:

@@ -10,7 +10,8 @@ from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, 
 from utils.files import write_text
 from utils.training.nonfinite import NonFiniteLossError
 
-TRAINING_STATE = ("optimizer", "schedule", "progress", "skipped_steps", "found_boxes")  # what is in last.pth only
+# What is in last.pth only
+TRAINING_STATE = ("optimizer", "schedule", "progress", "skipped_steps", "found_boxes", "loss_scale")
 CHECKPOINTS = ("last.pth", "next.pth", "previous.pth")
 WRITTEN_BY_TRAINING = ("*.pth", "log.jsonl", "config.json", "bad_pictures.txt", "nonfinite.json")
 
