@@ -21,7 +21,7 @@ from utils.training import execution, precision
 from utils.training.execution import Execution
 from utils.training.learning import Learning, Objective
 from utils.training.loss_scale import SMALLEST_SCALE, build_loss_scale, check_loss_scale
-from utils.training.nonfinite import NonFiniteLossError
+from utils.training.nonfinite import NonFiniteLossError, StepLosses
 from utils.training.precision import agreed_precision, note_on_fp16, resolve_precision
 from utils.training.schedule import EpochPlan
 
@@ -92,17 +92,20 @@ def test_a_gradient_that_is_never_finite_is_an_error() -> None:
     """It would leave out every step, and say nothing."""
     learning = build_learning()
     learning.network.classifier.weight.register_hook(lambda gradient: gradient * math.nan)
-    with pytest.raises(NonFiniteLossError, match="the gradient was not finite in many steps before step 26: the last"):
+    with pytest.raises(
+        NonFiniteLossError, match="the gradient was not finite in many steps before step 26: the last"
+    ) as error:
         for number in range(1, 99):
             learn(learning, number=number)
     assert learning.loss_scale.get_scale() == SMALLEST_SCALE / 2
+    assert (error.value.step, error.value.terms, error.value.paths) == (26, ["gradient"], ["a", "b"])
 
 
 def test_other_precisions_scale_nothing() -> None:
     for name in ("float32", "bf16"):
         loss_scale = build_loss_scale(Execution(CPU, name))
         assert not loss_scale.is_enabled() and loss_scale.scale(torch.tensor(3.0)) == 3
-        check_loss_scale(loss_scale, 1)
+        check_loss_scale(loss_scale, StepLosses(1, ["raw"], torch.zeros(1), []))
     assert build_loss_scale(FP16).is_enabled()
 
 

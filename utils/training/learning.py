@@ -176,7 +176,7 @@ class Learning:
         unread, self.unread = self.unread, []
         broken = check_losses(unread, budget)
         if unread:
-            check_loss_scale(self.loss_scale, unread[-1].step)
+            check_loss_scale(self.loss_scale, unread[-1])
         return broken
 
     def check_everything(

@@ -10,7 +10,7 @@ import warnings
 from torch.amp import GradScaler
 
 from utils.training.execution import Execution
-from utils.training.nonfinite import WHAT_TO_DO, NonFiniteLossError
+from utils.training.nonfinite import WHAT_TO_DO, NonFiniteLossError, StepLosses
 
 SMALLEST_SCALE = 2.0**-8  # half of which is reached from PyTorch's 2**16 when 25 steps in a row are left out
 
@@ -23,14 +23,15 @@ def build_loss_scale(execution: Execution) -> GradScaler:
     return GradScaler(execution.device.type)
 
 
-def check_loss_scale(loss_scale: GradScaler, step: int) -> None:
-    """Raise NonFiniteLossError where the gradient overflows at any scale, so that nothing is learnt any more.
+def check_loss_scale(loss_scale: GradScaler, last: StepLosses) -> None:
+    """Raise NonFiniteLossError where the gradient overflows at any scale, so that nothing has been learnt lately.
 
     Waits for the device, in fp16 only. All processes see the same gradient.
     """
     if loss_scale.is_enabled() and loss_scale.get_scale() < SMALLEST_SCALE:
         raise NonFiniteLossError(
-            f"the gradient was not finite in many steps before step {step}: {WHAT_TO_DO}, or precision float32",
-            step=step,
+            f"the gradient was not finite in many steps before step {last.step}: {WHAT_TO_DO}, or precision float32",
+            step=last.step,
             terms=["gradient"],
+            paths=last.paths,
         )
