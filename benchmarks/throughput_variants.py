@@ -16,6 +16,7 @@ from networks.folding import cast_for_autocast, fold_batch_norm
 from networks.system import System
 from utils.training.engine import train_one_epoch
 from utils.training.execution import Execution
+from utils.training.loss_scale import build_loss_scale
 from utils.training.schedule import build_optimizer, build_schedule, plan_epoch
 
 CLIP = 10.0
@@ -71,6 +72,7 @@ class TrainingStep:
         self.batches = InMemory([Batch(images, labels, None, [""] * len(labels))])
         self.optimizer = build_optimizer(network, head_learning_rate_factor=1.0, **SGD)
         self.schedule = build_schedule(self.optimizer, "steps", epochs=1, steps_per_epoch=1, milestones=(10**6,))
+        self.loss_scale = build_loss_scale(execution)
 
     def __call__(self) -> None:
         train_one_epoch(
@@ -81,6 +83,7 @@ class TrainingStep:
             plan=self.plan,
             execution=self.execution,
             clip_gradient_norm=CLIP,
+            loss_scale=self.loss_scale,
         )
 
     def floor(self, shapes: Sequence[torch.Size]) -> Callable[[], None]:
