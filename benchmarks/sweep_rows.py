@@ -65,10 +65,12 @@ ROWS: dict[str, tuple[str, ...]] = {
     "trained-colocalization": (*UNMASKED, *COLOCALIZATION),
     "trained-colocalization-modern-aspect": (*UNMASKED, *COLOCALIZATION, *MODERN, *ASPECT),
     "trained-learned": (*UNMASKED, "--localization", "learned"),
+    "trained-learned-modern-aspect": (*UNMASKED, "--localization", "learned", *MODERN, *ASPECT),
     "mmal": ("--model", "mmal"),
     "flrdf": ("--model", "flrdf"),
     "scrim": ("--model", "scrim"),
     **{model: ("--model", model, *SAME_PICTURES) for model in COMPARATORS},
+    "dflcnn-modern": ("--model", "dflcnn", *SAME_PICTURES, *MODERN),
     # where rates of its own are needed not to fall to chance
     "crossx": (
         *("--model", "crossx", *SAME_PICTURES, "--stage3_pooling", "mean"),
