@@ -93,6 +93,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "trained-no-fusion-loss": (*UNMASKED, "--loss_weights", "fused=0", "--prediction", "raw", "object", "graph"),
     "trained-no-fusion": (*UNMASKED, "--without", "fusion"),
     "trained-no-weighting": (*UNMASKED, "--without", "weighting"),
+    "trained-no-fusion-no-weighting-modern-aspect": (*UNMASKED, "--without", "fusion", "weighting", *MODERN, *ASPECT),
     "trained-no-windows": (*UNMASKED, *NO_WINDOWS),
     "trained-no-graph": (*UNMASKED, "--loss_weights", "graph=0", "--prediction", "raw", "fused", "object"),
     "trained-mask": ("--mask_from_epoch", "4"),
