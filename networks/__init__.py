@@ -14,7 +14,8 @@ from collections.abc import Mapping
 import networks.systems
 from networks.backbone import STRIDE, Backbone
 from networks.outputs import ENSEMBLINGS, SEVERAL_PER_IMAGE
-from networks.system import Shared, System
+from networks.shared import Shared
+from networks.system import System
 from networks.system_slips import refuse_slips as refuse_slips
 from networks.trunks import BACKBONES as BACKBONES
 from networks.trunks import check_trunk as check_trunk

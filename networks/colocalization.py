@@ -26,7 +26,7 @@ from networks.localization import (
     cell_boxes_to_pixels,
     largest_component,
 )
-from networks.system import Shared
+from networks.shared import Shared
 from utils.options import require
 
 SMALLEST_SIDE = 448  # pixels at which the copy sees a picture at least, enlarged where it has less: a grid of 14 x 14

@@ -24,7 +24,8 @@ from networks.colocalization import Colocalization, check_colocalization
 from networks.learned_localization import LearnedLocalization, edges_within_cells, share_in_box
 from networks.localization import adaptive_mask, cell_boxes_to_pixels
 from networks.outputs import NetworkOutput
-from networks.system import Shared, System
+from networks.shared import Shared
+from networks.system import System
 from utils.checkpoint import load_checkpoint
 from utils.options import SettingsError
 from utils.training.building import build_from_settings

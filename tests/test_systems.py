@@ -14,7 +14,8 @@ from small_systems import SIZE, Variant, make_images
 import networks.systems
 from config import Settings, complete
 from networks import MODELS, build_network, build_options, find_system, name_of, owners_of
-from networks.system import Shared, System
+from networks.shared import Shared
+from networks.system import System
 from utils.errors import UserError
 from utils.options import SettingsError
 from utils.training.building import build_from_settings

@@ -20,7 +20,8 @@ from networks.crops import resize_images
 from networks.losses import classification_losses
 from networks.outputs import NetworkOutput, requested_branches
 from networks.pairs import nearest_pairs
-from networks.system import Shared, System
+from networks.shared import Shared
+from networks.system import System
 from utils.options import require
 
 MUTUAL_CHANNELS = 512  # inside the two layers that make a pair's mutual vector

@@ -22,7 +22,8 @@ from networks.centres import Centres
 from networks.classifier import Classifier
 from networks.crops import crop_objects, resize_images
 from networks.outputs import NetworkOutput, combine_branches, combine_logits, requested_branches
-from networks.system import Shared, System
+from networks.shared import Shared
+from networks.system import System
 from utils.options import Count
 
 SCALE = 100  # of the vectors of length 1 before the classifier

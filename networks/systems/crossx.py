@@ -21,7 +21,8 @@ from networks.crops import resize_images
 from networks.excitation import CombinedMap, MultiExcitation
 from networks.losses import agreement_loss, semantic_loss
 from networks.outputs import NetworkOutput, requested_branches
-from networks.system import Shared, System
+from networks.shared import Shared
+from networks.system import System
 from utils.options import Count, PositiveOrZero, require
 
 LEVELS = ("final", "stage3", "combined")

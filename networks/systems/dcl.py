@@ -26,7 +26,8 @@ from networks.jigsaw import (
 )
 from networks.losses import cross_entropy
 from networks.outputs import NetworkOutput, requested_branches
-from networks.system import Shared, System
+from networks.shared import Shared
+from networks.system import System
 from utils.options import Count, PositiveOrZero, require
 
 REGIONS = 7  # along a side of 448 pixels

@@ -22,7 +22,8 @@ from networks.classifier import Classifier
 from networks.crops import resize_images
 from networks.filter_bank import FilterBank, copy_from_first_process, find_peaks, gather_rows
 from networks.outputs import NetworkOutput, requested_branches
-from networks.system import Shared, System
+from networks.shared import Shared
+from networks.system import System
 from utils.options import Count
 
 WEIGHTS = {"global": 1.0, "parts": 1.0, "side": 0.1}  # of the losses, and of the logits in the prediction

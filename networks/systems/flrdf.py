@@ -23,8 +23,9 @@ from networks.jigsaw import permute_blocks, random_permutations
 from networks.learned_localization import FoundBy, add_localization
 from networks.localization import activation_map, cell_boxes_to_pixels, localize
 from networks.outputs import NetworkOutput, requested_branches
+from networks.shared import Shared
 from networks.suppression import RegionSuppression
-from networks.system import Shared, System
+from networks.system import System
 from utils.options import Count, Limit, Positive, require
 
 Ceiling = Annotated[float, Limit(lambda x: 0 < x <= 1, "a share above 0, at most 1")]

@@ -18,7 +18,8 @@ from networks.channel_groups import channel_overlap, draw_masks, logits_of_group
 from networks.classifier import build_two_layer_classifier
 from networks.crops import resize_images
 from networks.outputs import NetworkOutput, requested_branches
-from networks.system import Shared, System
+from networks.shared import Shared
+from networks.system import System
 from utils.errors import UserError
 from utils.options import Share, require
 

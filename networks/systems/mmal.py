@@ -19,7 +19,8 @@ from networks.first_pass import check_raw_size, look_at_picture
 from networks.learned_localization import FoundBy, add_localization
 from networks.localization import activation_map, cell_boxes_to_pixels, localize
 from networks.outputs import NetworkOutput, requested_branches
-from networks.system import Shared, System
+from networks.shared import Shared
+from networks.system import System
 from networks.window_pass import WindowSource, cut_from, look_at_windows
 from networks.windows import Windows, WindowSelector
 from utils.options import Count, Positive

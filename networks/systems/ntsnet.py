@@ -20,7 +20,8 @@ from networks.crops import crop_windows, resize_images
 from networks.losses import ranking_loss
 from networks.outputs import NetworkOutput, requested_branches
 from networks.parts import ANCHOR_SIZES, Navigator, PartProposals
-from networks.system import Shared, System
+from networks.shared import Shared
+from networks.system import System
 from utils.options import Count, Share, require
 
 

@@ -20,7 +20,8 @@ from networks.classifier import build_two_layer_classifier
 from networks.crops import resize_images
 from networks.jigsaw import cyclic_permutations, permute_blocks
 from networks.outputs import NetworkOutput, requested_branches
-from networks.system import Shared, Step, System
+from networks.shared import Shared
+from networks.system import Step, System
 from utils.options import Count, require
 
 STAGES = ("stage2", "stage3", "final")

@@ -18,7 +18,8 @@ from networks.classifier import Classifier
 from networks.colocalization import Colocalization, check_colocalization
 from networks.crops import crop_objects, resize_images
 from networks.outputs import NetworkOutput, requested_branches
-from networks.system import Shared, System
+from networks.shared import Shared
+from networks.system import System
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ from networks.graph import GraphHead
 from networks.learned_localization import FoundBy, add_localization
 from networks.localization import activation_map, adaptive_mask, cell_boxes_to_pixels, localize, with_gradient
 from networks.outputs import NetworkOutput, requested_branches
-from networks.system import Shared, System
+from networks.shared import Shared
+from networks.system import System
 from networks.window_pass import WindowSource, cut_from, look_at_windows
 from networks.windows import Windows, WindowSelector
 from utils.options import Count, Limit, Positive, Probability, require

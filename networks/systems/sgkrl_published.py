@@ -24,7 +24,8 @@ from networks.first_pass import look_at_picture
 from networks.graph import GraphHead, nearest_neighbours, published_neighbours
 from networks.localization import activation_map, adaptive_mask, cell_boxes_to_pixels, localize
 from networks.outputs import NetworkOutput, requested_branches
-from networks.system import Shared, System
+from networks.shared import Shared
+from networks.system import System
 from networks.windows import Windows, WindowSelector
 from utils.options import Count, Positive, Probability, require
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import train
 from config import parse_settings
 from networks import build_network
-from networks.system import Shared
+from networks.shared import Shared
 from networks.systems.apinet import APINet, images_per_class
 from utils.checkpoint import CheckpointError, load_checkpoint, load_published
 from utils.options import SettingsError
