@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from utils.data.augmentation import Augmentation, whole_if_lost
+from utils.data.auto_augment import carried, draw_operations, transformed
 from utils.data.catalogue import CHOICES, Catalogue, Entry, Source, leave_out, note_on_small_classes, split_validation
 from utils.data.checking import find_bad_pictures
 from utils.data.cropping import central_offset, cut_box, cut_square, draw_offset, with_corners
@@ -129,12 +130,14 @@ class Pictures(Dataset[Sample]):
         augmentation = self.augment.draw(generator)
         offset = draw_offset(*sides, size, self.augment.padding, generator)
         image, box = cut_square(image, box, offset, size)
+        operations = draw_operations(self.augment.auto_augment, generator)
+        image = transformed(image, operations)
         if box is not None:
-            box = self.augment.carry(box, augmentation, size)
+            box = self.augment.carry(carried(box, operations, size), augmentation, size)
         if found is not None:
             scales = torch.tensor([sides[1], sides[0]] * 2) / self.resizing[0]
-            found = self.augment.carry(cut_box(found * scales, offset, size), augmentation, size)
-            found = whole_if_lost(found, size)
+            found = carried(cut_box(found * scales, offset, size), operations, size)
+            found = whole_if_lost(self.augment.carry(found, augmentation, size), size)
         return Sample(image, entry.label, box, path, augmentation, found)
 
 

@@ -160,7 +160,8 @@ def test_a_strip_does_not_fill_the_memory(tmp_path) -> None:
 def test_a_run_with_all_of_it_goes_on_exactly_and_is_used(tiny_run, tmp_path, evaluation_script, capsys) -> None:
     """Stopped within an epoch; with the pictures out of files, and out of the cache."""
     everything = "--resize_size 112 --keep_aspect_ratio --padding 6 --rotation 15 --saturation 0.3 --erasing 0.5"
-    everything = [*everything.split(), "--crop_scale", "0.6", "--normalization", "half", "--epochs", "2"]
+    everything += " --crop_scale 0.6 --auto_augment randaugment --normalization half --epochs 2"
+    everything = everything.split()
     whole = tiny_run(tmp_path / "whole", *everything, "--cache", "none")
     stopped = tiny_run(tmp_path / "stopped", *everything, "--cache", "disk", "--save_every_steps", "1")
     train.main(whole)

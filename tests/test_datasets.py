@@ -246,6 +246,7 @@ def made_settings(picture_tree: Path, **changes: object) -> SimpleNamespace:
             "saturation": 0.0,
             "rotation": 0.0,
             "erasing": 0.0,
+            "auto_augment": "none",
         },
         **{"brightness": 0.2, "contrast": 0.2, "crop_scale": 0.5, "batch_size": 4, "evaluation_batch_size": 5},
         **{

@@ -84,6 +84,7 @@ YOUNG = {
     "rotation": 0.0,
     "saturation": 0.0,
     "erasing": 0.0,
+    "auto_augment": "none",
     "crop_gradient": False,
     "graph_edges": "equal",
     "graph_neighbours": 3,

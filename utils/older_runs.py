@@ -26,6 +26,7 @@ BEFORE: dict[str, object] = {
     "rotation": 0.0,
     "saturation": 0.0,
     "erasing": 0.0,
+    "auto_augment": "none",
     # of training
     "recipe": "none",
     "optimizer": "sgd",

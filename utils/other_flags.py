@@ -36,6 +36,7 @@ CALLED_HERE: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("top_k", "topk"), ("top",)),
     **dict.fromkeys(("gradient_accumulation_steps", "accumulation_steps", "accum_iter"), ("gradient_accumulation",)),
     **dict.fromkeys(("grad_accum_steps", "accumulate_grad_batches", "iter_size"), ("gradient_accumulation",)),
+    **dict.fromkeys(("aa", "autoaugment", "trivial_augment", "rand_augment", "randaug", "ra"), ("auto_augment",)),
     "steps": ("milestones",),
     "random_seed": ("seed",),
     "ema": ("ema_decay",),

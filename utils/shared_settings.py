@@ -16,7 +16,8 @@ READ = (
     *("test_labels", "image_column", "label_column", "split_column", "aircraft_level", "name", "checkpoint_dir"),
     *("fresh", "seed", "validation", "select_on", "test_fraction", "input_size", "image_size", "resize_size"),
     *("keep_aspect_ratio", "padding", "flip", "brightness", "contrast", "saturation", "rotation", "erasing"),
-    *("crop_scale", "normalization", "backbone", "pretrained", "initial_weights", "stride_on_first_conv"),
+    *("crop_scale", "auto_augment", "normalization", "backbone", "pretrained", "initial_weights"),
+    "stride_on_first_conv",
     *("last_stride", "batch_norm", "prediction", "ensembling", "dropout", "recipe", "epochs", "patience"),
     *("batch_size", "gradient_accumulation", "learning_rate", "head_learning_rate_factor", "optimizer", "momentum"),
     *("weight_decay", "decay_norms_and_biases", "schedule", "milestones", "decay_rate", "linear_warmup_epochs"),
@@ -28,7 +29,8 @@ READ = (
 # Those that no run can do without, whatever is deleted from PUBLISHED in config.py
 NEEDED = (
     *("input_size", "keep_aspect_ratio", "padding", "flip", "brightness", "contrast", "saturation", "rotation"),
-    *("erasing", "crop_scale", "normalization", "backbone", "pretrained", "last_stride", "batch_norm", "ensembling"),
+    *("erasing", "crop_scale", "auto_augment", "normalization", "backbone", "pretrained", "last_stride"),
+    *("batch_norm", "ensembling"),
     *("dropout", "epochs", "batch_size", "learning_rate", "head_learning_rate_factor", "optimizer", "momentum"),
     *("weight_decay", "decay_norms_and_biases", "schedule", "milestones", "decay_rate", "linear_warmup_epochs"),
     *("frozen_trunk_epochs", "ema_decay", "clip_gradient_norm", "label_smoothing", "mixup", "cutmix"),

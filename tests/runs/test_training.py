@@ -63,6 +63,7 @@ def test_what_is_set_reaches_what_learns(kind, tiny_run, tmp_path, monkeypatch):
         *("--linear_warmup_epochs", "1", "--clip_gradient_norm", "7", "--label_smoothing", "0.3", "--mixup", "0.4"),
         *("--gradient_accumulation", "2", "--class_weights", "1", "2", "1", "--ema_decay", "0.9", "--seed", "7"),
         *("--normalization", "half", "--flip", "0.25", "--rotation", "9", "--erasing", "0.5", "--epochs", "2"),
+        *("--auto_augment", "trivialaugment"),
     )
     seen = {}
 
@@ -83,7 +84,9 @@ def test_what_is_set_reaches_what_learns(kind, tiny_run, tmp_path, monkeypatch):
     assert seen["mix"] is not None
     assert seen["evaluation"]["label_smoothing"] == 0.3
     assert seen["network"].class_weights.tolist() == pytest.approx([0.75, 1.5, 0.75])
-    assert seen["batches"].dataset.augment == Augmentation(flip=0.25, rotation=9.0, erasing=0.5)
+    assert seen["batches"].dataset.augment == Augmentation(
+        flip=0.25, rotation=9.0, erasing=0.5, auto_augment="trivialaugment"
+    )
     assert seen["batches"].sampler.seed == 7
     assert [group["weight_decay"] for group in seen["groups"]] == [0.02, 0, 0.02, 0]
     assert [group["initial_lr"] for group in seen["groups"]] == pytest.approx([0.1, 0.1, 0.3, 0.3])

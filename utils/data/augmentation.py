@@ -2,7 +2,8 @@
 
 Loader processes only draw the numbers, which a seed decides, and carry the box along; the device does the arithmetic,
 see `utils.data.image_batches`. The transforms are torchvision's, in the order RandomCrop, RandomHorizontalFlip,
-RandomResizedCrop, RandomRotation, ColorJitter, Normalize, RandomErasing.
+RandomResizedCrop, RandomRotation, ColorJitter, Normalize, RandomErasing; what `auto_augment` draws comes after the
+first, and is done where it is drawn, see `utils.data.auto_augment`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class Augmentation(NamedTuple):
     padding: zeros round the loaded picture, in pixels, before the square is cut out of it that all this happens to.
     rotation: the angle is drawn evenly up to so many degrees either way.
     erasing: the probability that a rectangle is erased, of the size and shape that RandomErasing draws.
+    auto_augment: a policy of `auto_augment.POLICIES`, or none.
     """
 
     flip: float = 0.5
@@ -38,6 +40,7 @@ class Augmentation(NamedTuple):
     rotation: float = 0.0
     saturation: float = 0.0
     erasing: float = 0.0
+    auto_augment: str = "none"
 
     def draw(self, generator: np.random.Generator) -> Tensor:
         """Draw for one picture [16]: mirrored (0 or 1); factors of brightness, contrast and saturation; which of these

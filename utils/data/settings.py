@@ -35,6 +35,7 @@ class DataSettings(Protocol):
     rotation: float
     erasing: float
     crop_scale: float
+    auto_augment: str
     batch_size: int
     evaluation_batch_size: int
     images_per_class: int
