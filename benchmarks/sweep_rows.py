@@ -57,6 +57,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "resnet-cutmix": (*RESNET, "--cutmix", "1.0"),
     # the whole recipe, in place of the common rates
     "resnet-modern": (*RESNET, *MODERN),
+    "resnet-modern-trivialaugment": (*RESNET, *MODERN, "--auto_augment", "trivialaugment"),
     "resnet-modern-aspect": (*RESNET, *MODERN, *ASPECT),
     # the object found by a frozen copy of the pretrained trunk
     "resnet-colocalization": (*RESNET, *COLOCALIZATION),
