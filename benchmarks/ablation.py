@@ -130,6 +130,8 @@ def run(row: str, seed: int, common: Sequence[str], options: argparse.Namespace)
     (folder,) = options.runs.glob(f"*-{row}-{seed}")
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     last = lines[-1]
+    # none of an epoch that was stopped in its evaluation and went on there
+    speeds = [s for line in lines if (s := line["speed/train_images_per_second"]) is not None]
     average = any(name.startswith("validation_ema/") for name in last)  # then that is the result, as in test.py
     validation = "validation_ema/" if average else "validation/"
     result = {
@@ -142,24 +144,26 @@ def run(row: str, seed: int, common: Sequence[str], options: argparse.Namespace)
             {name.removeprefix(validation): v for name, v in last.items() if name.startswith(validation)}
         ),
         "boxes_by_epoch": [line.get(f"{validation}box_iou/share_at_0.5") for line in lines],
-        "train_images_per_second": statistics.median(line["speed/train_images_per_second"] for line in lines),
+        "train_images_per_second": statistics.median(speeds) if speeds else None,
         "processes": options.processes,
         "machine": machine(choose_device("auto")),
     }
     if options.test:
-        result["test"] = test_figures(folder, environment)
+        result["test"] = test_figures(folder, environment, last["epoch"])
         if links_the_batch(flags):
-            result["test_shuffled"] = test_figures(folder, environment, shuffle=True)
+            result["test_shuffled"] = test_figures(folder, environment, last["epoch"], shuffle=True)
         rows = sorted(read_predictions(folder / "predictions-last.csv"), key=lambda line: line["picture"])
         result["pictures"] = len(rows)
         result["right"] = "".join(line["correct"] for line in rows)  # "1" or "0" each, by the pictures' names
     return result
 
 
-def test_figures(folder: Path, environment: Mapping[str, str], *, shuffle: bool = False) -> dict[str, float]:
-    """Return accuracies and box figures of the last epoch on the test images, which are looked at once."""
+def test_figures(
+    folder: Path, environment: Mapping[str, str], epoch: int, *, shuffle: bool = False
+) -> dict[str, float]:
+    """Return accuracies and box figures of the last `epoch` on the test images, which are looked at once."""
     report = folder / ("report-last-shuffled.json" if shuffle else "report-last.json")
-    if not report.exists():
+    if not report.exists() or json.loads(report.read_text(encoding="utf-8"))["epoch"] != epoch:
         script("test.py", [str(folder / "last.pth"), *(["--shuffle"] if shuffle else [])], environment)
     content = json.loads(report.read_text(encoding="utf-8"))
     accuracies = {f"accuracy/{name}": branch["top1"] for name, branch in content["branches"].items()}

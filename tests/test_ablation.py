@@ -72,7 +72,7 @@ def scripts(monkeypatch, broken) -> list[tuple[str, list[str]]]:
             branches = {"prediction": {"top1": right / 20}}
             if row == "published-batch-graph":
                 branches["graph"] = {"top1": 0.25 if "--shuffle" in flags else 0.875}
-            (folder / f"report{ending}.json").write_text(json.dumps({"branches": branches, "boxes": None}))
+            (folder / f"report{ending}.json").write_text(json.dumps({"epoch": 2, "branches": branches, "boxes": None}))
             rows = [f"/data/birds/{i}.jpg,a,b,{int(i < right)}\n" for i in range(20)]
             rows = rows[::-1] if "--shuffle" in flags else rows
             text = "picture,label,prediction,correct\n" + "".join(rows)
@@ -177,6 +177,30 @@ def test_runs_stored_without_test_figures_are_evaluated(scripts, tmp_path):
     sweep(tmp_path)
     sweep(tmp_path, "--test")
     assert len(scripts) == calls
+
+
+def test_a_report_of_an_earlier_epoch_is_not_taken(scripts, tmp_path):
+    """The run went on after somebody had evaluated it."""
+    sweep(tmp_path)
+    for report in (tmp_path / "cub-resnet-0").glob("*"):
+        assert report.name == "log.jsonl"
+    stale = {"epoch": 1, "branches": {"prediction": {"top1": 0.05}}, "boxes": None}
+    (tmp_path / "cub-resnet-0" / "report-last.json").write_text(json.dumps(stale))
+    results = sweep(tmp_path, "--test")
+    assert results[0]["test"] == {"accuracy/prediction": 0.5}
+
+
+def test_a_run_that_was_stopped_in_an_evaluation_has_the_speed_of_its_other_epochs(scripts, tmp_path):
+    """An epoch that only its evaluation was left of has no speed."""
+    sweep(tmp_path)
+    log = tmp_path / "cub-resnet-0" / "log.jsonl"
+    log.write_text(log.read_text().replace("9.0", "null", 1))
+    options, _ = ablation.parse_arguments(["--runs", str(tmp_path)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ablation, "script", lambda *arguments: None)
+        assert ablation.run("resnet", 0, sweep_rows.COMMON, options)["train_images_per_second"] == 9.0
+        log.write_text(log.read_text().replace("9.0", "null"))
+        assert ablation.run("resnet", 0, sweep_rows.COMMON, options)["train_images_per_second"] is None
 
 
 def test_lines_are_small_and_say_nothing_of_the_machine(scripts, tmp_path):
