@@ -114,7 +114,7 @@ def test_the_table_has_what_differs_and_the_figures(evaluated, capsys, evaluatio
 def test_text_and_markdown_end_with_the_paired_comparison(evaluated, form):
     text = compare([evaluated["mmal"], evaluated["resnet"], evaluated["mmal"] / "report-last.json"], form)
     lines = text.splitlines()
-    assert sum("points, 95 % interval" in line for line in lines) == 3
+    assert sum(" points, " in line for line in lines) == 3
     assert "folder-mmal-last against folder-mmal" in text
     if form == "markdown":
         table = [line for line in lines if line.startswith("|")]
@@ -242,10 +242,36 @@ def test_runs_are_paired_picture_by_picture():
     first = {str(n): n % 2 == 0 for n in range(40)}
     one, other = EvaluatedRun("A", {}, first), EvaluatedRun("B", {}, dict(reversed(first.items())))
     sentence = comparing._sentence(one, other)
-    assert sentence.startswith("B against A: +0.0 points, 95 % interval +0.0 to +0.0 (paired bootstrap of 40 images; 0")
-    assert sentence.endswith("only A)")  # an interval that ends at 0 says nothing
+    assert sentence == "B against A: +0.0 points, they are right on the same 20 of 40 images"
     better = comparing._sentence(one, EvaluatedRun("B", {}, dict.fromkeys(first, True)))
     assert better.endswith("only A); more than the choice of test images explains")
+    turned = {picture: not right if picture in set("0123") else right for picture, right in first.items()}
+    sentence = comparing._sentence(one, EvaluatedRun("B", {}, turned))
+    assert sentence.startswith("B against A: +0.0 points, 95 % interval -")
+    assert sentence.endswith("2 only B gets right, 2 only A)")  # an interval round 0 says nothing
+
+
+@pytest.mark.parametrize(("turned", "is_sure"), [(5, False), (6, True)])
+def test_few_images_that_differ_are_not_enough(turned, is_sure):
+    """The bootstrap never draws the other way where none went it; a fair coin falls five times alike in 1 of 16."""
+    first = {str(n): n >= turned for n in range(40)}
+    sentence = comparing._sentence(EvaluatedRun("A", {}, first), EvaluatedRun("B", {}, dict.fromkeys(first, True)))
+    assert sentence.endswith("explains") == is_sure
+    assert comparing.exact_probability(0, turned) == 2 / 2**turned
+
+
+def test_the_exact_probability_is_that_of_fair_coins():
+    assert comparing.exact_probability(3, 3) == comparing.exact_probability(0, 0) == 1
+    assert comparing.exact_probability(2, 8) == comparing.exact_probability(8, 2) == pytest.approx(0.109375)
+    assert comparing.exact_probability(1400, 1600) == pytest.approx(0.00028, abs=1e-5)
+
+
+def test_pictures_of_other_classes_are_not_paired():
+    """Two data sets that name their files alike."""
+    right = {"0.jpg": True, "1.jpg": False}
+    one = EvaluatedRun("A", {}, right, {"0.jpg": "ant", "1.jpg": "bee"})
+    other = EvaluatedRun("B", {}, right, {"0.jpg": "tram", "1.jpg": "bus"})
+    assert comparing._sentence(one, other).endswith("their images have other labels, so they cannot be paired")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import csv
 import io
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -62,6 +63,7 @@ class EvaluatedRun(NamedTuple):
     name: str
     report: Mapping
     correct: dict[str, bool] | None  # picture -> whether it was classified rightly; None without predictions.csv
+    labels: dict[str, str] | None = None  # picture -> the name of its class
 
 
 class PairedDifference(NamedTuple):
@@ -126,6 +128,16 @@ def paired_bootstrap(first: Sequence, second: Sequence, *, seed: int = 0) -> Pai
     return PairedDifference(images, difference, low, high, only_first, only_second)
 
 
+def exact_probability(only_first: int, only_second: int) -> float:
+    """Return how probable so uneven a split, or a more uneven one, of the images that one run alone gets right is where
+    both are as often right: of few such images, bootstrap intervals are too narrow.
+
+    McNemar, "Note on the sampling error of the difference between correlated proportions or percentages", 1947, exact.
+    """
+    differing, fewer = only_first + only_second, min(only_first, only_second)
+    return min(1.0, sum(math.comb(differing, n) for n in range(fewer + 1)) / 2 ** (differing - 1)) if differing else 1.0
+
+
 def _read_run(place: Path) -> EvaluatedRun:
     path = place / "report.json" if place.is_dir() or not place.suffix else place
     if path.suffix == ".pth":
@@ -151,12 +163,14 @@ def _read_run(place: Path) -> EvaluatedRun:
     if missing:
         raise ComparisonError(f"{path} is no whole report of test.py, it lacks {', '.join(missing)}: write it again")
     table = path.with_name(path.name.replace("report", "predictions", 1)).with_suffix(".csv")
-    correct = None
+    correct = labels = None
     if table.is_file():
         root = report["settings"].get("data_root")
-        correct = {_below(row["picture"], root): row["correct"] == "1" for row in read_predictions(table)}
+        rows = {_below(row["picture"], root): row for row in read_predictions(table)}
+        correct = {picture: row["correct"] == "1" for picture, row in rows.items()}
+        labels = {picture: row["label"] for picture, row in rows.items()}
     name = path.parent.name + path.stem.removeprefix("report")
-    return EvaluatedRun(name, report, correct)
+    return EvaluatedRun(name, report, correct, labels)
 
 
 def _below(picture: str, root: str | None) -> str:
@@ -219,9 +233,15 @@ def _sentence(one: EvaluatedRun, other: EvaluatedRun) -> str:
         return f"{other.name} against {one.name}: {missing} has no predictions.csv, evaluate it again to compare"
     if one.correct.keys() != other.correct.keys():
         return f"{other.name} against {one.name}: they were tested on different images, so they cannot be paired"
+    if one.labels != other.labels:
+        return f"{other.name} against {one.name}: their images have other labels, so they cannot be paired"
     pictures = list(one.correct)
     paired = paired_bootstrap([one.correct[p] for p in pictures], [other.correct[p] for p in pictures])
-    verdict = "" if paired.low <= 0 <= paired.high else "; more than the choice of test images explains"
+    if not paired.only_first + paired.only_second:
+        right = f"{sum(one.correct.values())} of {paired.images} images"
+        return f"{other.name} against {one.name}: +0.0 points, they are right on the same {right}"
+    is_sure = not paired.low <= 0 <= paired.high and exact_probability(paired.only_first, paired.only_second) < 0.05
+    verdict = "; more than the choice of test images explains" if is_sure else ""
     return (
         f"{other.name} against {one.name}: {100 * paired.difference:+.1f} points, 95 % interval "
         f"{100 * paired.low:+.1f} to {100 * paired.high:+.1f} (paired bootstrap of {paired.images} images; "
