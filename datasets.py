@@ -63,8 +63,9 @@ class Sample(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """B samples: images [B, 3, S, S] uint8, labels [B] int64, boxes [B, 4] float32 or None, paths.
+    """B samples: images [B, 3, S, S] uint8, labels [B] int64, boxes [B, 4] float32, paths.
 
+    boxes: NaN where an image has none; None where none of them has one.
     augmentation: [B, 16] float32, what is still to be done to the images (the boxes are those after it), or None.
     found_boxes: [B, 4] float32, those that the network has found, or None.
     """
@@ -75,6 +76,9 @@ class Batch(NamedTuple):
     paths: list[str]
     augmentation: Tensor | None = None
     found_boxes: Tensor | None = None
+
+
+UNKNOWN = torch.full((4,), torch.nan)  # the box of an image that has none among others that have
 
 
 class Pictures(Dataset[Sample]):
@@ -142,7 +146,7 @@ class Pictures(Dataset[Sample]):
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Stack samples into a batch; boxes and augmentation are None unless every sample has them."""
+    """Stack samples into a batch; augmentation and found boxes are None unless every sample has them."""
     images, labels, boxes, paths, augmentations, found = zip(*samples, strict=True)
     # In a worker, PyTorch's own function stacks straight into the memory that the batch is handed over in. It is
     # three times as fast where pixels stay in the order in which they are.
@@ -150,7 +154,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
     return Batch(
         images=images,
         labels=torch.tensor(labels),
-        boxes=None if any(box is None for box in boxes) else torch.stack(boxes),
+        boxes=None if all(box is None for box in boxes) else torch.stack([UNKNOWN if b is None else b for b in boxes]),
         paths=list(paths),
         augmentation=None if any(values is None for values in augmentations) else torch.stack(augmentations),
         found_boxes=None if any(box is None for box in found) else torch.stack(found),

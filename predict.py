@@ -36,6 +36,7 @@ from utils.reporting.exit_threshold import LEARNED, learned_threshold, threshold
 from utils.reporting.metrics import inclusive_to_edges
 from utils.reporting.panels import image_panel
 from utils.reporting.pictures import save_png
+from utils.reporting.results import refuse_nonfinite
 from utils.text import json_line, let_every_name_pass, one_line
 from utils.training.building import Trained, load_trained
 
@@ -117,7 +118,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not good:
             continue
         output, evidence = look_at(trained, collate(good).images, with_evidence=not options.no_drawings)
-        probabilities = network.predict_logits(output).float().softmax(dim=1)
+        logits = network.predict_logits(output)
+        refuse_nonfinite(logits.isfinite().all(dim=1), [s.path for s in good], "try an earlier checkpoint")
+        probabilities = logits.float().softmax(dim=1)
         values, labels = (t.tolist() for t in probabilities.topk(min(options.top, len(class_names)), dim=1))
         for index, sample in enumerate(good):
             names = [class_names[label] for label in labels[index]]

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -105,19 +105,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         **shared,
     )
 
+    results.check_finite()
+
     # Report.
     report = {
         "checkpoint": str(options.checkpoint),
         "epoch": saved["epoch"],
         "weights": options.weights,
+        "progress": saved.get("progress") and {name: saved["progress"][name] for name in ("epoch", "step")},
         "selected_on": saved["selected_on"],
-        "data": {"root": settings.data_root, "notes": list(data.notes)},
+        "best_epoch": saved.get("best", {}).get("epoch"),
+        "data": {"root": settings.data_root, "notes": list(data.notes), "trained_on": data.trained_on},
         "order": f"shuffled with seed {settings.seed}" if options.shuffle else listing_order(listed),
         "prediction": ensembled_text(network, views, options.views),
         "ensemble_weights": weights_of_branches(network),
         "views": views,
         **results.report(class_names),
-        "boxes": {n.removeprefix("box_iou/"): v for n, v in figures.items() if n.startswith("box_iou/")} or None,
+        "boxes": figures_of_boxes(figures, results),
         "images_per_second": figures["images_per_second"],
         "settings": dataclasses.asdict(settings),
     }
@@ -196,6 +200,13 @@ def rebuild_published(path: Path, content: dict, overrides: dict, more: Sequence
     network = build_from_settings(settings, len(catalogue.class_names), load_weights=False)
     load_published(network, path, content)
     return make_ready(network, settings, saved), Evaluated(catalogue.test)
+
+
+def figures_of_boxes(figures: Mapping[str, float], results: ResultCollector) -> dict[str, float] | None:
+    """Return those of the images that have a true box, with their number where they are not all."""
+    named = {n.removeprefix("box_iou/"): value for n, value in figures.items() if n.startswith("box_iou/")}
+    measured = 0 if results.overlaps() is None else len(results.overlaps())
+    return named | ({"images": measured} if 0 < measured < len(results.paths) else {}) or None
 
 
 def shuffled(entries: Sequence[Entry], seed: int) -> list[Entry]:

@@ -223,7 +223,9 @@ def test_loader(workers: int, rectangle: Entry) -> None:
 def test_collate_without_boxes(rectangle: Entry) -> None:
     pictures = Pictures([rectangle, rectangle._replace(box=None)], image_size=32)
     assert datasets.collate([pictures[0], pictures[0]]).boxes.shape == (2, 4)
-    assert datasets.collate([pictures[0], pictures[1]]).boxes is None
+    assert datasets.collate([pictures[1], pictures[1]]).boxes is None
+    mixed = datasets.collate([pictures[1], pictures[0]]).boxes
+    assert mixed[0].isnan().all() and torch.equal(mixed[1], pictures[0].box)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

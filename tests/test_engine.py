@@ -559,6 +559,18 @@ def test_branches_that_only_serve_training_are_not_evaluated_unless_asked_for():
     assert figures["loss/total"] == pytest.approx(figures["loss/raw"] + 0.5 * figures["loss/object"])
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
+def test_the_overlap_is_that_of_images_with_a_true_box_however_they_are_batched(batch_size):
+    samples = make_samples(8)
+    some = [sample._replace(box=None) if index in (2, 3, 6) else sample for index, sample in enumerate(samples)]
+    known = [sample for sample in some if sample.box is not None]
+    figures, expected = (_evaluate(make_network(), make_loader(s, batch_size=batch_size)) for s in (some, known))
+    assert figures["images"] == 8 and expected["images"] == 5
+    for name in ("box_iou/mean", "box_iou/share_at_0.5"):
+        assert figures[name] == pytest.approx(expected[name], rel=1e-6)
+    assert expected["box_iou/mean"] > 0
+
+
 @pytest.mark.parametrize(("network_boxes", "true_boxes"), [(False, True), (True, False), (False, False)])
 def test_no_overlap_without_both_boxes(network_boxes, true_boxes):
     network = make_network(boxes=network_boxes)

@@ -93,7 +93,10 @@ def test_of_changed_data_nothing_is_evaluated_that_was_learnt_from(files, record
     assert [entry.source.name for entry in chosen.entries] == ["07.png", "08.png", "09.png", "06.png"]
     assert "3 images are left out" in chosen.notes[-1]
     assert "--include_trained" in chosen.notes[-1]
-    assert len(choose(record, own, include_trained=True).entries) == 7
+    assert chosen.trained_on == 0
+    asked = choose(record, own, include_trained=True)
+    assert (len(asked.entries), asked.trained_on) == (7, 3)
+    assert asked.notes[-1].startswith("3 of 7 images are ones that the run was trained on or chose its best epoch by")
     assert len(choose(record, own, selected_on_test=True).entries) == 5
 
 

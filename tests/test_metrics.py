@@ -73,6 +73,12 @@ def test_iou_of_boxes_without_area_is_zero():
     assert paired_box_iou(points[:0], others[:0]).shape == (0,)
 
 
+def test_iou_with_a_box_that_is_not_known_is_none():
+    boxes, unknown = torch.tensor([[0.0, 0, 4, 4], [0.0, 0, 4, 4]]), torch.tensor([[torch.nan] * 4, [0.0, 0, 4, 2]])
+    assert paired_box_iou(boxes, unknown)[0].isnan() and paired_box_iou(unknown, boxes)[0].isnan()
+    assert paired_box_iou(boxes, unknown)[1] == 0.5
+
+
 def test_an_overlap_of_just_a_half_counts():
     meter = EpochMeter(torch.device("cpu"))
     boxes, halves = torch.tensor([[0.0, 0, 10, 10]]), torch.tensor([[0.0, 0, 10, 5]])

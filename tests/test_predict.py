@@ -261,7 +261,8 @@ def test_drawings_show_what_there_is(model, size, checkpoints):
 def test_checkpoints_are_planned_for_the_epoch_they_were_saved_in(checkpoints, tmp_path):
     content = load_checkpoint(checkpoints / "sgkrl.pth")
     content["settings"]["options"]["mask_from_epoch"] = 3
-    for epoch, progress, masked in ((2, None, False), (3, None, True), (2, {"epoch": 3}, True)):
+    within = {"epoch": 3, "step": 1, "learning_rate": 0.1, "meter": {"images": 4, "sums": {}, "counts": {}}}
+    for epoch, progress, masked in ((2, None, False), (3, None, True), (2, within, True)):
         save_checkpoint(tmp_path / "last.pth", content | {"epoch": epoch, "progress": progress})
         trained = load_trained(tmp_path / "last.pth", config.rebuilt, data_root=".")
         assert trained.plan.mask_background is masked

@@ -14,7 +14,7 @@ import torch
 
 from utils.reporting.confusions import confusion_matrix
 from utils.reporting.metrics import calibration
-from utils.reporting.report import Mistake, write_report
+from utils.reporting.report import Mistake, epoch_of, write_report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 HOSTILE = "</script><script>document.title='taken'</script><img src=http://example.org/x onerror=alert(1)>\"'&"
@@ -35,7 +35,10 @@ def made_up_report(folder: Path, classes: int = 200) -> tuple[Path, list[str], t
     report = {
         "checkpoint": f"checkpoint/{HOSTILE}/best.pth",
         "epoch": 3,
+        "progress": None,
+        "best_epoch": 3,
         "selected_on": "60 validation images",
+        "data": {"root": "birds", "notes": [f"5 images of {HOSTILE} are left out"], "trained_on": 0},
         "prediction": "mean probability of raw, object",
         "images": len(labels),
         "branches": {"prediction": values, "raw": values | {"top1": 0.25}, "object": values | {"top1": 0.125}},
@@ -127,7 +130,10 @@ def test_a_system_without_boxes_or_mistakes_has_a_page_too(tmp_path, boxes):
     report = {
         "checkpoint": "best.pth",
         "epoch": 1,
+        "progress": None,
+        "best_epoch": None,
         "selected_on": "x",
+        "data": {"root": None, "notes": [], "trained_on": 0},
         "prediction": "raw",
         "images": 4,
         "branches": {
@@ -145,6 +151,8 @@ def test_a_system_without_boxes_or_mistakes_has_a_page_too(tmp_path, boxes):
     write_report(tmp_path / "report.html", report, class_names=["a", "b"], matrix=matrix)
     text = (tmp_path / "report.html").read_text("utf-8")
     assert "No test image was classified wrongly" in text
+    assert "epoch 1, chosen by x" in text
+    assert "top-5" not in text  # of two classes
     assert "mean accuracy of the classes<" in text
     assert "nothing to measure" in text
 
@@ -241,3 +249,24 @@ def test_in_a_browser_nothing_fails_tables_sort_and_pictures_load(page, tmp_path
     assert seen["cell"] == f"class 7 taken for class 7: {matrix[7, 7]} of 5"
     assert seen["width"] == pytest.approx(seen["height"])
     assert seen["width"] >= 3 * 200  # pixels: a cell can be pointed at
+
+
+@pytest.mark.parametrize(
+    ("report", "sentence"),
+    [
+        ({"epoch": 3, "best_epoch": 3}, "epoch 3, chosen by x"),
+        ({"epoch": 3, "best_epoch": None, "weights": "ema"}, "epoch 3, averaged weights, chosen by x"),  # of others
+        ({"epoch": 5, "best_epoch": 3}, "epoch 5, not the best epoch, 3, which was chosen by x"),
+        (
+            {"epoch": 5, "best_epoch": 5, "progress": {"epoch": 6, "step": 40}},
+            "step 40 of epoch 6, not the best epoch, 5, which was chosen by x",
+        ),
+        (
+            {"epoch": 0, "best_epoch": 0, "progress": {"epoch": 1, "step": 40}},
+            "step 40 of epoch 1, before any epoch was evaluated",
+        ),
+    ],
+    ids=str,
+)
+def test_only_the_best_epoch_was_chosen(report, sentence):
+    assert epoch_of({"progress": None, "selected_on": "x"} | report) == sentence

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from networks.outputs import NetworkOutput
+from utils.errors import UserError
 from utils.reporting.results import ResultCollector
 
 
@@ -41,3 +42,39 @@ def test_the_surest_mistakes_come_first() -> None:
     assert [(position, label) for position, label, _ in mistakes] == [(1, 0), (0, 0)]
     assert mistakes[0][2] > mistakes[1][2]
     assert collected().surest_mistakes(1) == mistakes[:1]
+
+
+def add_batch(collector: ResultCollector, logits: torch.Tensor, boxes: torch.Tensor | None, paths: list[str]) -> None:
+    batch = SimpleNamespace(
+        labels=torch.zeros(len(paths), dtype=torch.int64), boxes=boxes, images=torch.zeros(1, 3, 32, 32), paths=paths
+    )
+    found = torch.tensor([[0.0, 0, 15, 31]]).expand(len(paths), 4)
+    collector(batch, NetworkOutput({"raw": logits}, found), logits)
+
+
+def test_images_without_a_true_box_are_left_out_of_its_figures_alone(tmp_path) -> None:
+    """Some in a batch with others that have one, and a batch of which none has."""
+    collector, known = ResultCollector(32), [0.0, 0, 32, 32]
+    add_batch(collector, torch.rand(2, 3), torch.tensor([[torch.nan] * 4, known]), ["a", "b"])
+    add_batch(collector, torch.rand(1, 3), None, ["c"])
+    add_batch(collector, torch.rand(1, 3), torch.tensor([[0.0, 0, 16, 32]]), ["d"])
+    assert collector.overlaps().tolist() == [0.5, 1.0]
+    collector.write(tmp_path / "predictions.csv", ["x", "y", "z"])
+    lines = (tmp_path / "predictions.csv").read_text().splitlines()
+    assert [line.rpartition(",")[2] for line in lines] == ["box_iou", "", "0.5000", "", "1.0000"]
+    without = ResultCollector(32)
+    add_batch(without, torch.rand(1, 3), None, ["c"])
+    assert without.overlaps() is None and "box_iou" not in without.values()
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf, -torch.inf])
+def test_logits_that_are_not_finite_are_no_result(broken) -> None:
+    """Of the prediction or of another branch; the first such image is named."""
+    collector = ResultCollector(32)
+    add_batch(collector, torch.rand(2, 3), None, ["a", "b"])
+    collector.check_finite()
+    logits = torch.rand(3, 3)
+    logits[1, 2] = logits[2, 0] = broken
+    add_batch(collector, logits, None, ["c", "d", "e"])
+    with pytest.raises(UserError, match="logits of 2 of 5 images are not finite, the first is d: try --precision"):
+        collector.check_finite()

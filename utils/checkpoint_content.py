@@ -104,6 +104,8 @@ OPTIONAL = {
     ),
     "found_boxes": Entry(_are_found_boxes, "boxes of the run's pictures"),
     "loss_scale": Entry(_is_loss_scale, "the scale of a loss in fp16"),
+    # what test.py says of the epoch
+    **{name: TRAINING[name] for name in ("best", "progress")},
     "exit_threshold": Entry(_are_thresholds, "probabilities from 0 to 1 for the weights plain and ema"),
 }
 

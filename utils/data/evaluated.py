@@ -24,12 +24,14 @@ class Evaluated(NamedTuple):
     selection: finds the run's images that chose its best epoch, as they are in the data; None: not known.
     own: whether it is the run's own data, perhaps with changes, and not another tree.
     notes: what a user should know, a sentence each.
+    trained_on: how many of the entries the run has learnt from or chosen its best epoch by, where they were asked for.
     """
 
     entries: list[Entry]
     selection: Callable[[], list[Entry]] | None = None
     own: bool = True
     notes: tuple[str, ...] = ()
+    trained_on: int = 0
 
 
 class Labelled(NamedTuple):
@@ -85,12 +87,14 @@ def choose_evaluated(
         notes.append("every labelled image is evaluated, as these are not the data of the run")
     entries, said = _of_known_classes(labelled, class_names)
     notes += said
-    if record is not None and not include_trained:
-        entries, said = _not_seen(entries, record.seen(selection=not selected_on_test))
-        notes += said
+    met = 0
+    if record is not None:
+        unseen, seen = _by_whether_seen(entries, record.seen(selection=not selected_on_test))
+        notes += _said_of_seen(seen, len(entries), included=include_trained)
+        entries, met = (entries, len(seen)) if include_trained else (unseen, 0)
     if not entries:
         raise DataError(f"there is no image to evaluate: {'; '.join(notes)}")
-    return Evaluated(entries, selection, selection is not None, tuple(notes))
+    return Evaluated(entries, selection, selection is not None, tuple(notes), met)
 
 
 def _unrecorded(asked: bool, as_many: bool) -> tuple[str, ...]:
@@ -164,17 +168,26 @@ def _of_known_classes(labelled: Labelled, class_names: Sequence[str]) -> tuple[l
     return entries, said
 
 
-def _not_seen(entries: list[Entry], seen: set[str]) -> tuple[list[Entry], list[str]]:
+def _by_whether_seen(entries: list[Entry], seen: set[str]) -> tuple[list[Entry], list[Entry]]:
+    """Return the pictures whose content is not among what was seen, and the others."""
     contents = content_hashes([entry.source for entry in entries])
-    left_out = [entry for entry in entries if contents[entry.source] in seen]
-    if not left_out:
-        return entries, []
-    first = one_line(str(left_out[0].source))
-    sentence = (
-        f"{len(left_out)} images are left out, as the run was trained on them or chose its best epoch by them, the "
+    unseen = [entry for entry in entries if contents[entry.source] not in seen]
+    return unseen, [entry for entry in entries if contents[entry.source] in seen]
+
+
+def _said_of_seen(seen: Sequence[Entry], images: int, *, included: bool) -> list[str]:
+    if not seen:
+        return []
+    first = one_line(str(seen[0].source))
+    if included:
+        return [
+            f"{len(seen)} of {images} images are ones that the run was trained on or chose its best epoch by, the "
+            f"first is {first}: figures of them are optimistic (--include_trained asked for them)"
+        ]
+    return [
+        f"{len(seen)} images are left out, as the run was trained on them or chose its best epoch by them, the "
         f"first is {first} (--include_trained evaluates them, too)"
-    )
-    return [entry for entry in entries if contents[entry.source] not in seen], [sentence]
+    ]
 
 
 def _first(names: Sequence[str]) -> str:

@@ -48,7 +48,8 @@ def inclusive_to_edges(boxes: Tensor) -> Tensor:
 def paired_box_iou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
     """Intersection over union [B] of box i of one set with box i of the other; both [B, 4], continuous edges.
 
-    Two boxes without area have an overlap of 0. A box with its edges swapped counts as one without area.
+    Two boxes without area have an overlap of 0. A box with its edges swapped counts as one without area. NaN where one
+    of them is not known (NaN).
     """
     boxes_a, boxes_b = boxes_a.float(), boxes_b.float()
     top_left = torch.maximum(boxes_a[:, :2], boxes_b[:, :2])
@@ -56,7 +57,18 @@ def paired_box_iou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
     intersection = (bottom_right - top_left).clamp(min=0).prod(dim=1)
     area_a, area_b = ((boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(dim=1) for boxes in (boxes_a, boxes_b))
     union = area_a + area_b - intersection
-    return torch.where(union > 0, intersection / union, 0.0)
+    return torch.where(union.isnan(), union, torch.where(union > 0, intersection / union, 0.0))
+
+
+def of_known(true_boxes: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """Return those true boxes [K, 4] of [B, 4], on the CPU, that are known (not NaN), and the `boxes` [K, 4] of these.
+
+    It is decided on the CPU, so that no GPU is waited for.
+    """
+    known = true_boxes[:, 0].isfinite().nonzero().flatten()
+    if len(known) == len(true_boxes):
+        return true_boxes, boxes
+    return true_boxes[known], boxes[known.to(boxes.device, non_blocking=True)]
 
 
 def topk_correct(logits: Tensor, labels: Tensor, k: int) -> Tensor:
@@ -112,8 +124,8 @@ class EpochMeter:
             labels: [B] int64, or shares of the classes [B, C]: right is then what share the predicted class has.
             losses: term -> scalar, the mean over this batch; weighted by B, so a small last batch counts for less.
             logits: branch -> [B, C], or [B, N, C] for several windows, which predict together by their mean.
-            boxes, true_boxes: [B, 4] in continuous edges and in the same pixels (see `inclusive_to_edges`), or None;
-                the overlap is measured where both are there.
+            boxes, true_boxes: [K, 4] in continuous edges and in the same pixels (see `inclusive_to_edges`), of the
+                images whose true box is known, or None; the overlap is measured where both are there.
             images: how many images are new with it; None: all B.
         """
         batch_size = labels.shape[0]
@@ -126,8 +138,8 @@ class EpochMeter:
             self._add(f"accuracy/{branch}", right.sum(), batch_size)
         if boxes is not None and true_boxes is not None:
             overlap = paired_box_iou(boxes, true_boxes)
-            self._add("box_iou/mean", overlap.to(self.precision).sum(), batch_size)
-            self._add("box_iou/share_at_0.5", (overlap >= 0.5).sum(), batch_size)
+            self._add("box_iou/mean", overlap.to(self.precision).sum(), len(overlap))
+            self._add("box_iou/share_at_0.5", (overlap >= 0.5).sum(), len(overlap))
 
     def _add(self, name: str, value: Tensor, count: int) -> None:
         value = value.detach().to(self.device, self.precision)

@@ -51,7 +51,7 @@ def localization_panel(
         images: uint8 [B, 3, H, W].
         object_boxes: [B, 4] inclusive pixels (x0, y0, x1, y1) of `images`.
         masks: [B, g, g] bool, True where kept; the cells of a grid over the picture.
-        true_boxes: [B, 4] continuous edges in pixels of `images`.
+        true_boxes: [B, 4] continuous edges in pixels of `images`, NaN where one is not known.
         crops: uint8 [B, 3, S, T], the object's crop enlarged.
         window_boxes: [B, N, 4] inclusive pixels of `crops`, or [N, 4] of each picture, None of one without; the legend
             calls them `windows`.
@@ -74,7 +74,7 @@ def localization_panel(
                 image,
                 object_box=_item(object_boxes, index),
                 mask=_item(masks, index),
-                true_box=_item(true_boxes, index),
+                true_box=_known(_item(true_boxes, index)),
                 height=tile_height,
             )
         ]
@@ -123,7 +123,7 @@ def prediction_panel(
         mask: [g, g] bool, True where kept.
         window_boxes: [N, 4] inclusive pixels of the object's crop, input_size x input_size.
         part_boxes: [N, 4] inclusive pixels, for systems without a crop; they may reach beyond the picture.
-        true_box: [4] continuous edges.
+        true_box: [4] continuous edges, NaN where it is not known.
         true_name: makes the caption green or red.
         height: of the drawings in pixels.
 
@@ -138,6 +138,7 @@ def prediction_panel(
     draw = ImageDraw.Draw(tile)
     if object_box is not None:
         draw_box(draw, fit_into(box_edges(object_box) * to_tile, tile), PREDICTED_BOX)
+    true_box = _known(true_box)
     if true_box is not None:
         draw_dashed_box(draw, fit_into(true_box.float().cpu() * to_tile, tile), TRUE_BOX)
     if part_boxes is not None:
@@ -184,6 +185,10 @@ def save_png(path: str | Path, image: Tensor) -> None:
 
 def _item(values: Sequence[Tensor | None] | Tensor | None, index: int) -> Tensor | None:
     return None if values is None or values[index] is None else values[index].detach().cpu()
+
+
+def _known(box: Tensor | None) -> Tensor | None:
+    return None if box is None or box.isnan().any() else box
 
 
 def _scaled(image: Tensor, height: int) -> tuple[Image.Image, float]:

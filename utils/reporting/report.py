@@ -42,7 +42,7 @@ def write_report(
         mistakes: the surest wrong predictions, the surest first.
     """
     sections = [
-        ("Accuracy", accuracy_section(report)),
+        ("Accuracy", accuracy_section(report, top5=tells_top5(report))),
         ("Surest mistakes", mistakes_section(mistakes)),
         ("Confusions", confusions_section(matrix, class_names)),
         ("Classes", classes_section(matrix, class_names)),
@@ -57,7 +57,8 @@ def write_report(
         for i, (title, content) in zip(identifiers, sections, strict=True)
     )
     title = escape(str(report["checkpoint"]))
-    subtitle = escape(f"{epoch_of(report)}, chosen by {report['selected_on']}; prediction: {report['prediction']}")
+    subtitle = escape(f"{epoch_of(report)}; prediction: {report['prediction']}")
+    notes = "".join(f"<p>{escape(note[:1].upper() + note[1:])}.</p>" for note in report["data"]["notes"])
     # The policy keeps the page to itself whatever a class is called.
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
     page = (
@@ -65,15 +66,25 @@ def write_report(
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{title}</title><style>{STYLE}</style></head><body><header><h1>{title}</h1><p>{subtitle}</p>"
-        f"{_tiles(report)}<nav>{links}</nav></header><main>{body}</main><script>{SCRIPT}</script></body></html>\n"
+        f"{notes}{_tiles(report)}<nav>{links}</nav></header><main>{body}</main><script>{SCRIPT}</script></body></html>\n"
     )
     write_text(path, page)
 
 
 def epoch_of(report: Mapping) -> str:
-    """Say which epoch was evaluated and, of a run that averaged its weights, with which of them."""
+    """Say which epoch was evaluated, of a run that averaged its weights with which of them, and what chose it."""
     weights = {"ema": ", averaged weights", "plain": ", weights that are not averaged"}
-    return f"epoch {report['epoch']}{weights.get(report.get('weights'), '')}"
+    progress, best = report["progress"], report["best_epoch"]
+    epoch = f"epoch {report['epoch']}" if progress is None else f"step {progress['step']} of epoch {progress['epoch']}"
+    chosen = f"chosen by {report['selected_on']}"
+    if progress is not None or best not in (None, report["epoch"]):
+        chosen = f"not the best epoch, {best}, which was {chosen}" if best else "before any epoch was evaluated"
+    return f"{epoch}{weights.get(report.get('weights'), '')}, {chosen}"
+
+
+def tells_top5(report: Mapping) -> bool:
+    """Whether the five likeliest classes are not all that there are."""
+    return report["classes"] > 5
 
 
 def of_classes_with_images(report: Mapping) -> str:

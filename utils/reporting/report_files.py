@@ -27,8 +27,9 @@ def ending_of(options: argparse.Namespace, all_views: Sequence[str]) -> str:
     views = "".join(f"-{view}" for view in all_views if view in (options.views or ()))
     early = options.exit_threshold not in (None, 1)  # a number, or how it was learnt
     exits = "-exit_curve" if options.exit_curve else f"-exit_{options.exit_threshold}" if early else ""
+    trained = "-include_trained" if options.include_trained else ""
     shuffled = "-shuffled" if options.shuffle else ""
-    return ("" if stem == "best" else f"-{stem}") + plain + ensembling + views + exits + shuffled
+    return ("" if stem == "best" else f"-{stem}") + plain + ensembling + views + exits + trained + shuffled
 
 
 def folder_of_report(options: argparse.Namespace, settings: Any, data: Evaluated) -> Path:
@@ -62,7 +63,7 @@ def write_files(
         report,
         class_names=class_names,
         matrix=matrix,
-        overlaps=values.get("box_iou"),
+        overlaps=results.overlaps(),
         mistakes=mistakes,
     )
     save_png(folder / "pictures" / f"test{ending}.png", panel)  # last: it is the one that can be done without

@@ -29,15 +29,16 @@ class Mistake(NamedTuple):
     probability: float
 
 
-def accuracy_section(report: Mapping) -> str:
-    rows = []
+def accuracy_section(report: Mapping, *, top5: bool) -> str:
+    rows, ranks = [], ("top1", "top5") if top5 else ("top1",)
     for name, values in report["branches"].items():
         cells = [(escape(name), name)]
-        for k in ("top1", "top5"):
+        for k in ranks:
             low, high = values[f"{k}_interval_95"]
             cells += [(bar(values[k]), values[k]), (f"{low:.1%} to {high:.1%}", low)]
         rows.append(cells)
-    return table(["branch", "top-1", "95 % interval", "top-5", "95 % interval"], rows) + (
+    titles = [title for k in ranks for title in (f"top-{k[-1]}", "95 % interval")]
+    return table(["branch", *titles], rows) + (
         "<p>The prediction is what counts; the branches show which part helps. Intervals are Wilson's.</p>"
     )
 
@@ -138,7 +139,7 @@ def localization_section(report: Mapping, overlaps: Tensor | None) -> str:
     bars = [(n / IOU_BINS, (n + 1) / IOU_BINS, count, count >= 0) for n, count in enumerate(counts)]
     text = (
         f"Overlap (intersection over union) of the predicted with the true box: mean {report['boxes']['mean']:.3f}, "
-        f"0.5 or more for {report['boxes']['share_at_0.5']:.1%} of the images."
+        f"0.5 or more for {report['boxes']['share_at_0.5']:.1%} of the {len(overlaps)} images that have a true one."
     )
     highest = max(counts)
     shapes = "".join(

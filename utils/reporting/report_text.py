@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from networks.outputs import ENSEMBLINGS
 from networks.system import System
-from utils.reporting.report import epoch_of, of_classes_with_images, order_where_it_matters
+from utils.reporting.report import epoch_of, of_classes_with_images, order_where_it_matters, tells_top5
 
 
 def weights_of_branches(network: System) -> dict[str, float] | None:
@@ -28,21 +28,22 @@ def ensembled_text(network: System, views: int, names: Sequence[str] | None) -> 
 def as_text(report: dict) -> str:
     """Return a report's figures as test.py prints them."""
     lines = [
-        f"{report['images']} test images{order_where_it_matters(report)}, {epoch_of(report)}, chosen by "
-        f"{report['selected_on']}",
+        f"{report['images']} test images{order_where_it_matters(report)}, {epoch_of(report)}",
         f"prediction: {report['prediction']}",
         "",
-        f"{'branch':<10}{'top-1':>8}   95 % interval    {'top-5':>8}",
+        f"{'branch':<10}{'top-1':>8}   95 % interval" + (f"    {'top-5':>8}" if tells_top5(report) else ""),
     ]
     for name, values in report["branches"].items():
         low, high = values["top1_interval_95"]
-        lines.append(f"{name:<10}{values['top1']:>8.1%}   {low:.1%} to {high:.1%}  {values['top5']:>8.1%}")
+        top5 = f"  {values['top5']:>8.1%}" if tells_top5(report) else ""
+        lines.append(f"{name:<10}{values['top1']:>8.1%}   {low:.1%} to {high:.1%}{top5}")
     mean = report["mean_per_class_accuracy"]
     lines += ["", f"mean per-class accuracy of the prediction: {mean:.1%}{of_classes_with_images(report)}"]
     lines.append(f"expected calibration error of the prediction: {report['calibration']['expected_error']:.1%}")
     if report["boxes"]:
         boxes = report["boxes"]
-        lines.append(f"object boxes: IoU >= 0.5 for {boxes['share_at_0.5']:.1%}, mean IoU {boxes['mean']:.3f}")
+        of = f" ({boxes['images']} images have a true one)" if "images" in boxes else ""
+        lines.append(f"object boxes{of}: IoU >= 0.5 for {boxes['share_at_0.5']:.1%}, mean IoU {boxes['mean']:.3f}")
     lines.append(f"{report['images_per_second']:.1f} images/s")
     if report["worst_confusions"]:
         lines += ["", "most frequent confusions:"]

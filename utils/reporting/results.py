@@ -21,7 +21,7 @@ from utils.reporting.confusions import (
     worst_confusions,
 )
 from utils.reporting.metrics import calibration, inclusive_to_edges, paired_box_iou, topk_correct, wilson_interval
-from utils.text import cell
+from utils.text import cell, one_line
 
 
 class ResultCollector:
@@ -46,27 +46,44 @@ class ResultCollector:
         predictions = prediction.argmax(dim=1)  # not of the probabilities, which may be equal where logits are not
         probabilities = prediction.float().softmax(dim=1).gather(1, predictions[:, None]).squeeze(1)
         values = {"label": labels, "prediction": predictions, "probability": probabilities}
+        finite = torch.ones_like(labels, dtype=torch.bool)
         for name, logits in {"prediction": prediction, **output.logits}.items():
             if name in self.leave_out:
                 continue
             logits = logits.mean(dim=1) if logits.ndim == 3 else logits
+            finite = finite & logits.isfinite().all(dim=1)
             values[f"top1/{name}"] = topk_correct(logits, labels, 1)
             values[f"top5/{name}"] = topk_correct(logits, labels, 5)
             if self.keep_logits:
                 self._logits.setdefault(name, []).append(logits.float().cpu())  # they may be too many for a GPU
-        if batch.boxes is not None and output.object_boxes is not None:
+        if output.object_boxes is not None:
+            true_boxes = torch.full((len(labels), 4), torch.nan) if batch.boxes is None else batch.boxes
+            true_boxes = true_boxes.to(prediction.device, non_blocking=True)
             scale = self.input_size / batch.images.shape[-1]
-            true_boxes = batch.boxes.to(prediction.device, non_blocking=True) * scale
-            values["box_iou"] = paired_box_iou(inclusive_to_edges(output.object_boxes), true_boxes)
-        for name, value in values.items():
+            values["box_iou"] = paired_box_iou(inclusive_to_edges(output.object_boxes), true_boxes * scale)
+        for name, value in (values | {"finite": finite}).items():
             self._batches.setdefault(name, []).append(value)
         self.paths += batch.paths
 
+    def check_finite(self) -> None:
+        """Raise UserError where logits are not finite, of which no figure would be right."""
+        finite = torch.cat(self._batches["finite"])
+        refuse_nonfinite(finite, self.paths, "try --precision float32, or an earlier checkpoint")
+
     def values(self) -> dict[str, Tensor]:
-        """Return [images] tensors: label, prediction, probability, `top1/<branch>`, `top5/<branch>` and box_iou."""
+        """Return [images] tensors: label, prediction, probability, `top1/<branch>`, `top5/<branch>` and box_iou.
+
+        The last is NaN for an image without a true box, and left out where none has one.
+        """
         values = {name: torch.cat(batches).cpu() for name, batches in self._batches.items()}
-        # batches without a box for every image have none: the rest would stand beside the wrong images
-        return {name: value for name, value in values.items() if len(value) == len(self.paths)}
+        if "box_iou" in values and values["box_iou"].isnan().all():
+            del values["box_iou"]
+        return values
+
+    def overlaps(self) -> Tensor | None:
+        """Return the overlap of predicted and true boxes of those images that have a true one; None where none has."""
+        values = self.values().get("box_iou")
+        return None if values is None else values[values.isfinite()]
 
     def report(self, class_names: Sequence[str]) -> dict[str, object]:
         """Return accuracies with 95 % intervals, and the prediction's confusions and calibration."""
@@ -115,7 +132,7 @@ class ResultCollector:
             row = [cell(picture), *(cell(class_names[values[name][index]]) for name in ("label", "prediction"))]
             row.append(f"{values['probability'][index]:.6f}")
             row += [int(values[name][index]) for name in branches]
-            row += [f"{values[name][index]:.4f}" for name in overlap]
+            row += ["" if values[name][index].isnan() else f"{values[name][index]:.4f}" for name in overlap]
             table.writerow(row)
         write_text(path, text.getvalue())
 
@@ -128,6 +145,16 @@ class ResultCollector:
         about = {"pictures": self.paths, "labels": self.values()["label"].numpy(), "class_names": class_names}
         with written_whole(path) as file:
             numpy.savez(file, **{name: numpy.asarray(value) for name, value in (about | logits).items()})
+
+
+def refuse_nonfinite(finite: Tensor, paths: Sequence[str], what_to_do: str) -> None:
+    """Raise UserError unless all of `finite` [images] hold: whether the logits of the images are."""
+    first = finite.logical_not().nonzero().flatten().tolist()
+    if first:
+        raise UserError(
+            f"the network's logits of {len(first)} of {len(paths)} images are not finite, the first is "
+            f"{one_line(paths[first[0]])}: {what_to_do}"
+        )
 
 
 def read_predictions(path: Path) -> list[Mapping[str, str]]:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from networks.outputs import NetworkOutput
-from utils.reporting.metrics import EpochMeter, inclusive_to_edges
+from utils.reporting.metrics import EpochMeter, inclusive_to_edges, of_known
 from utils.training.distributed import evaluation_network, is_main, unwrap
 from utils.training.ensemble import EnsembleLearning
 from utils.training.execution import Execution
@@ -163,9 +163,11 @@ def evaluate(
         losses = plan.with_total(system.losses(output, labels, label_smoothing=label_smoothing))
         boxes = None if output.object_boxes is None else inclusive_to_edges(output.object_boxes)
         true_boxes = None
-        if batch.boxes is not None:  # in pixels of the loaded picture; the network's boxes are in input_size pixels
+        if batch.boxes is not None and boxes is not None:
+            # in pixels of the loaded picture; the network's boxes are in input_size pixels
             scale = system.input_size / batch.images.shape[-1]
-            true_boxes = batch.boxes.to(execution.device, non_blocking=True) * scale
+            true_boxes, boxes = of_known(batch.boxes, boxes)
+            true_boxes = true_boxes.to(execution.device, non_blocking=True) * scale
         meter.update(
             labels,
             losses=losses,
