@@ -23,7 +23,7 @@ from utils.command_line import Parser, named
 from utils.config_slips import config_as_edited
 from utils.data.image_batches import NORMALIZATIONS
 from utils.errors import UserError, exit_with_one_sentence
-from utils.files import written_whole
+from utils.files import make_folder_of, written_whole
 from utils.reporting.metrics import inclusive_to_edges
 from utils.training.building import load_trained
 
@@ -82,12 +82,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     # In float32 and plainly laid out: what runs the file chooses its own way to compute.
     plain = {"device": options.device, "precision": "float32", "channels_last": False, "compile": False}
-    places = {"data_root": ".", "checkpoint_dir": "."}
-    trained = load_trained(options.checkpoint, rebuilt, weights=options.weights, **places, **plain)
+    trained = load_trained(options.checkpoint, rebuilt, weights=options.weights, data_root=".", **plain)
+    make_folder_of(options.out)  # before the long work
     normalization = trained.settings.normalization
     pipeline = Pipeline(trained.network, mask_background=trained.plan.mask_background, normalization=normalization)
     pipeline = pipeline.eval().to(trained.execution.device)
     facts = {"class_names": trained.saved["class_names"], **loading_of(trained.settings)}
+    facts["device"] = trained.execution.device.type
     # In memory first: PyTorch's writer ends the whole program where the disk is full.
     content = io.BytesIO()
     if options.out.suffix == ".pt2":
@@ -95,12 +96,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.export.save(program, content, extra_files={"facts.json": json.dumps(facts)})
     else:
         save_onnx(pipeline, content, facts)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(options.out) as file:
         file.write(content.getbuffer())
-    size = facts["image_size"]
+    size, place = facts["image_size"], "" if facts["device"] == "cpu" else f" on {facts['device']}"
     print(
-        f"{options.out}: {options.out.stat().st_size / 2**20:.0f} MB, takes RGB images [B, 3, {size}, {size}] uint8, "
+        f"{options.out}: {options.out.stat().st_size / 2**20:.0f} MB, takes RGB images [B, 3, {size}, {size}] uint8"
+        f"{place}, "
         f"gives probabilities of {len(facts['class_names'])} classes"
     )
 

@@ -12,7 +12,7 @@ def load(path, at_least):
     """Upright RGB: a large JPEG decoded smaller, 16 bits as 8, what is transparent on white; and its size in full."""
     picture = Image.open(path)
     stored, sideways = picture.size, picture.getexif().get(0x0112, 1) >= 5
-    drafted = picture.draft(None, (at_least, at_least))
+    drafted = picture.format == "JPEG" and picture.draft(None, (at_least, at_least))
     picture = ImageOps.exif_transpose(picture)
     size = (stored[::-1] if sideways else stored) if drafted else picture.size
     if picture.mode.startswith("I"):
@@ -33,5 +33,6 @@ for path in sys.argv[2:]:
     size = [min(int(shorter * side / min(sides)), 4 * shorter) for side in sides]
     left, top = (round((side - seen) / 2) for side in size)  # the middle is what the network was trained to see
     picture = picture.resize(size, Image.Resampling.BILINEAR).crop((left, top, left + seen, top + seen))
-    probabilities = model(torch.from_numpy(numpy.array(picture)).permute(2, 0, 1)[None])["probabilities"][0]
+    images = torch.from_numpy(numpy.array(picture)).permute(2, 0, 1)[None].to(facts.get("device", "cpu"))
+    probabilities = model(images)["probabilities"][0]
     print(f"{path}: {facts['class_names'][probabilities.argmax()]} {probabilities.max():.1%}")

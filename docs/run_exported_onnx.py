@@ -12,7 +12,7 @@ def load(path, at_least):
     """Upright RGB: a large JPEG decoded smaller, 16 bits as 8, what is transparent on white; and its size in full."""
     picture = Image.open(path)
     stored, sideways = picture.size, picture.getexif().get(0x0112, 1) >= 5
-    drafted = picture.draft(None, (at_least, at_least))
+    drafted = picture.format == "JPEG" and picture.draft(None, (at_least, at_least))
     picture = ImageOps.exif_transpose(picture)
     size = (stored[::-1] if sideways else stored) if drafted else picture.size
     if picture.mode.startswith("I"):

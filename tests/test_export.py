@@ -22,6 +22,7 @@ from datasets import Entry, Pictures, collate, loading_of
 from networks import MODELS, build_network, find_system
 from utils.checkpoint import save_checkpoint
 from utils.errors import exit_with_one_sentence
+from utils.files import SavingError
 from utils.training.building import build_from_settings, load_trained
 
 PROJECT = Path(export.__file__).resolve().parent
@@ -114,8 +115,11 @@ def other_kinds(folder: Path, picture: Image.Image) -> list[Path]:
     transparent.save(folder / "transparent.png")
     gray = numpy.asarray(picture.convert("L")).astype("uint16") * 257
     Image.fromarray(gray).save(folder / "sixteen.png")
-    picture.resize((1800, 1200)).save(folder / "large.jpg", quality=95, exif=exif)
-    return [folder / name for name in ("turned.png", "turned.tif", "transparent.png", "sixteen.png", "large.jpg")]
+    large = picture.resize((1800, 1200))
+    large.save(folder / "large.jpg", quality=95, exif=exif)
+    large.save(folder / "several.jpg", format="MPO", save_all=True, append_images=[large.rotate(180)])
+    names = ("turned.png", "turned.tif", "transparent.png", "sixteen.png", "large.jpg", "several.jpg")
+    return [folder / name for name in names]
 
 
 def predictions_of(checkpoint: Path, pictures: list[Path]) -> list[tuple[str, float]]:
@@ -214,3 +218,10 @@ def test_what_cannot_be_is_said_in_one_sentence(checkpoint, tmp_path, monkeypatc
     assert sentence in shown.err
     assert len(shown.err.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_is_noticed_before_the_long_work(checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "note.txt").touch()
+    monkeypatch.setattr(export, "trace", lambda *arguments: pytest.fail("it was traced"))
+    with pytest.raises(SavingError, match="note.txt could not be written"):
+        export.main(["--checkpoint", str(checkpoint), "--out", str(tmp_path / "note.txt" / "model.pt2")])

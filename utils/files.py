@@ -111,6 +111,14 @@ def make_output_folder(folder: Path) -> None:
         raise SavingError(folder, error) from error
 
 
+def make_folder_of(path: Path) -> None:
+    """Make the folder that a file is to be written into. Raises SavingError where the system does not let it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SavingError(path.parent, error) from error
+
+
 class FolderInUseError(UserError):
     """Another process works in the folder."""
 
