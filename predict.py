@@ -84,10 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Rebuild. Only the network is wanted: the data set's folder need not be possible on this machine.
     machine = {"device": options.device, "workers": options.workers, "evaluation_batch_size": options.batch_size}
     machine["compile"] = False  # it takes longer than a folder of pictures
-    places = {"data_root": ".", "checkpoint_dir": "."}
     by_training = options.exit_threshold == LEARNED
     exits = {} if by_training or options.exit_threshold == 1 else {"exit_threshold": options.exit_threshold}
-    trained = load_trained(options.checkpoint, rebuilt, weights=options.weights, **places, **machine, **exits)
+    trained = load_trained(options.checkpoint, rebuilt, weights=options.weights, data_root=".", **machine, **exits)
     network, class_names = trained.network, trained.saved["class_names"]
     if network.can_exit_early:
         network.exit_threshold = learned_threshold(trained.saved) if by_training else options.exit_threshold

@@ -94,15 +94,20 @@ def test_a_folder_streams_json_and_skips_what_is_no_picture(checkpoints, picture
     assert "Traceback" not in shown.err
 
 
-def test_the_documented_way_to_load_a_checkpoint_predicts_the_same(checkpoints, pictures, tmp_path, capsys):
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_documented_way_to_load_a_checkpoint_predicts_the_same(masked, checkpoints, pictures, tmp_path, capsys):
     """docs/systems.md, with the paths of this test; nothing of the settings is in the weights."""
     picture = pictures / "one" / "same name.png"
+    content = load_checkpoint(checkpoints / "sgkrl.pth")
+    content["settings"]["options"]["mask_from_epoch"] = content["epoch"] if masked else content["epoch"] + 1
+    content["settings"] |= {"data_root": "/nowhere", "checkpoint_dir": f"{picture}/below/a/file"}  # of another machine
+    save_checkpoint(tmp_path / "sgkrl.pth", content)
     document = (Path(config.__file__).parent / "docs" / "systems.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"^```python\n(from pathlib.*?)^```", document, re.MULTILINE | re.DOTALL)
-    code = code.replace("checkpoint/demo-sgkrl/best.pth", str(checkpoints / "sgkrl.pth"))
-    code = code.replace('device="cpu"', 'device="cpu", data_root="."').replace("bird.jpg", str(picture))
+    code = code.replace("checkpoint/demo-sgkrl/best.pth", str(tmp_path / "sgkrl.pth"))
+    code = code.replace("bird.jpg", str(picture))
     exec(code, found := {})
-    arguments = run(checkpoints / "sgkrl.pth", picture, "--json", "--out", tmp_path, "--exit_threshold", "1")
+    arguments = run(tmp_path / "sgkrl.pth", picture, "--json", "--out", tmp_path, "--exit_threshold", "1")
     predict.main(arguments)
     (line,) = map(json.loads, capsys.readouterr().out.splitlines())
     expected = {prediction["name"]: prediction["probability"] for prediction in line["predictions"]}

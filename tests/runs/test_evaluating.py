@@ -91,6 +91,7 @@ def test_data_that_lie_elsewhere(short_copy, picture_tree, tmp_path, evaluation_
     assert not (short_copy / "report.json").exists()
     moved = tmp_path / "moved"
     shutil.copytree(picture_tree, moved)
+    with_settings(path, checkpoint_dir=f"{path}/below/a/file")  # nor where the run was written
     evaluation_script.main([str(path), "--data_root", str(moved)])
     report = json.loads((short_copy / "report.json").read_text(encoding="utf-8"))
     assert report["branches"] == expected["branches"]

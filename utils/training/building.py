@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -202,13 +203,17 @@ def load_trained(
     """
     saved = load_run(path, content)
     try:
-        settings = rebuilt(saved["settings"], **overrides)
+        # where the run was written need not be possible on this machine
+        settings = rebuilt(saved["settings"], **{"checkpoint_dir": "."} | overrides)
     except UnknownSettingsError as error:
         raise CheckpointError(f"{path} has {error}") from None
     except SettingsError as error:
         if str(error).partition(" ")[0] in overrides:
             raise
         raise CheckpointError(f"{path} has impossible settings ({error}): {REMEDY}") from None
+
+    if "checkpoint_dir" not in overrides and "checkpoint_dir" in saved["settings"]:
+        settings = dataclasses.replace(settings, checkpoint_dir=saved["settings"]["checkpoint_dir"])
 
     state, kind = weights_of(saved, weights, path)
     try:
