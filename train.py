@@ -63,7 +63,7 @@ from utils.training.precision import agreed_precision, note_on_fp16
 from utils.training.schedule import EpochPlan, freeze_trunk, plan_epoch
 from utils.training.seeding import seed_everything
 from utils.training.starting import start_from
-from utils.training.targets import build_mixing, class_weights_of
+from utils.training.targets import build_mixing, class_weights_of, images_shown
 
 with config_as_edited():
     from config import Settings, parse_settings, restored, run_name
@@ -194,7 +194,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print_note(note_on_untrained(system, loss_weights))
         optimizer, schedule = build_learning(settings, system, steps_per_epoch=len(train_loader))
         labels = [entry.label for entry in train_entries]
-        system.class_weights = class_weights_of(settings.class_weights, labels, classes, device)
+        shown = images_shown(train_loader.sampler, labels, classes)
+        system.class_weights = class_weights_of(settings.class_weights, shown, device)
         mix = build_mixing(classes, mixup=settings.mixup, cutmix=settings.cutmix)
         average = Average(system, settings.ema_decay) if settings.ema_decay > 0 else None
         loss_scale = build_loss_scale(execution)

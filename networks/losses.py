@@ -36,13 +36,29 @@ def cross_entropy(
 ) -> Tensor:
     """Mean over n images of their cross-entropy times the weight of their class; `targets` [n] or shares [n, classes].
 
-    As torch's, but for what the sum is divided by: there the weights of these images, of one image its own, so that in
-    small parts of a batch, or shares of several processes, class weights would do less and less.
+    Not as torch's in two things. There the sum is divided by the weights of these images, of one image its own, so that
+    in small parts of a batch, or shares of several processes, class weights would do less and less. And there what
+    label smoothing gives to the other classes is weighted by theirs: of a common class, rare ones would get more than
+    it keeps.
     """
-    how = {"weight": class_weights, "label_smoothing": label_smoothing}
     if class_weights is None:
-        return F.cross_entropy(logits, targets, **how)
-    return F.cross_entropy(logits, targets, reduction="sum", **how) / len(logits)
+        return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+    return cross_entropies(logits, targets, class_weights=class_weights, label_smoothing=label_smoothing).mean()
+
+
+def cross_entropies(
+    logits: Tensor, targets: Tensor, *, class_weights: Tensor | None = None, label_smoothing: float = 0.0
+) -> Tensor:
+    """Cross-entropy of each image times the weight of its class, as in `cross_entropy`: [n], of logits [n, classes].
+
+    Or [n, ...] of logits [n, classes, ...] and `targets` [n, ...]. A mixed picture's classes count by their shares.
+    """
+    if class_weights is None or not targets.is_floating_point():
+        each = F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
+        return each if class_weights is None else each * class_weights[targets]
+    surprise, weighted = -logits.log_softmax(dim=1), targets * class_weights
+    smooth = weighted.sum(dim=1) * surprise.mean(dim=1)
+    return (1 - label_smoothing) * (weighted * surprise).sum(dim=1) + label_smoothing * smooth
 
 
 def ranking_loss(scores: Tensor, part_logits: Tensor, labels: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from networks.losses import classification_losses, contrastive_loss, ranking_loss
+from networks.losses import classification_losses, contrastive_loss, cross_entropies, cross_entropy, ranking_loss
 from networks.outputs import NetworkOutput
 
 LABELS = torch.tensor([0, 3, 4, 1])
@@ -47,18 +47,40 @@ def test_terms_by_hand(label_smoothing: float) -> None:
 
 
 @pytest.mark.parametrize("label_smoothing", (0.0, 0.1))
-def test_classes_are_weighted_as_torch_does_but_for_the_divisor(label_smoothing: float) -> None:
+def test_images_count_by_the_weight_of_their_class(label_smoothing: float) -> None:
     output, weights = make_output(), torch.tensor([0.5, 2.0, 9.0, 1.0, 0.25])
     terms = classification_losses(output, LABELS, label_smoothing=label_smoothing, class_weights=weights)
-    expected = torch.nn.CrossEntropyLoss(weight=weights, label_smoothing=label_smoothing, reduction="none")
     for name, logits in output.logits.items():
         labels = LABELS.repeat_interleave(7) if name == "window" else LABELS
-        torch.testing.assert_close(terms[name], expected(logits.flatten(0, -2), labels).mean())
-    single = [
-        by_hand(row, int(label), 0.0) * weights[label] for row, label in zip(output.logits["raw"], LABELS, strict=True)
-    ]
-    if not label_smoothing:
-        assert terms["raw"].item() == pytest.approx(float(sum(single) / 4), rel=1e-5)
+        rows = zip(logits.flatten(0, -2), labels, strict=True)
+        single = [by_hand(row, int(label), label_smoothing) * weights[label] for row, label in rows]
+        assert terms[name].item() == pytest.approx(float(sum(single) / len(single)), rel=1e-5)
+    if not label_smoothing:  # with it, torch weights what the other classes get by theirs
+        expected = torch.nn.CrossEntropyLoss(weight=weights, reduction="none")(output.logits["raw"], LABELS).mean()
+        torch.testing.assert_close(terms["raw"], expected)
+
+
+def test_a_common_class_stays_the_best_answer_under_class_weights_and_smoothing() -> None:
+    """300 images of it and 10 of a rare one: what the loss of its images is lowest for."""
+    weights, logits = torch.tensor([310 / 600, 310 / 20]), torch.zeros(1, 2, requires_grad=True)
+    optimizer = torch.optim.SGD([logits], lr=0.5)
+    for _ in range(400):
+        optimizer.zero_grad()
+        cross_entropy(logits, torch.tensor([0]), class_weights=weights, label_smoothing=0.1).backward()
+        optimizer.step()
+    assert logits.softmax(dim=1)[0, 0].item() == pytest.approx(0.95, abs=1e-3)
+
+
+@pytest.mark.parametrize("label_smoothing", (0.0, 0.1))
+def test_of_a_mixed_picture_classes_count_by_their_shares(label_smoothing: float) -> None:
+    weights, logits = torch.tensor([0.5, 2.0, 9.0, 1.0, 0.25]), make_output().logits["raw"]
+    given = {"class_weights": weights, "label_smoothing": label_smoothing}
+    pure = F.one_hot(LABELS, 5).float()
+    torch.testing.assert_close(cross_entropies(logits, pure, **given), cross_entropies(logits, LABELS, **given))
+    other = LABELS.roll(1)
+    mixed = cross_entropies(logits, 0.7 * pure + 0.3 * F.one_hot(other, 5), **given)
+    expected = 0.7 * cross_entropies(logits, LABELS, **given) + 0.3 * cross_entropies(logits, other, **given)
+    torch.testing.assert_close(mixed, expected)
 
 
 @pytest.mark.parametrize("parts", (1, 2, 4))

@@ -11,10 +11,11 @@ from torchvision.transforms import v2
 from config import parse_settings
 from networks import MODELS, find_system
 from networks.losses import classification_losses
+from utils.data.samplers import BalancedSampler, ShuffledSampler
 from utils.options import SettingsError
 from utils.training.engine import train_one_epoch
 from utils.training.schedule import EpochPlan
-from utils.training.targets import build_mixing, class_weights_of
+from utils.training.targets import build_mixing, class_weights_of, images_shown
 
 RAW = EpochPlan({"raw": 1.0}, ("raw",), mask_background=False)
 NO_CROSS_ENTROPIES = {  # unweighted
@@ -28,7 +29,7 @@ NO_CROSS_ENTROPIES = {  # unweighted
 
 def test_balanced_weights():
     labels = [0, 0, 0, 0, 1, 3, 3, 3]
-    weights = class_weights_of("balanced", labels, 4)
+    weights = class_weights_of("balanced", torch.tensor(labels).bincount())
     assert weights.tolist()[:2] + weights.tolist()[3:] == pytest.approx([8 / (3 * 4), 8 / (3 * 1), 8 / (3 * 3)])
     together = [weights[label].item() * labels.count(label) for label in (0, 1, 3)]
     assert together == pytest.approx([8 / 3] * 3)  # of the classes that have images; the mean of an image is 1
@@ -36,10 +37,34 @@ def test_balanced_weights():
 
 
 def test_given_weights_are_one_for_each_class():
-    assert class_weights_of("none", [0, 1], 2) is None
-    assert class_weights_of((1.0, 2.5), [0, 1, 0], 2).tolist() == pytest.approx([1 / 1.5, 2.5 / 1.5])  # of mean 1
+    assert class_weights_of("none", torch.tensor([1, 1])) is None
+    assert class_weights_of((1.0, 2.5), torch.tensor([2, 1])).tolist() == pytest.approx(
+        [1 / 1.5, 2.5 / 1.5]
+    )  # of mean 1
     with pytest.raises(SettingsError, match="class_weights has 2 numbers and the data 3 classes: give one for each"):
-        class_weights_of((1.0, 2.5), [0, 1, 2], 3)
+        class_weights_of((1.0, 2.5), torch.tensor([1, 1, 1]))
+
+
+@pytest.mark.parametrize(
+    ("counts", "images_per_class", "batch_size"),
+    [([300, 10], 2, 16), ([60] * 5 + [5] * 25, 4, 120), ([60] * 100 + [5] * 100, 4, 120), ([7, 2, 5], 1, 2)],
+    ids=str,
+)
+def test_balanced_weights_count_what_batches_by_class_show(counts, images_per_class, batch_size):
+    """They have evened the classes out, most of all where all fit into a batch."""
+    labels = [label for label, count in enumerate(counts) for _ in range(count)]
+    sampler = BalancedSampler(labels, batch_size=batch_size, images_per_class=images_per_class, seed=3)
+    shown, epochs = torch.zeros(len(counts), dtype=torch.int64), 5
+    for epoch in range(epochs):
+        sampler.set_epoch(epoch)
+        shown += torch.tensor([labels[index] for index, _ in sampler]).bincount(minlength=len(counts))
+    weights = class_weights_of("balanced", images_shown(sampler, labels, len(counts)))
+    together = weights * shown / epochs
+    assert together.sum().item() == pytest.approx(len(sampler), rel=0.05)  # the mean of an image is 1
+    largest = [together[[n for n, c in enumerate(counts) if c == count]].mean() for count in sorted(set(counts))]
+    assert max(largest) < 1.15 * min(largest)
+    plain = ShuffledSampler(len(labels), seed=3)
+    assert images_shown(plain, labels, len(counts)).tolist() == counts
 
 
 @pytest.mark.parametrize(

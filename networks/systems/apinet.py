@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from networks.backbone import Backbone
 from networks.classifier import Classifier
 from networks.crops import resize_images
-from networks.losses import classification_losses
+from networks.losses import classification_losses, cross_entropies
 from networks.outputs import NetworkOutput, requested_branches
 from networks.pairs import nearest_pairs
 from networks.shared import Shared
@@ -145,8 +145,7 @@ class APINet(System):
         weights = weights / weights.sum().clamp(min=1)
         pairs = {name: output.logits[name].transpose(1, 2) for name in ("self", "other") if name in output.logits}
         for name, logits in pairs.items():  # [B, classes, 4]
-            of_classes = {"weight": self.class_weights, "label_smoothing": label_smoothing}
-            terms[name] = (F.cross_entropy(logits, labels, reduction="none", **of_classes) * weights).sum()
+            terms[name] = (cross_entropies(logits, labels, **shared) * weights).sum()
         if len(pairs) == 2:
             own, other = (logits.softmax(dim=1).gather(1, labels[:, None]).squeeze(1) for logits in pairs.values())
             terms["priority"] = (F.relu(other - own + MARGIN) * weights).sum()

@@ -49,8 +49,9 @@ class BalancedSampler(Sampler[tuple[int, int]]):
 
     For losses that compare images: a batch holds batch_size / images_per_class different classes (some of them twice
     where there are fewer classes). An epoch shows every image at least once, so that large classes come more often than
-    small ones. Images are repeated where a class cannot fill its groups, and classes where the others ran out; a group
-    holds an image twice only if its class has too few.
+    small ones, unless all classes fit into a batch: then they come equally often. Images are repeated where a class
+    cannot fill its groups, and classes where the others ran out; a group holds an image twice only if its class has too
+    few.
 
     As with `ShuffledSampler`, all depends on (seed, epoch) alone, and each of `world_size` processes gets its shard, a
     part of every batch. `batch_size` is that of all processes together; a loader in one of them has to take
@@ -76,7 +77,7 @@ class BalancedSampler(Sampler[tuple[int, int]]):
             )
         if not len(labels):
             raise UserError("no labels came; expected one for each image")
-        _, counts = np.unique(labels, return_counts=True)
+        self.labels, counts = np.unique(labels, return_counts=True)
         self.images = np.split(np.argsort(labels, kind="stable"), counts.cumsum()[:-1])  # of each class, in their order
         self.images_per_class = images_per_class
         self.groups_per_batch = batch_size // images_per_class
@@ -84,7 +85,10 @@ class BalancedSampler(Sampler[tuple[int, int]]):
         self.rank = rank
         self.world_size = world_size
         self.epoch, self.start = 0, 0
-        self.batches = len(self._deal(np.random.default_rng(0)))  # how many does not depend on who comes first
+        deal = self._deal(np.random.default_rng(0))
+        self.batches = len(deal)  # how many does not depend on who comes first
+        # of each class, in their order, in an epoch; which of them are repeated differs a little from one to the next
+        self.shown = np.bincount(deal.ravel(), minlength=len(self.images)) * images_per_class
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Choose the epoch, and how many pairs of it to leave out, as they were trained on before."""

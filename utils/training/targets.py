@@ -6,33 +6,43 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.data import Sampler
 
+from utils.data.samplers import BalancedSampler
 from utils.options import SettingsError
 
 Mixing = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def class_weights_of(
-    setting: str | Sequence[float], labels: Sequence[int], num_classes: int, device: torch.device | None = None
+    setting: str | Sequence[float], counts: Tensor, device: torch.device | None = None
 ) -> Tensor | None:
-    """Return the weight of each class in cross-entropies, [num_classes] float32; None where all count the same.
+    """Return the weight of each class in cross-entropies, [classes] float32; None where all count the same.
 
-    "balanced": 1 / n_c of n_c training images of a class, by their `labels`: all classes then count the same together.
-    The weights are scaled, so that their mean over the training images is 1, and learning rates mean what they do
+    "balanced": 1 / n_c of the n_c images of a class that an epoch shows, `counts` [classes]: all classes then count the
+    same together. The weights are scaled, so that their mean over the images is 1, and learning rates mean what they do
     without. Raises SettingsError where numbers are given for more or fewer classes than there are.
     """
     if setting == "none":
         return None
-    counts = torch.tensor(labels).bincount(minlength=num_classes)
     if setting == "balanced":
         setting = (1 / counts.clamp(min=1).double()).tolist()
-    if len(setting) != num_classes:
+    if len(setting) != len(counts):
         raise SettingsError(
-            f"class_weights has {len(setting)} numbers and the data {num_classes} classes: give one for each, in the "
+            f"class_weights has {len(setting)} numbers and the data {len(counts)} classes: give one for each, in the "
             "order of their names, or 'balanced'"
         )
     weights = torch.tensor(setting, dtype=torch.float64)
-    return (weights * len(labels) / (weights * counts).sum()).to(device, torch.float32)
+    return (weights * counts.sum() / (weights * counts).sum()).to(device, torch.float32)
+
+
+def images_shown(sampler: Sampler, labels: Sequence[int], num_classes: int) -> Tensor:
+    """Return how many images of each class, by their `labels`, an epoch shows: [num_classes] int64."""
+    if isinstance(sampler, BalancedSampler):  # which has evened them out
+        counts = torch.zeros(num_classes, dtype=torch.int64)
+        counts[torch.from_numpy(sampler.labels)] = torch.from_numpy(sampler.shown)
+        return counts
+    return torch.tensor(labels).bincount(minlength=num_classes)
 
 
 def build_mixing(num_classes: int, *, mixup: float, cutmix: float) -> Mixing | None:
