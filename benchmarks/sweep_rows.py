@@ -72,6 +72,8 @@ ROWS: dict[str, tuple[str, ...]] = {
     "scrim": ("--model", "scrim"),
     **{model: ("--model", model, *SAME_PICTURES) for model in COMPARATORS},
     "dflcnn-modern": ("--model", "dflcnn", *SAME_PICTURES, *MODERN),
+    # about as long as 3 epochs of `trained`
+    "dflcnn-modern-7-epochs": ("--model", "dflcnn", *SAME_PICTURES, *MODERN, "--epochs", "7"),
     # where rates of its own are needed not to fall to chance
     "crossx": (
         *("--model", "crossx", *SAME_PICTURES, "--stage3_pooling", "mean"),
@@ -79,6 +81,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     ),
     "pmg": ("--model", "pmg", *SAME_PICTURES, "--learning_rate", "1e-3"),  # a quarter: four steps in every batch
     "resnet-equal-compute": (*RESNET, "--epochs", EQUAL_EPOCHS),
+    "resnet-modern-aspect-10-epochs": (*RESNET, *MODERN, *ASPECT, "--epochs", "10"),
     "resnet-10-epochs": (*RESNET, "--epochs", "10"),  # as long as 3 epochs of `trained`, whose first trains raw only
     "apinet-equal-compute": ("--model", "apinet", *SAME_PICTURES, "--epochs", EQUAL_EPOCHS),
     "published": PUBLISHED,
