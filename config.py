@@ -100,7 +100,7 @@ class Settings:
     rotation: Degrees | None = None  # training pictures are turned by up to so many degrees either way
     erasing: Probability | None = None  # probability that a random rectangle of a training picture is erased
     crop_scale: PartOfArea | None = None  # training sees a random part of this share of the area or more; 1: all of it
-    auto_augment: Literal["none", "trivialaugment", "randaugment"] | None = None  # drawn for a training picture
+    auto_augment: Literal["none", "trivialaugment", "randaugment"] | None = None  # random operations in training
     normalization: Literal["imagenet", "half"] | None = None  # half: mean and deviation 0.5 for every colour
 
     # ---- Network --------------------------------------------------------------------------------------------------

@@ -205,8 +205,10 @@ def rebuild_published(path: Path, content: dict, overrides: dict, more: Sequence
 def figures_of_boxes(figures: Mapping[str, float], results: ResultCollector) -> dict[str, float] | None:
     """Return those of the images that have a true box, with their number where they are not all."""
     named = {n.removeprefix("box_iou/"): value for n, value in figures.items() if n.startswith("box_iou/")}
-    measured = 0 if results.overlaps() is None else len(results.overlaps())
-    return named | ({"images": measured} if 0 < measured < len(results.paths) else {}) or None
+    overlaps = results.overlaps()
+    if overlaps is None:
+        return named or None
+    return named if len(overlaps) == len(results.paths) else named | {"images": len(overlaps)}
 
 
 def shuffled(entries: Sequence[Entry], seed: int) -> list[Entry]:
