@@ -1,6 +1,6 @@
 """The log of a run: TensorBoard events and `log.jsonl`, one line per epoch, under the same names.
 
-`train/loss/total`, `validation/accuracy/object`, `schedule/learning_rate`, `speed/images_per_second`, ...
+`train/loss/total`, `validation/accuracy/object`, `schedule/learning_rate`, `speed/train_images_per_second`, ...
 """
 
 from __future__ import annotations
@@ -54,6 +54,8 @@ DESCRIPTIONS = {
 FINAL_FIGURES = (
     ("", "validation/accuracy/prediction", "validation prediction"),
     ("", "validation/box_iou/share_at_0.5", "validation boxes IoU >= 0.5"),
+    ("", "validation_ema/accuracy/prediction", "validation prediction, averaged weights"),
+    ("", "validation_ema/box_iou/share_at_0.5", "validation boxes IoU >= 0.5, averaged weights"),
     ("", "train/loss/total", "training loss"),
     ("", "speed/train_images_per_second", "training images/s"),
     ("test", "accuracy/prediction", "test prediction"),
