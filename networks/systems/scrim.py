@@ -74,14 +74,15 @@ class SCRIM(System):
         channels = backbone.embedding_channels
         self.classifier = Classifier(channels, num_classes)
         self.coarse_parts = nn.ModuleList(CoarsePart(channels, options.coarse_channels) for _ in range(MODULES))
-        self.navigators = nn.ModuleList(Navigator(channels) for _ in range(MODULES))
         published = options.anchors == "published"
+        scales = ANCHOR_SCALES if published else FORMER_SCALES
+        self.navigators = nn.ModuleList(Navigator(channels, scales=scales) for _ in range(MODULES))
         self.proposals = PartProposals(
             options.part_proposals,
             grid_size=self.input_size // backbone.stride,
             stride=backbone.stride,
             sizes=options.anchor_sizes,
-            scales=ANCHOR_SCALES if published else FORMER_SCALES,
+            scales=scales,
             max_iou=options.part_max_iou,
             inclusive=published,
             every_level=options.parts_of_every_level,
