@@ -21,8 +21,9 @@ from utils.text import cell
 # Where and how fast a run was computed, not what it is
 UNIMPORTANT = frozenset(
     {
-        *("checkpoint_dir", "data_root", "device", "data_parallel", "workers", "evaluation_batch_size", "fresh"),
-        *("pictures_every", "save_every_steps", "keep_checkpoints", "skip_nonfinite", "name"),
+        *("checkpoint_dir", "data_root", "device", "data_parallel", "workers", "prefetch", "cache"),
+        *("evaluation_batch_size", "fresh", "name", "pictures_every", "save_every_steps", "keep_checkpoints"),
+        "skip_nonfinite",
     }
 )
 RESAMPLES = 10_000
@@ -45,9 +46,7 @@ EXPECTED: dict[str, Callable[[Mapping], bool]] = {
     "settings": lambda report: isinstance(report["settings"], dict) and "model" in report["settings"],
     "branches": lambda report: all(_has_numbers(branch, "top1") for branch in report["branches"].values()),
     "prediction": lambda report: "prediction" in report["branches"],
-    "top1_interval_95": lambda report: (
-        [*map(type, report["branches"]["prediction"]["top1_interval_95"])] == [float] * 2
-    ),
+    "top1_interval_95": lambda report: _are_two_numbers(report["branches"]["prediction"]["top1_interval_95"]),
     "images": lambda report: _is_number(report.get("images")),
     "mean_per_class_accuracy": lambda report: _is_number(report.get("mean_per_class_accuracy")),
     "images_per_second": lambda report: _is_number(report.get("images_per_second")),

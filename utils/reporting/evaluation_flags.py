@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from networks.outputs import ENSEMBLINGS
 from utils.command_line import Parser, named
@@ -36,7 +35,7 @@ def parse_arguments(arguments: Sequence[str] | None, *, views: Sequence[str]) ->
         help="combine the branches otherwise (learned: weights from validation images)",
     )
     parser.add_argument("--views", nargs="+", choices=views, help="classify by these views of a picture, too; slower")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the report (default: the checkpoint's)")
+    parser.add_argument("--out", type=named, metavar="DIR", help="folder of the report (default: the checkpoint's)")
     parser.add_argument("--include_trained", action="store_true", help="evaluate images of training as well, if met")
     early = parser.add_argument_group("early exit (sgkrl, sgkrl_published)")
     early.add_argument(
