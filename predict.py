@@ -38,6 +38,7 @@ from utils.reporting.panels import image_panel
 from utils.reporting.pictures import save_png
 from utils.reporting.results import refuse_nonfinite
 from utils.text import json_line, let_every_name_pass, one_line
+from utils.training.allocator import keep_freed_memory
 from utils.training.building import Trained, load_trained
 
 with config_as_edited():
@@ -78,6 +79,7 @@ def parse_arguments(arguments: Sequence[str] | None):
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     let_every_name_pass()
+    keep_freed_memory()
     pictures = find_pictures(options.pictures, leave_out=options.out)
     drawings = drawing_paths(pictures, options.out)
 

@@ -26,6 +26,7 @@ from networks.folding import fold_batch_norm
 from utils.checkpoint import load_run
 from utils.errors import exit_with_one_sentence
 from utils.reporting.metrics import inclusive_to_edges, paired_box_iou
+from utils.training.averaging import weights_of
 from utils.training.building import build_from_settings
 from utils.training.distributed import choose_device
 from utils.training.execution import Execution
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> dict:
         entries = [entries[i] for i in torch.linspace(0, len(entries) - 1, options.images).long().tolist()]
     plain = build_from_settings(settings, len(catalogue.class_names), load_weights=saved is None)
     if saved is not None:
-        plain.load_state_dict(saved["network"])
+        plain.load_state_dict(weights_of(saved, None, options.checkpoint)[0])  # as test.py and predict.py do
     device = choose_device(settings.device)
     plain = plain.to(device).eval()
     folded = fold_batch_norm(plain).to(memory_format=torch.channels_last)
