@@ -48,7 +48,7 @@ def in_current_words(figures: Mapping[str, float]) -> dict[str, float]:
 
 
 def check_against(against: Sequence[str], rows: Sequence[str]) -> None:
-    """Raise ValueError for a row to pair with that is not among the table's."""
+    """Raise UserError for a row to pair with that is not among the table's."""
     for row in against:
         if row not in rows:
             raise UserError(f"--against {row} is no row of this table, which has {', '.join(rows)}: give one of them")

@@ -93,7 +93,7 @@ class Backbone(nn.Module):
         until: str = "final",
         start: str = "images",
     ) -> Features:
-        """Map images [B, 3, H, W], normalised with ImageNet's mean and deviation, to their `Features`.
+        """Map images [B, 3, H, W], normalised (setting `normalization`), to their `Features`.
 
         `kind` of images, one of `networks.batch_norm.KINDS`: whose statistics are used where they are kept per pass.
 

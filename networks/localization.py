@@ -18,7 +18,7 @@ from torch import Tensor
 class Localization(NamedTuple):
     """Where the object is, in cells of the grid."""
 
-    cells: Tensor  # [B, H, W] bool: largest component of the activation's mask, where the penultimate mask agrees
+    cells: Tensor  # [B, H, W] bool: the object's cells
     boxes: Tensor  # [B, 4] int64, (x0, y0, x1, y1) round the cells, ends exclusive; the whole grid where there are none
 
 

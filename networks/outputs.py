@@ -1,6 +1,6 @@
 """What passes between a network and the rest of the code: the output contract.
 
-Only batch-first tensors and None, in NamedTuples, so that `nn.DataParallel` can gather an output and
+Batch-first tensors, dicts of them, and None, in NamedTuples, so that `nn.DataParallel` can gather an output and
 `torch.compile` can trace it.
 """
 
@@ -25,7 +25,7 @@ class Features(NamedTuple):
 
     stage2: Tensor  # [B, C2, H/8, W/8]
     stage3: Tensor  # [B, C3, H/16, W/16]
-    penultimate: Tensor | None  # [B, C, H/32, W/32], output of the last stage's second-to-last block; None: of the only
+    penultimate: Tensor | None  # [B, C, H/32, W/32], after the last stage's second-to-last block; None where it has one
     final: Tensor  # [B, C, H/32, W/32], not negative
     embedding: Tensor  # [B, C], global average of `final`, before dropout
     stage3_split: Split | None = None  # residual and shortcut of the block that makes `stage3`, shaped like it

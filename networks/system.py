@@ -58,7 +58,7 @@ class System(nn.Module):
     loss_weights: Mapping[str, float]  # the weight of each of its loss terms
     needed_for: Mapping[str, tuple[str, ...]] = {}  # loss terms of no one branch -> branches they need; left out: all
     trained_through_others: ClassVar[tuple[str, ...]] = ()  # branches that learn without a loss of their own
-    warmup_branches: ClassVar[tuple[str, ...]] = ("raw",)  # what trains in the first epochs; (): it has no warm-up
+    warmup_branches: tuple[str, ...] = ("raw",)  # loss terms that train in the first epochs; (): it has no warm-up
     needs_labels: ClassVar[bool] = False  # whether `forward` gets the step's targets as `labels` in training
     # Gradients are absent (None) before each step: a parameter that the step does not reach stays as it is. False: they
     # are zero once they have been there, so that it moves by momentum and weight decay, as in PyTorch before 2.0.

@@ -77,7 +77,7 @@ def _line_of_field(path: Path, name: str) -> int | None:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return ", did you mean ...?" in words, or nothing where no known name is near."""
+    """Return " (did you mean NAME?)", or nothing where no known name is near."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.7)
     return f" (did you mean {near[0]}?)" if near else ""
 

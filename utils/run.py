@@ -48,7 +48,7 @@ class Run:
     """What is in a run's folder and how far its training is; a context that keeps the folder to this process.
 
         with Run(folder, settings, ...) as run:  # run.saved: the checkpoint to go on from, if any
-            run.attach(system, optimizer, schedule)
+            run.attach(system, optimizer, schedule, loss_scale, average)
             run.begin(...)                       # before this, nothing is written
             for epoch in run.epochs():
                 with run.epoch(epoch, loader) as current:  # a `CurrentEpoch`

@@ -52,8 +52,8 @@ def images_per_class(shared: Shared) -> int:
 
 
 class APINet(System):
-    """Branch `raw`, the prediction; in training also `self` and `other`, a pair's four pictures by their own and by the
-    other one's gate.
+    """Branch `raw`, the prediction; in training also `self` and `other`: the pictures of each image's two pairs, by
+    their own gate and by their partner's.
     """
 
     Options = Options

@@ -1,7 +1,7 @@
 """Filled outlines: the curves, strips and patches that the demo birds are drawn of, and how they are painted.
 
 A part between two curves that run alongside is a strip, and marks are patches of a strip: a wing bar is the piece of
-the wing from 58 to 66 % of its length. Points are (x, y), y points down.
+the wing from 48 to 60 % of its length. Points are (x, y), y points down.
 """
 
 from __future__ import annotations

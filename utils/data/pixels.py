@@ -20,7 +20,7 @@ LONGEST = 4  # times the shorter side: a longer panorama is squeezed to it, as a
 
 
 class Listed(Protocol):
-    """What is read of a `datasets.Entry`.
+    """What is read of a `utils.data.catalogue.Entry`.
 
     source: the file, or the number of a drawn picture of the demo set.
     box: the object's edges (x0, y0, x1, y1) in the pixels as the file stores them, or None where there is none.

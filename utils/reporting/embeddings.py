@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from utils.data.cropping import pictures_alone
 from utils.text import one_line
 from utils.training.building import Trained
 
@@ -17,21 +16,20 @@ PROJECTED = 10_000  # pictures at most: more take minutes to write and to show
 
 def project(trained: Trained, loader: DataLoader, class_names: Sequence[str]) -> dict[str, object]:
     """Return what TensorBoard's projector shows of the test images: an embedding each, its class, a small picture."""
-    network, _, _, plan, execution = trained
+    network, plan, execution = trained.network, trained.plan, trained.execution
     embeddings, thumbnails, class_of = [], [], []
     hook = network.backbone.register_forward_hook(lambda module, inputs, output: passes.append(output.embedding))
     try:
         for batch in loader:
             passes = []
             with torch.no_grad(), execution.autocast():
-                images = pictures_alone(execution.images(batch.images))
-                network.forward(
-                    images, mask_background=plan.mask_background, branches=network.prediction
-                )  # no other view
+                images = execution.images(batch.images)
+                # `forward`, not a call: no other view
+                network.forward(images, mask_background=plan.mask_background, branches=network.prediction)
             # the pass over the object where there is one, over the picture where not
             seen = [embedding for embedding in passes[:2] if len(embedding) == len(images)]
             embeddings.append(seen[-1].float().cpu())
-            thumbnails.append(F.interpolate(pictures_alone(batch.images).float(), size=(32, 32)) / 255)
+            thumbnails.append(F.interpolate(batch.images.float(), size=(32, 32)) / 255)
             class_of += [one_line(" ".join(class_names[label].split())) for label in batch.labels.tolist()]
     finally:
         hook.remove()

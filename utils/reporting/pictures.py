@@ -105,7 +105,6 @@ def prediction_panel(
     window_boxes: Tensor | None = None,
     part_boxes: Tensor | None = None,
     true_box: Tensor | None = None,
-    true_name: str | None = None,
     height: int = 320,
 ) -> Tensor:
     """One picture of any size, with all that its prediction shows, side by side.
@@ -124,7 +123,6 @@ def prediction_panel(
         window_boxes: [N, 4] inclusive pixels of the object's crop, input_size x input_size.
         part_boxes: [N, 4] inclusive pixels, for systems without a crop; they may reach beyond the picture.
         true_box: [4] continuous edges, NaN where it is not known.
-        true_name: makes the caption green or red.
         height: of the drawings in pixels.
 
     Returns:
@@ -154,16 +152,15 @@ def prediction_panel(
     if evidence is not None:
         tiles.append(heated(shown, evidence.cpu()))
     tiles.append(make_bars(names, probabilities, title=title, height=height))
-    caption = None if true_name is None else Caption(names[0], true_name, f"{probabilities[0]:.0%}")
     legend = make_legend(
         predicted=object_box is not None,
         true=true_box is not None,
         mask=mask is not None,
         windows="window" if window_boxes is not None else "part" if part_boxes is not None else None,
-        names=true_name is not None,
+        names=False,
         evidence=evidence is not None,
     )
-    figure = make_grid([captioned(tiles, caption)], 1, legend)
+    figure = make_grid([captioned(tiles, None)], 1, legend)
     return torch.from_numpy(numpy.array(figure)).permute(2, 0, 1).contiguous()
 
 

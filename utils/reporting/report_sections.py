@@ -136,7 +136,7 @@ def localization_section(report: Mapping, overlaps: Tensor | None) -> str:
     if not report["boxes"] or overlaps is None:
         return "<p>No true boxes, or a system without object boxes: nothing to measure.</p>"
     counts = (overlaps.double() * IOU_BINS).long().clamp(0, IOU_BINS - 1).bincount(minlength=IOU_BINS).tolist()
-    bars = [(n / IOU_BINS, (n + 1) / IOU_BINS, count, count >= 0) for n, count in enumerate(counts)]
+    bars = [(n / IOU_BINS, (n + 1) / IOU_BINS, count) for n, count in enumerate(counts)]
     text = (
         f"Overlap (intersection over union) of the predicted with the true box: mean {report['boxes']['mean']:.3f}, "
         f"0.5 or more for {report['boxes']['share_at_0.5']:.1%} of the {len(overlaps)} images that have a true one."
@@ -146,7 +146,7 @@ def localization_section(report: Mapping, overlaps: Tensor | None) -> str:
         f'<rect class="{"good" if low >= 0.5 else "poor"}" x="{low * 400 + 1:.1f}" '
         f'y="{200 - 190 * count / highest:.1f}" width="{400 / IOU_BINS - 2:.1f}" height="{190 * count / highest:.1f}">'
         f"<title>{low:.2f} to {high:.2f}: {count} images</title></rect>"
-        for low, high, count, _ in bars
+        for low, high, count in bars
     )
     return f"<p>{text}</p>" + chart(shapes, "intersection over union", f"images (highest bar: {highest})")
 
