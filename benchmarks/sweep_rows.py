@@ -92,6 +92,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "trained-mean": (*UNMASKED, "--ensembling", "mean_probability"),  # what `trained` was until weights were learnt
     "trained-aspect": (*UNMASKED, *ASPECT),
     "trained-modern-aspect": (*UNMASKED, *MODERN, *ASPECT),
+    "trained-modern-aspect-7-epochs": (*UNMASKED, *MODERN, *ASPECT, "--epochs", "7"),
     "trained-former": FORMER,
     # without one part
     "trained-no-fusion-loss": (*UNMASKED, "--loss_weights", "fused=0", "--prediction", "raw", "object", "graph"),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from networks.classifier import NEARLY_ZERO
 from networks.outputs import Features
+from networks.precision import at_least_float32
 
 
 class CrossAttention(nn.Module):
@@ -145,7 +146,7 @@ class SpatialGate(nn.Module):
             return x * (self.scale * torch.sigmoid(self.conv(summary)))
         logits = self.conv(F.layer_norm(summary, summary.shape[2:]))  # standardised over the cells of the picture
         # The sigmoids divided by their mean, without computing either: where the gate has closed, both round to zero.
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = at_least_float32(logits)
         shares = F.logsigmoid(logits).flatten(2).softmax(dim=2).view_as(logits)  # of each cell, together 1
         return x * (shares * (shares.shape[2] * shares.shape[3])).to(x.dtype)
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from networks.localization import bounding_boxes
+from networks.precision import at_least_float32
 
 
 def draw_maps(attention: Tensor, count: int) -> Tensor:
@@ -21,7 +22,7 @@ def draw_maps(attention: Tensor, count: int) -> Tensor:
     The probability of a map is proportional to the square root of its sum. None is certain to have one, so all-zero
     maps are drawn as well where there are no others.
     """
-    attention = _precise(attention.detach())
+    attention = at_least_float32(attention.detach())
     weights = (attention.sum(dim=(2, 3)) + 1e-6).sqrt()  # [B, M]
     # The first of M bells, each ringing at its rate, is the one of rate r with probability r / sum of all.
     waits = torch.empty(len(weights), count, weights.shape[1], device=weights.device).exponential_()
@@ -39,7 +40,7 @@ def attended_pixels(maps: Tensor, share: Tensor | float, size: int) -> Tensor:
 
     The maps are enlarged bilinearly with aligned corners. Of an all-zero map that is every pixel.
     """
-    maps = _precise(maps.detach())
+    maps = at_least_float32(maps.detach())
     enlarged = F.interpolate(maps[:, None], size=(size, size), mode="bilinear", align_corners=True)[:, 0]
     return enlarged >= (share * maps.amax(dim=(1, 2)))[:, None, None]
 
@@ -55,7 +56,3 @@ def padded_boxes(pixels: Tensor, padding: float) -> Tensor:
     starts = (boxes[:, :2] - math.ceil(padding * size)).clamp(min=0)
     ends = (boxes[:, 2:] - 1 + math.floor(padding * size)).clamp(max=size) - 1
     return torch.cat([starts, ends], dim=1).float()
-
-
-def _precise(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from networks.precision import at_least_float32
+
 
 class AttentionMaps(nn.Module):
     """Convolution, batch norm, ReLU: M maps of where to look."""
@@ -34,7 +36,7 @@ def attention_pooling(features: Tensor, attention: Tensor) -> Tensor:
     divided by the length of all of them. At least float32.
     """
     pooled = torch.bmm(attention.flatten(2), features.flatten(2).transpose(1, 2))  # [B, M, C]
-    pooled = pooled.to(torch.promote_types(pooled.dtype, torch.float32)) / attention[0, 0].numel()
+    pooled = at_least_float32(pooled) / attention[0, 0].numel()
     rooted = pooled.sign() * (pooled.abs() + 1e-6).sqrt()
     return F.normalize(rooted.flatten(1), dim=1)
 

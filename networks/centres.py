@@ -11,6 +11,8 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from networks.processes import several_processes
+
 RATE = 0.05  # of the way to each image's features
 
 
@@ -53,7 +55,7 @@ def of_all_processes(values: Tensor) -> Tensor:
 
     All of them have to ask, with the same shape.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not several_processes():
         return values
     parts = [torch.empty_like(values) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(parts, values.contiguous())

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from networks.precision import without_autocast
 
 NEARLY_ZERO = 1e-3  # deviation of "zero" initial weights: the layer before them gets a gradient from the first step on
 
@@ -18,10 +19,7 @@ class Classifier(nn.Linear):
     def forward(self, embedding: Tensor) -> Tensor:
         """Map embeddings [..., C] to logits [..., classes], float32 unless the network itself was cast."""
         embedding = embedding.to(self.weight.dtype)
-        kind = embedding.device.type
-        if not torch.is_autocast_enabled(kind):
-            return F.linear(embedding, self.weight, self.bias)
-        with torch.autocast(kind, enabled=False):
+        with without_autocast(embedding.device):
             return F.linear(embedding, self.weight, self.bias)
 
 

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from contextlib import nullcontext
 
 import torch
-import torch.distributed as dist
+import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -26,6 +25,8 @@ from networks.localization import (
     cell_boxes_to_pixels,
     largest_component,
 )
+from networks.precision import without_autocast
+from networks.processes import several_processes
 from networks.shared import Shared
 from utils.options import require
 
@@ -114,8 +115,8 @@ class Colocalization(nn.Module):
         sums = torch.zeros(channels + 1, channels + 1, dtype=torch.float64, device=device)
         for images in batches:
             sums += sums_of_products(self._features(images).movedim(1, -1).flatten(0, -2), device)
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(sums)
+        if several_processes():
+            torch.distributed.all_reduce(sums)
         mean = sums[-1, :-1] / sums[-1, -1]
         covariance = sums[:-1, :-1] / sums[-1, -1] - mean.outer(mean)
         component = torch.linalg.eigh(covariance).eigenvectors[:, -1]
@@ -130,8 +131,7 @@ def sums_of_products(cells: Tensor, device: torch.device | str) -> Tensor:
     That is, for two channels, the sum of their product over the cells. Products are in float32, also under autocast:
     of deviations from the cells' mean, which keep the digits that are lost in products of cells that are far from 0.
     """
-    kind = cells.device.type
-    with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
+    with without_autocast(cells.device):
         cells = cells.float()
         centre = cells.mean(dim=0)
         deviations = cells - centre

@@ -6,12 +6,12 @@ Boxes are `(x0, y0, x1, y1)` pixel corners whose ends belong to the box (see `ne
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from networks.precision import without_autocast
 from utils.errors import UserError
 
 
@@ -122,8 +122,7 @@ def crop_cells(maps: Tensor, boxes: Tensor, size: int, *, input_size: int) -> Te
     starts, ends = boxes[..., :2] * scale, (boxes[..., 2:] + 1) * scale  # in cells of the map
     columns = _shares(starts[..., 0], ends[..., 0], size, maps.shape[-1])
     rows = _shares(starts[..., 1], ends[..., 1], size, maps.shape[-2])
-    kind = maps.device.type
-    with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
+    with without_autocast(maps.device):
         strips = torch.einsum("bnyh,bchw->bnycw", rows, maps.to(precise))
         cells = torch.einsum("bnycw,bnxw->bncyx", strips, columns)
     return cells.flatten(0, 1).to(maps.dtype)

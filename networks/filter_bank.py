@@ -10,6 +10,9 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from networks.precision import at_least_float32
+from networks.processes import several_processes
+
 ITERATIONS = 20  # of k-means
 CHUNK = 4096  # vectors of which a copy is made at a time
 
@@ -28,7 +31,7 @@ class FilterBank(nn.Module):
         Responses are float32 unless the network was cast to more; cells are counted row by row.
         """
         responses, cells = self.filters(feature_map).flatten(2).max(dim=2)
-        return responses.to(torch.promote_types(responses.dtype, torch.float32)), cells
+        return at_least_float32(responses), cells
 
     def of_class(self, values: Tensor, classes: Tensor) -> Tensor:
         """Pick the values of the filters of each image's class: [B, filters], classes [B] to [B, per_class]."""
@@ -94,7 +97,7 @@ def k_means(vectors: Tensor, count: int) -> Tensor:
 
 def gather_rows(rows: Tensor) -> Tensor:
     """Return the rows of all processes, each of which calls this with its own, on the CPU; alone, its own."""
-    if not _several_processes():
+    if not several_processes():
         return rows
     shares: list[Tensor] = [rows] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(shares, rows)
@@ -104,10 +107,6 @@ def gather_rows(rows: Tensor) -> Tensor:
 @torch.no_grad()
 def copy_from_first_process(module: nn.Module) -> None:
     """Give a module the parameters that it has in the first process, in every other one; each of them calls this."""
-    if _several_processes():
+    if several_processes():
         for parameter in module.parameters():
             torch.distributed.broadcast(parameter, src=0)
-
-
-def _several_processes() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from networks.outputs import NetworkOutput
+from networks.precision import at_least_float32
 
 
 def classification_losses(
@@ -26,7 +27,7 @@ def classification_losses(
         targets = labels
         if logits.ndim == 3:
             targets = labels[:, None].expand(*logits.shape[:2], *labels.shape[1:]).flatten(0, 1)
-        logits = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
+        logits = at_least_float32(logits.flatten(0, -2))
         terms[name] = cross_entropy(logits, targets, class_weights=class_weights, label_smoothing=label_smoothing)
     return terms
 

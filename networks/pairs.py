@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from networks.precision import at_least_float32
+
 
 @torch.no_grad()
 def nearest_pairs(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -17,7 +19,7 @@ def nearest_pairs(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     First the nearest other picture of its own class (`labels` [B]), then the nearest one of another class, by Euclidean
     distance; of equally near ones the first. Where there is none the partner is picture 0, as in the published code.
     """
-    embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+    embeddings = at_least_float32(embeddings)
     # Not by products, the default for many pictures, which round: near pictures would change their order.
     distances = torch.cdist(embeddings, embeddings, compute_mode="donot_use_mm_for_euclid_dist")
     same = labels[:, None] == labels
