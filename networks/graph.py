@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from networks.classifier import NEARLY_ZERO, Classifier
 from networks.windows import pairwise_iou
 from utils.errors import UserError
 
-EDGES = ("equal", "distance", "overlap")  # what an edge weighs, see `edge_weights`
+Edges = Literal["equal", "distance", "overlap"]  # what an edge weighs, see `edge_weights`
 
 
 def nearest_neighbours(corners: Tensor, k: int) -> Tensor:
@@ -114,13 +115,13 @@ class GraphHead(nn.Module):
         neighbourhood: Callable[[Tensor, int], Tensor] = nearest_neighbours,
         symmetric: bool = True,
         scope: str = "image",
-        edges: str = "equal",
+        edges: Edges = "equal",
         dropout: float = 0.5,
         zero_start: bool = False,
     ):
         super().__init__()
-        if edges not in EDGES:
-            raise UserError(f"unknown graph_edges {edges!r}; choose one of {', '.join(EDGES)}")
+        if edges not in get_args(Edges):
+            raise UserError(f"unknown graph_edges {edges!r}; choose one of {', '.join(get_args(Edges))}")
         if scope not in ("image", "batch"):
             raise UserError(f"unknown graph_scope {scope!r}; choose image or batch")
         if edges != "equal" and scope == "batch":

@@ -116,6 +116,9 @@ def object_confidence(logits: dict[str, Tensor]) -> Tensor:
     return logits["object"].float().softmax(dim=-1).amax(dim=-1)
 
 
+EXITING_SKIPS = ("window", "graph")  # branches that sure images do without, with an early exit
+
+
 def early_prediction(
     logits: dict[str, Tensor],
     prediction: tuple[str, ...],
@@ -129,7 +132,7 @@ def early_prediction(
     the branches count alike.
     """
     ensembling = "mean_logits" if ensembling == "sum_logits" else ensembling
-    branches = tuple(name for name in prediction if name not in ("window", "graph")) or ("object",)
+    branches = tuple(name for name in prediction if name not in EXITING_SKIPS) or ("object",)
     if weights is not None and len(branches) > 1:
         left = torch.stack([weights[prediction.index(name)] for name in branches])
         weights = torch.where(left.sum() > 0, left / left.sum(), 1 / len(branches))

@@ -21,7 +21,7 @@ from networks.colocalization import check_colocalization, check_threshold
 from networks.crops import crop_objects, resize_images
 from networks.early_exit import look_where_unsure
 from networks.first_pass import check_raw_size, look_at_picture
-from networks.graph import GraphHead
+from networks.graph import Edges, GraphHead
 from networks.learned_localization import FoundBy, add_localization
 from networks.localization import activation_map, adaptive_mask, cell_boxes_to_pixels, localize, with_gradient
 from networks.outputs import NetworkOutput, requested_branches
@@ -49,7 +49,7 @@ class Options:
     localization_stride: Literal[32, 16] | None = None  # of these pixels a cell of its map; None: docs/settings.md
     localization_threshold: Positive | None = None  # cells of the object are above so many means; None: likewise
     graph_neighbours: Count = 3  # how many of the nearest windows a window is linked to, if there are as many
-    graph_edges: Literal["equal", "distance", "overlap"] = "equal"  # what a link weighs
+    graph_edges: Edges = "equal"  # what a link weighs
     graph_residual: bool = True  # the graph's logits are added to the mean of those of the windows
     spatial_weights: Literal["relative", "absolute"] = "relative"  # mean 1 in each picture, or sigmoids as published
     without: Without = ()  # fusion, weighting: parts that are left out, for comparison
@@ -173,10 +173,10 @@ class SGKRL(System):
         boxes teach the localization: its logits `inside` [B, g, g], and these `boxes`.
         """
         wanted = requested_branches(branches, self.branches)
-        threshold = 1.0 if self.training else self.exit_threshold
+        may_exit = not self.training and self.exit_threshold < 1
         logits, extras = {}, None
         # 1. Look at the picture, if only to find the object, or to be sure of it.
-        if wanted & {"raw", "fused"} or self.colocalization is None or threshold < 1:
+        if wanted & {"raw", "fused"} or self.colocalization is None or may_exit:
             raw = look_at_picture(self, images)
             logits["raw"] = self.classifier(self.dropout(raw.embedding))
             if wanted <= {"raw"} and not self.is_taught_by(boxes):
@@ -223,15 +223,9 @@ class SGKRL(System):
             return NetworkOutput(logits, object_boxes, window_boxes, object_masks, extras=extras)
 
         # 7. Look at them, and let the graph reason on what they show together.
+        seen = cut_from(self.options.window_source, crops, cropped)
         logits["window"], logits["graph"], unsure = look_where_unsure(
-            self._look_at_windows,
-            cut_from(self.options.window_source, crops, cropped),
-            window_boxes,
-            logits,
-            self.prediction,
-            threshold,
-            self.ensembling,
-            self.ensemble_weights,
+            self, self._look_at_windows, seen, window_boxes, logits
         )
         return NetworkOutput(logits, object_boxes, window_boxes, object_masks, extras=extras, unsure=unsure)
 

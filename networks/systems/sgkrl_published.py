@@ -21,7 +21,7 @@ from networks.classifier import Classifier
 from networks.crops import crop_objects, crop_windows, resize_images
 from networks.early_exit import look_where_unsure
 from networks.first_pass import look_at_picture
-from networks.graph import GraphHead, nearest_neighbours, published_neighbours
+from networks.graph import Edges, GraphHead, nearest_neighbours, published_neighbours
 from networks.localization import activation_map, adaptive_mask, cell_boxes_to_pixels, localize
 from networks.outputs import NetworkOutput, requested_branches
 from networks.shared import Shared
@@ -37,7 +37,7 @@ class Options:
     localization_threshold: Positive = 1.0  # cells belong to the object above so many times the map's mean
     graph_scope: Literal["image", "batch"] = "image"  # batch, as published: windows of other images are linked, too
     graph_neighbours: Count = 3  # how many of the nearest windows a window is linked to, if there are as many
-    graph_edges: Literal["equal", "distance", "overlap"] = "equal"  # what a link weighs
+    graph_edges: Edges = "equal"  # what a link weighs
     mask_from_epoch: Count = 46  # from this epoch on (from 1) the background is masked, as published
     exit_threshold: Probability = 1.0  # test.py: images whose object branch is surer skip the windows; 1: none does
 
@@ -150,16 +150,8 @@ class PublishedSGKRL(System):
         if not wanted & {"window", "graph"}:
             return NetworkOutput(logits, object_boxes, window_boxes, object_masks)
 
-        threshold = 1.0 if self.training else self.exit_threshold
         logits["window"], logits["graph"], unsure = look_where_unsure(
-            self._look_at_windows,
-            crops,
-            window_boxes,
-            logits,
-            self.prediction,
-            threshold,
-            self.ensembling,
-            self.ensemble_weights,
+            self, self._look_at_windows, crops, window_boxes, logits
         )
         return NetworkOutput(logits, object_boxes, window_boxes, object_masks, unsure=unsure)
 
