@@ -172,10 +172,7 @@ def load_catalogue(settings: DataSettings, *, parts: Collection[str] | None = No
     Only pictures of these `parts` (training, validation, test) are looked at; None: all.
     """
     catalogue = read_catalogue(
-        settings.dataset,
-        settings.data_root,
-        classes=settings.classes,
-        **{name: getattr(settings, name) for name in CHOICES},
+        settings.dataset, settings.data_root, classes=settings.classes, **_reading_choices(settings)
     )
     looked_at = [entries for part, entries in catalogue.parts.items() if parts is None or part in parts]
     bad = _unreadable(settings, [entry for entries in looked_at for entry in entries])
@@ -187,7 +184,7 @@ def load_labelled(settings: DataSettings) -> Labelled:
 
     They are read as the run's own, or else as a folder of pictures for each class.
     """
-    choices = {name: getattr(settings, name) for name in CHOICES}
+    choices = _reading_choices(settings)
     try:
         own_kind = settings.dataset if settings.dataset != "demo" else "folder"
         catalogue = read_labelled(Source(own_kind, settings.data_root, **choices))
@@ -197,6 +194,10 @@ def load_labelled(settings: DataSettings) -> Labelled:
         catalogue = read_labelled(Source("folder", settings.data_root, **choices))
     bad = _unreadable(settings, catalogue.entries)
     return Labelled([entry for entry in catalogue.entries if str(entry.source) not in bad], catalogue.class_names)
+
+
+def _reading_choices(settings: DataSettings) -> dict[str, object]:
+    return {name: getattr(settings, name) for name in CHOICES}
 
 
 def _unreadable(settings: DataSettings, entries: Sequence[Entry]) -> dict[str, str]:

@@ -44,8 +44,6 @@ from utils.training.building import Trained, load_trained
 with config_as_edited():
     from config import rebuilt
 
-EVIDENCE_SIZE = 112  # points along a side; it is drawn smoothly
-
 
 def parse_arguments(arguments: Sequence[str] | None):
     parser = Parser(description="Name what is on pictures, and draw where the network looked.", allow_abbrev=False)
@@ -157,12 +155,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def look_at(trained: Trained, images: Tensor, *, with_evidence: bool) -> tuple[NetworkOutput, Tensor | None]:
-    """Run the network on uint8 images [B, 3, S, S]; the evidence is float32 [B, EVIDENCE_SIZE, EVIDENCE_SIZE]."""
+    """Run the network on uint8 images [B, 3, S, S]; the evidence is float32 [B, 112, 112]."""
     images = trained.execution.images(images)
     passes = {"mask_background": trained.plan.mask_background, "branches": trained.network.prediction}
     with trained.execution.autocast():
         if with_evidence:
-            return forward_with_evidence(trained.network, images, size=EVIDENCE_SIZE, **passes)
+            return forward_with_evidence(trained.network, images, **passes)
         with torch.no_grad():
             return trained.network(images, **passes), None
 

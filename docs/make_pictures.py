@@ -82,7 +82,7 @@ def draw_pipeline(checkpoint: Path) -> Image.Image:
     network, names = trained.network, trained.saved["class_names"]
     entries = read_catalogue("demo", None).test[::5]
     batch = collate(list(Pictures(entries, **loading_of(trained.settings))))
-    output, evidence = forward_with_evidence(network, trained.execution.images(batch.images), size=112)
+    output, evidence = forward_with_evidence(network, trained.execution.images(batch.images))
     probabilities = network.predict_logits(output).softmax(dim=1)
     true = probabilities.gather(1, batch.labels[:, None])[:, 0]
     scale = network.input_size / batch.images.shape[-1]

@@ -22,8 +22,7 @@ from networks.trunks import check_trunk as check_trunk
 from utils.errors import UserError
 from utils.options import Probability, SettingsError, as_annotated, checked, shortened, shown
 
-FILES = (module.name for module in pkgutil.iter_modules(networks.systems.__path__))
-MODELS = tuple(sorted(name for name in FILES if not name.startswith("_")))
+MODELS = tuple(sorted(m.name for m in pkgutil.iter_modules(networks.systems.__path__) if not m.name.startswith("_")))
 
 
 def find_system(name: str) -> type[System]:

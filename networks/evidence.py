@@ -25,7 +25,7 @@ def forward_with_evidence(
     network: System,
     images: Tensor,
     *,
-    size: int,
+    size: int = 112,
     mask_background: bool = False,
     branches: tuple[str, ...] | None = None,
 ) -> tuple[NetworkOutput, Tensor]:

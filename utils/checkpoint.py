@@ -16,6 +16,7 @@ from networks.system import System
 from utils.checkpoint_content import NETWORK, TRAINING, problem_of
 from utils.errors import UserError, is_out_of_memory, tells_of_dead_loader
 from utils.files import SavingError, sync_folder, written_whole
+from utils.text import first_few
 
 BEGIN_ANEW = "start anew with --fresh, which moves the run aside"
 # Where published code puts the weights in a file, and those of a classifier that it keeps apart
@@ -212,16 +213,12 @@ def load_published(network: System, path: str | Path, content: dict | None = Non
         ],
     }
     if any(problems.values()):
-        listed = "; ".join(f"{problem}: {_first_few(found)}" for problem, found in problems.items() if found)
+        listed = "; ".join(f"{problem}: {first_few(found, 5)}" for problem, found in problems.items() if found)
         raise CheckpointError(
             f"published checkpoint {path} does not fit this network (SG-KRL's fit sgkrl_published); {listed}"
         )
     found = {ours: state[name] for ours, name in published_name.items()}
     network.load_state_dict({name: expected[name] for name in optional} | found)
-
-
-def _first_few(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _holds_tensors_by_name(state: object) -> bool:

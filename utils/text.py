@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 
 PLAIN = "\n\t\u00a0\u202f"  # not printable to Python, and harmless
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what makes a table's cell a formula
@@ -22,6 +23,12 @@ def visible(text: str) -> str:
 def cell(text: str) -> str:
     """A name as a cell of a table: on one line, and never a formula to a spreadsheet."""
     return f"'{one_line(text)}" if text.startswith(FORMULA) else one_line(text)
+
+
+def first_few(names: Sequence[str], count: int = 3) -> str:
+    """The first names in a row, and how many more there are: "a, b, c and 4 more"."""
+    more = len(names) - count
+    return ", ".join(names[:count]) + (f" and {more} more" if more > 0 else "")
 
 
 def json_line(value: object) -> str:

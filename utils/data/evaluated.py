@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from utils.data.catalogue import Catalogue, Entry
-from utils.data.errors import DataError, one_line
+from utils.data.errors import DataError
 from utils.data.record import Record, below_shared_folder, content_hashes, repeated_pictures
+from utils.text import first_few, one_line
 
-NAMED = 3  # classes
 UNRECORDED = "the checkpoint does not say which images it was trained on"
 
 
@@ -191,5 +191,4 @@ def _said_of_seen(seen: Sequence[Entry], images: int, *, included: bool) -> list
 
 
 def _first(names: Sequence[str]) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(repr(one_line(name)) for name in names[:NAMED]) + more
+    return first_few([repr(one_line(name)) for name in names])

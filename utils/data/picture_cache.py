@@ -34,7 +34,7 @@ from tqdm import tqdm
 from utils.data.errors import LoadingError
 from utils.data.threads import in_threads
 from utils.files import sync_folder
-from utils.training.distributed import is_main
+from utils.training.distributed import bar_disabled
 
 try:
     import fcntl
@@ -228,7 +228,7 @@ def _build(path: Path, digest: bytes, shapes: Sequence[Shape], decode: Decode) -
 
 def _decode_all(count: int, decode: Decode) -> Iterable[tuple[Tensor, Tensor | None]]:
     decoded = in_threads(decode, range(count), threads=os.cpu_count(), waiting=DECODED_AT_ONCE)
-    return tqdm(decoded, "decoding pictures", count, leave=False, disable=None if is_main() else True)
+    return tqdm(decoded, "decoding pictures", count, leave=False, disable=bar_disabled())
 
 
 def free_memory() -> int | None:

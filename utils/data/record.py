@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from utils.data.catalogue import Entry
-from utils.data.errors import DataError, describe, one_line
+from utils.data.errors import DataError, describe
 from utils.data.threads import in_threads
+from utils.text import one_line
 
 SAMPLED = 4 * 1024  # bytes of a block; of a larger file, so many at its beginning, in its middle and at its end
 UNPACKED_LIMIT = 1 << 30  # bytes; a record of a million pictures has a tenth

@@ -47,11 +47,6 @@ def to_pillow(image: Tensor) -> Image.Image:
     return Image.fromarray(image.detach().cpu().permute(1, 2, 0).contiguous().numpy())
 
 
-def box_edges(box: Tensor) -> Tensor:
-    """Inclusive pixels [4] -> continuous edges."""
-    return box.float().cpu() + torch.tensor([0, 0, 1, 1])
-
-
 def fit_into(edges: Tensor, tile: Image.Image) -> tuple[int, int, int, int]:
     """A box with continuous edges in tile pixels -> its first and last pixels, inside the tile."""
     limits = (tile.width, tile.height)

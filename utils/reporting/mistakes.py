@@ -60,14 +60,13 @@ def draw_mistakes(
     `batches`: a batch of `datasets`, the pictures in their own size, and what they are. Of each, the predicted class
     comes first with its probability in the evaluation, then others as likely as they are here.
     """
-    network, _, saved, plan, execution = trained
-    names, mistakes = saved["class_names"], []
+    network, plan, execution = trained.network, trained.plan, trained.execution
+    names, mistakes = trained.saved["class_names"], []
     for batch, pictures, judged in batches:
         with execution.autocast():
             output, evidence = forward_with_evidence(
                 network,
                 execution.images(batch.images),
-                size=112,
                 mask_background=plan.mask_background,
                 branches=network.evaluated,
             )

@@ -17,7 +17,6 @@ from utils.files import SavingError, written_whole
 from utils.reporting.drawing import (
     PREDICTED_BOX,
     TRUE_BOX,
-    box_edges,
     dim_outside,
     draw_box,
     draw_dashed_box,
@@ -27,6 +26,7 @@ from utils.reporting.drawing import (
     to_pillow,
 )
 from utils.reporting.figures import Caption, captioned, make_bars, make_grid, make_legend
+from utils.reporting.metrics import inclusive_to_edges
 
 
 def localization_panel(
@@ -135,19 +135,19 @@ def prediction_panel(
     tile = tile.copy()
     draw = ImageDraw.Draw(tile)
     if object_box is not None:
-        draw_box(draw, fit_into(box_edges(object_box) * to_tile, tile), PREDICTED_BOX)
+        draw_box(draw, fit_into(_edges(object_box) * to_tile, tile), PREDICTED_BOX)
     true_box = _known(true_box)
     if true_box is not None:
         draw_dashed_box(draw, fit_into(true_box.float().cpu() * to_tile, tile), TRUE_BOX)
     if part_boxes is not None:
-        draw_numbered_boxes(tile, [fit_into(box_edges(box) * to_tile, tile) for box in part_boxes])
+        draw_numbered_boxes(tile, [fit_into(_edges(box) * to_tile, tile) for box in part_boxes])
     tiles = [tile]
     if object_box is not None:
         scale = torch.tensor([picture.width, picture.height] * 2) / input_size
-        left, top, right, bottom = fit_into(box_edges(object_box) * scale, picture)
+        left, top, right, bottom = fit_into(_edges(object_box) * scale, picture)
         crop = picture.resize(shown.size, Image.Resampling.BICUBIC, box=(left, top, right + 1, bottom + 1))
         if window_boxes is not None:
-            draw_numbered_boxes(crop, [fit_into(box_edges(box) * to_tile, crop) for box in window_boxes])
+            draw_numbered_boxes(crop, [fit_into(_edges(box) * to_tile, crop) for box in window_boxes])
         tiles.append(crop)
     if evidence is not None:
         tiles.append(heated(shown, evidence.cpu()))
@@ -184,6 +184,10 @@ def _item(values: Sequence[Tensor | None] | Tensor | None, index: int) -> Tensor
     return None if values is None or values[index] is None else values[index].detach().cpu()
 
 
+def _edges(box: Tensor) -> Tensor:
+    return inclusive_to_edges(box.float().cpu())
+
+
 def _known(box: Tensor | None) -> Tensor | None:
     return None if box is None or box.isnan().any() else box
 
@@ -205,8 +209,7 @@ def _picture_tile(
         tile = dim_outside(tile, mask)
     draw = ImageDraw.Draw(tile)
     if object_box is not None:
-        edges = object_box.float() + torch.tensor([0, 0, 1, 1])
-        draw_box(draw, fit_into(edges * scale, tile), PREDICTED_BOX)
+        draw_box(draw, fit_into(_edges(object_box) * scale, tile), PREDICTED_BOX)
     if true_box is not None:
         draw_dashed_box(draw, fit_into(true_box.float() * scale, tile), TRUE_BOX)
     return tile
@@ -216,5 +219,5 @@ def _crop_tile(crop: Tensor, window_boxes: Tensor | None, height: int) -> Image.
     tile, scale = _scaled(crop, height)
     if window_boxes is None:
         return tile
-    draw_numbered_boxes(tile, [fit_into(box_edges(box) * scale, tile) for box in window_boxes])
+    draw_numbered_boxes(tile, [fit_into(_edges(box) * scale, tile) for box in window_boxes])
     return tile

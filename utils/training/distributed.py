@@ -34,6 +34,11 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def bar_disabled() -> bool | None:
+    """What tqdm is to take as `disable`: one process shows a bar, on a terminal only, not in a log file (None)."""
+    return None if is_main() else True
+
+
 def print_once(text: str) -> None:
     """Print, once for all processes."""
     if is_main():

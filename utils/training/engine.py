@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from networks.outputs import NetworkOutput
 from utils.reporting.metrics import EpochMeter, inclusive_to_edges, of_known
-from utils.training.distributed import evaluation_network, is_main, unwrap
+from utils.training.distributed import bar_disabled, evaluation_network, unwrap
 from utils.training.ensemble import EnsembleLearning
 from utils.training.execution import Execution
 from utils.training.exit_learning import ExitLearning, has_passes_to_skip
@@ -79,7 +79,7 @@ def train_one_epoch(
         initial=(first_step - 1) * batches.batch_size,
         unit=" images",
         desc=description,
-        disable=_bar_disabled(),
+        disable=bar_disabled(),
         leave=False,
     ) as bar:
         for step, batch in enumerate(batches, start=first_step):
@@ -103,10 +103,6 @@ def train_one_epoch(
     seconds, seen = time.perf_counter() - start, averages["images"] - seen_before
     # none, where the run was stopped in the evaluation: then nothing says how fast it was
     return averages | {"images_per_second": seen / seconds if seen else math.nan}
-
-
-def _bar_disabled() -> bool | None:
-    return None if is_main() else True  # None: shown on a terminal, not in a log file
 
 
 def _show(bar: tqdm, meter: EpochMeter) -> None:
@@ -150,7 +146,7 @@ def evaluate(
         learners.append(EnsembleLearning(system, also=("object",) if learn_exit else ()))
     if learn_exit:
         learners.append(ExitLearning(system, *learners))  # what it learns depends on the ensemble
-    for batch in tqdm(batches, desc=description, disable=_bar_disabled(), leave=False):
+    for batch in tqdm(batches, desc=description, disable=bar_disabled(), leave=False):
         labels = batch.labels.to(execution.device, non_blocking=True)
         with execution.autocast():
             output = network(

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from networks.system import System
 from utils.reporting.metrics import inclusive_to_edges
-from utils.training.distributed import all_reduce_sum, is_main, rank, world_size
+from utils.training.distributed import all_reduce_sum, bar_disabled, rank, world_size
 from utils.training.execution import Execution
 
 
@@ -38,7 +38,7 @@ def find_boxes(system: System, batches: Iterable[Any], execution: Execution, cou
 
 def with_bar(batches: Iterable[Any], description: str, total: int | None = None) -> Iterator[Any]:
     """Yield the batches under a bar, which is not there before the first one is asked for."""
-    yield from tqdm(batches, desc=description, total=total, disable=None if is_main() else True, leave=False)
+    yield from tqdm(batches, desc=description, total=total, disable=bar_disabled(), leave=False)
 
 
 def boxes_to_look_at(batch: Any, system: System, device: torch.device) -> Tensor | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from numbers import Number
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from networks.system import System
+from utils.text import first_few
 
 
 def restore(system: System, optimizer: Optimizer, schedule: LRScheduler, saved: Mapping[str, Any]) -> None:
@@ -37,16 +38,16 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor], classes: int
     """Load the weights of a checkpoint that names so many classes. Raises ValueError where they do not fit."""
     ours = network.state_dict()
     names = {"missing": ours.keys() - weights.keys(), "left over": weights.keys() - ours.keys()}
-    problems = [f"{kind}: {_first(sorted(found))}" for kind, found in names.items() if found]
+    problems = [f"{kind}: {first_few(sorted(found))}" for kind, found in names.items() if found]
     shapes = {n: (tuple(weights[n].shape), tuple(v.shape)) for n, v in ours.items() if n in weights}
     shapes = {name: pair for name, pair in shapes.items() if pair[0] != pair[1]}
     of_trunk = any(name.startswith("backbone.") for name in shapes)
     counts = {_classes_in(theirs, expected, classes) for theirs, expected in shapes.values()}
     if len(counts) == 1 and None not in counts and not of_trunk:
-        problems.append(f"it names {classes} classes, and has weights for {counts.pop()}: {_first(list(shapes))}")
+        problems.append(f"it names {classes} classes, and has weights for {counts.pop()}: {first_few(list(shapes))}")
     elif shapes:
         listed = [f"{n} {theirs} instead of {expected}" for n, (theirs, expected) in shapes.items()]
-        problems.append(f"of another shape: {_first(listed)}")
+        problems.append(f"of another shape: {first_few(listed)}")
     if problems:
         raise ValueError("; ".join(problems))
     network.load_state_dict(weights)
@@ -60,10 +61,6 @@ def _classes_in(theirs: tuple[int, ...], ours: tuple[int, ...], classes: int) ->
     found, expected = differing[0]
     each, rest = divmod(expected, classes)
     return found // each if each and not rest and not found % each else None
-
-
-def _first(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _other_form(ours: object, theirs: object, place: str) -> str | None:
