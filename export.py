@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from datasets import loading_of
-from utils.command_line import Parser, named
+from utils.command_line import Parser, nonempty_path
 from utils.config_slips import config_as_edited
 from utils.data.image_batches import NORMALIZATIONS
 from utils.errors import UserError, exit_with_one_sentence
-from utils.files import make_folder_of, written_whole
+from utils.files import atomic_write, make_folder_of
 from utils.reporting.metrics import inclusive_to_edges
 from utils.training.building import load_trained
 
@@ -61,11 +61,13 @@ class Pipeline(nn.Module):
 
 def parse_arguments(arguments: Sequence[str] | None):
     parser = Parser(description="Turn a checkpoint into one file that runs without this code.", allow_abbrev=False)
-    parser.add_argument("--checkpoint", type=named, required=True, metavar="FILE", help="best.pth or last.pth of a run")
+    parser.add_argument(
+        "--checkpoint", type=nonempty_path, required=True, metavar="FILE", help="best.pth or last.pth of a run"
+    )
     parser.add_argument(
         "--weights", choices=("plain", "ema"), help="of a run with ema_decay (default: ema, the average)"
     )
-    parser.add_argument("--out", type=named, required=True, metavar="FILE", help="model.pt2, or model.onnx")
+    parser.add_argument("--out", type=nonempty_path, required=True, metavar="FILE", help="model.pt2, or model.onnx")
     parser.add_argument("--device", default="cpu", help="what the file will run on: cpu, cuda ... (%(default)s)")
     options = parser.parse_args(arguments)
     if options.out.suffix not in FORMATS:
@@ -96,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.export.save(program, content, extra_files={"facts.json": json.dumps(facts)})
     else:
         save_onnx(pipeline, content, facts)
-    with written_whole(options.out) as file:
+    with atomic_write(options.out) as file:
         file.write(content.getbuffer())
     size, place = facts["image_size"], "" if facts["device"] == "cpu" else f" on {facts['device']}"
     print(

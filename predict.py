@@ -21,8 +21,8 @@ from tqdm import tqdm
 from datasets import DataError, Entry, Pictures, Sample, collate, comes_with_corners, loading_of
 from networks.evidence import forward_with_evidence
 from networks.outputs import NetworkOutput
-from networks.views import VIEWS, look_at_views
-from utils.command_line import Parser, named
+from networks.views import VIEWS, add_views
+from utils.command_line import Parser, nonempty_path
 from utils.config_slips import config_as_edited
 from utils.data import folders
 from utils.data.checking import NEVER_WRITTEN, ends_in_zeros
@@ -32,7 +32,7 @@ from utils.data.kinds import LeftOut, is_picture
 from utils.data.workers import start_loader
 from utils.errors import UserError, exit_with_one_sentence
 from utils.files import make_output_folder
-from utils.reporting.exit_threshold import LEARNED, learned_threshold, threshold
+from utils.reporting.exit_threshold import LEARNED, learned_threshold, parse_threshold
 from utils.reporting.metrics import inclusive_to_edges
 from utils.reporting.panels import image_panel
 from utils.reporting.pictures import save_png
@@ -47,20 +47,26 @@ with config_as_edited():
 
 def parse_arguments(arguments: Sequence[str] | None):
     parser = Parser(description="Name what is on pictures, and draw where the network looked.", allow_abbrev=False)
-    parser.add_argument("pictures", nargs="+", type=named, metavar="PICTURE_OR_FOLDER", help="folders with all below")
-    parser.add_argument("--checkpoint", type=named, required=True, metavar="FILE", help="best.pth or last.pth of a run")
+    parser.add_argument(
+        "pictures", nargs="+", type=nonempty_path, metavar="PICTURE_OR_FOLDER", help="folders with all below"
+    )
+    parser.add_argument(
+        "--checkpoint", type=nonempty_path, required=True, metavar="FILE", help="best.pth or last.pth of a run"
+    )
     parser.add_argument(
         "--weights", choices=("plain", "ema"), help="of a run with ema_decay (default: ema, the average)"
     )
     parser.add_argument("--views", nargs="+", choices=VIEWS, help="name by these views of a picture, too; slower")
     parser.add_argument(
         "--exit_threshold",
-        type=threshold,
+        type=parse_threshold,
         default=LEARNED,
         metavar="P",
         help="pictures surer than P skip the last passes, 1: none does (%(default)s: in training)",
     )
-    parser.add_argument("--out", type=named, default=Path("predictions"), metavar="DIR", help="drawings (%(default)s)")
+    parser.add_argument(
+        "--out", type=nonempty_path, default=Path("predictions"), metavar="DIR", help="drawings (%(default)s)"
+    )
     parser.add_argument("--no_drawings", action="store_true", help="names only, which is faster")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of text")
     parser.add_argument("--top", type=int, default=5, metavar="N", help="names per picture (%(default)s)")
@@ -92,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         network.exit_threshold = learned_threshold(trained.saved) if by_training else options.exit_threshold
     corners = comes_with_corners(trained.settings, options.views)
     if options.views:
-        look_at_views(network, options.views, corners=corners)
+        add_views(network, options.views, corners=corners)
     loading = loading_of(trained.settings)
     limit_memory(trained.settings.picture_memory)
     loader = DataLoader(
@@ -116,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         bar.update(len(samples))
         if not good:
             continue
-        output, evidence = look_at(trained, collate(good).images, with_evidence=not options.no_drawings)
+        output, evidence = run_network(trained, collate(good).images, with_evidence=not options.no_drawings)
         logits = network.predict_logits(output)
         refuse_nonfinite(logits.isfinite().all(dim=1), [s.path for s in good], "try an earlier checkpoint")
         probabilities = logits.float().softmax(dim=1)
@@ -154,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(1)
 
 
-def look_at(trained: Trained, images: Tensor, *, with_evidence: bool) -> tuple[NetworkOutput, Tensor | None]:
+def run_network(trained: Trained, images: Tensor, *, with_evidence: bool) -> tuple[NetworkOutput, Tensor | None]:
     """Run the network on uint8 images [B, 3, S, S]; the evidence is float32 [B, 112, 112]."""
     images = trained.execution.images(images)
     passes = {"mask_background": trained.plan.mask_background, "branches": trained.network.prediction}

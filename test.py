@@ -32,7 +32,7 @@ from datasets import (
     loading_of,
 )
 from networks.outputs import EXITING_SKIPS
-from networks.views import VIEWS, look_at_views
+from networks.views import VIEWS, add_views
 from utils.checkpoint import CheckpointError, load_checkpoint, load_published
 from utils.config_slips import config_as_edited
 from utils.data.catalogue import Entry
@@ -60,7 +60,7 @@ with config_as_edited():
     from config import parse_settings, rebuilt, restored
 
 MACHINE = ("data_root", "labels", "class_level", "device", "precision", "evaluation_batch_size", "workers")
-READERS = Readers(load_catalogue, load_labelled, choose_split)
+DATA_FUNCTIONS = Readers(load_catalogue, load_labelled, choose_split)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -83,10 +83,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     # Evaluate.
     corners = comes_with_corners(settings, options.views)
-    views = look_at_views(network, options.views, corners=corners) if options.views else 1
+    views = add_views(network, options.views, corners=corners) if options.views else 1
 
     def validation(needed_for: str):
-        selection, words = validation_images(settings, data, READERS, needed_for)
+        selection, words = validation_images(settings, data, DATA_FUNCTIONS, needed_for)
         return evaluation_loader(settings, selection, corners=corners), words
 
     trained = ensemble_otherwise(
@@ -176,7 +176,7 @@ def rebuild(options: argparse.Namespace, more: Sequence[str]) -> tuple[Trained, 
     return trained, find_data(
         trained,
         options.checkpoint,
-        READERS,
+        DATA_FUNCTIONS,
         asked=options.data_root is not None or options.labels is not None,
         with_labels=options.labels is not None,
         include_trained=options.include_trained,

@@ -35,7 +35,7 @@ from utils.reporting.panels import draw_panel, spread_over
 from utils.run import Run
 from utils.training.agreement import refuse_differing_processes
 from utils.training.allocator import keep_freed_memory
-from utils.training.averaging import Average, network_of
+from utils.training.averaging import Average, build_averaged_network
 from utils.training.building import (
     build_learning,
     build_to_train,
@@ -84,7 +84,7 @@ def describe_data(
     }
 
 
-def look_at_pictures(
+def prepare_network(
     run: Run,
     system: System,
     execution: Execution,
@@ -93,7 +93,7 @@ def look_at_pictures(
 ) -> None:
     """Prepare the network of a new run; where it takes boxes, give the loaders those of their pictures.
 
-    A new run finds them, one that goes on has them; one from before there were any goes on without.
+    A new run finds them, one that goes on has them in its checkpoint, or, where that is older than this, does without.
     """
     cache = loaders["training"].dataset.cache
     if run.saved is None:
@@ -153,7 +153,7 @@ def evaluate_epoch(
     evaluated = evaluate(network, loader, **shared)
     check_finite(evaluated)
     check_weights(unwrap(network), current.steps)  # evaluated or not
-    of_average = evaluate(network_of(average, network), loader, **shared) if average else None
+    of_average = evaluate(build_averaged_network(average, network), loader, **shared) if average else None
     check_finite(of_average or {})
     return evaluated, of_average
 
@@ -205,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run.begin(bad_pictures)
         loaders = {"training": train_loader, "selection": selection_loader}
         entries = {"training": train_entries, "selection": selection_entries}
-        look_at_pictures(run, system, execution, entries, loaders)
+        prepare_network(run, system, execution, entries, loaders)
 
         for epoch in run.epochs():
             plan = plan_epoch(system, epoch, loss_weights, warmup_epochs=settings.warmup_epochs)

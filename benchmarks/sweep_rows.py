@@ -103,7 +103,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "trained-no-graph": (*UNMASKED, "--loss_weights", "graph=0", "--prediction", "raw", "fused", "object"),
     "trained-mask": ("--mask_from_epoch", "4"),
     "trained-coarse": (*UNMASKED, *COARSE),
-    # without the windows, the dearest part, where only the object box is in question
+    # without the windows, the most expensive part, where only the object box is in question
     "trained-former-no-windows": (*FORMER, *NO_WINDOWS),
     "trained-former-coarse-no-windows": (*FORMER, *COARSE, *NO_WINDOWS),
     "published-no-windows": (*PUBLISHED, "--loss_weights", "window=0", "graph=0"),

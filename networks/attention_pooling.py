@@ -41,6 +41,6 @@ def attention_pooling(features: Tensor, attention: Tensor) -> Tensor:
     return F.normalize(rooted.flatten(1), dim=1)
 
 
-def false_attention(attention: Tensor, *, random: bool) -> Tensor:
+def counterfactual_attention(attention: Tensor, *, random: bool) -> Tensor:
     """Return maps like the attention's [B, M, g, g] that know nothing: uniform in [0, 2), or 1 everywhere."""
     return 2 * torch.rand_like(attention) if random else torch.ones_like(attention)

@@ -7,7 +7,7 @@ from urllib.error import URLError
 import torchvision
 from torch import Tensor, nn
 
-from networks.batch_norm import BATCH_NORMS, freeze_statistics, look_at, separate_statistics
+from networks.batch_norm import BATCH_NORMS, freeze_statistics, separate_statistics, use_statistics_of
 from networks.outputs import Features
 from networks.pretrained import is_weights_file, load_trunk_weights, torchvision_weights
 from networks.trunks import check_trunk, family_of
@@ -115,7 +115,7 @@ class Backbone(nn.Module):
         if split and not self.family.split:
             raise UserError("residuals and shortcuts were asked for; only ResNets have them")
         if self.batch_norm == "per_pass":
-            look_at(self.trunk, kind)
+            use_statistics_of(self.trunk, kind)
         frozen = self.batch_norm == "frozen"
         if start == "stage3":
             maps = self.family.finish(self.trunk, images, frozen=frozen, dense=dense, split=split)

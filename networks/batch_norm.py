@@ -62,7 +62,7 @@ def separate_statistics(module: nn.Module) -> None:
             separate_statistics(child)
 
 
-def look_at(module: nn.Module, kind: str) -> None:
+def use_statistics_of(module: nn.Module, kind: str) -> None:
     """Choose the statistics of the next pass, for all batch norms per pass below the module."""
     if kind not in KINDS:
         raise UserError(f"unknown kind of pass {kind!r}; choose one of {', '.join(KINDS)}")

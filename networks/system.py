@@ -194,8 +194,8 @@ class System(nn.Module):
         if self.learned_localization is not None:
             self.learned_localization.take_teacher(self.backbone, self.input_size, pictures)
 
-    def look_at_own(self, view: str) -> int:
-        """Look, from here on, at what one of `own_views` names; return how many views that are with the picture."""
+    def use_own_view(self, view: str) -> int:
+        """Use one of `own_views` from here on; return how many views that are with the picture."""
         raise NotImplementedError
 
     def after_step(self, output: NetworkOutput, targets: Tensor) -> None:

@@ -19,7 +19,7 @@ OF_EVERY_SYSTEM = VIEWS[:2]
 CROP = 7 / 8  # side of a crop as a share of the picture's, where nothing lies round the picture
 
 
-def look_at_views(network: System, views: Sequence[str], *, corners: bool = False) -> int:
+def add_views(network: System, views: Sequence[str], *, corners: bool = False) -> int:
     """Let a system, from here on, classify by a picture and by views of it together; return how many there are.
 
     `mirror`: the picture and its mirror image. `five_crops`: the picture and the corners of what it was cut out of,
@@ -40,7 +40,7 @@ def look_at_views(network: System, views: Sequence[str], *, corners: bool = Fals
     passes = 1
     for view in network.own_views:
         if view in views:
-            passes = network.look_at_own(view)
+            passes = network.use_own_view(view)
     hook = _AddViews(tuple(views))
     network.register_forward_pre_hook(hook.take_apart)
     network.register_forward_hook(hook, with_kwargs=True)

@@ -8,7 +8,7 @@ from test_engine import CPU, EVERYTHING, make_loader, make_network, make_samples
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from utils.training.averaging import Average, network_of
+from utils.training.averaging import Average, build_averaged_network
 from utils.training.engine import train_one_epoch
 from utils.training.replicas import Replicas
 
@@ -93,5 +93,5 @@ def test_every_optimizer_step_is_averaged_and_changes_nothing_else():
 def test_an_average_is_evaluated_on_the_gpus_of_its_network():
     network = make_network()
     average = Average(network, 0.9)
-    assert network_of(average, network) is average.module
-    assert network_of(average, Replicas(network)).module is average.module
+    assert build_averaged_network(average, network) is average.module
+    assert build_averaged_network(average, Replicas(network)).module is average.module

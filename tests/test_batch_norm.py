@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from networks import build_network
 from networks.backbone import Backbone
-from networks.batch_norm import KINDS, BatchNormPerPass, freeze_statistics, look_at, separate_statistics
+from networks.batch_norm import KINDS, BatchNormPerPass, freeze_statistics, separate_statistics, use_statistics_of
 from networks.folding import fold_batch_norm
 
 pytestmark = pytest.mark.usefixtures("thin_trunk")
@@ -39,12 +39,12 @@ def test_each_kind_of_pass_has_the_statistics_of_a_network_of_its_own() -> None:
             if step == 0:
                 alone[kind] = copy.deepcopy(alone["picture"])  # a kind starts from what pictures have by then
             images = pictures(10 * step + number, scale=1 + number)
-            look_at(one, kind)
+            use_statistics_of(one, kind)
             torch.testing.assert_close(one(images), alone[kind](images))
     one.eval()
     outputs = []
     for kind in KINDS:
-        look_at(one, kind)
+        use_statistics_of(one, kind)
         outputs.append(one(pictures(5)))
         torch.testing.assert_close(outputs[-1], alone[kind].eval()(pictures(5)))
     assert not torch.allclose(outputs[0], outputs[1]) and not torch.allclose(outputs[1], outputs[2])
@@ -57,7 +57,7 @@ def test_a_kind_that_was_not_trained_yet_has_the_statistics_of_pictures() -> Non
     one.eval()
     outputs = []
     for kind in KINDS:
-        look_at(one, kind)
+        use_statistics_of(one, kind)
         outputs.append(one(pictures(5)))
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
     for name, statistics in one.named_buffers():  # an average of them begins there, too
@@ -67,7 +67,7 @@ def test_a_kind_that_was_not_trained_yet_has_the_statistics_of_pictures() -> Non
 
 def test_an_unknown_kind_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown kind of pass 'raw'.*picture"):
-        look_at(small_trunk(), "raw")
+        use_statistics_of(small_trunk(), "raw")
 
 
 @pytest.mark.parametrize("model", ("sgkrl", "sgkrl_published"))

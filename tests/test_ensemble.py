@@ -157,7 +157,7 @@ def test_three_crops_have_the_weight_of_one() -> None:
         "cal", num_classes=3, backbone="resnet18", input_size=96, ensembling="learned", prediction=("raw", "crop")
     ).eval()
     network.ensemble_weights.copy_(torch.tensor([0.3, 0.9]))
-    network.look_at_own("three_crops")
+    network.use_own_view("three_crops")
     with torch.no_grad():
         output = network(make_images(96))
     raw, crop = (output.logits[name].log_softmax(-1) for name in ("raw", "crop"))

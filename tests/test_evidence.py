@@ -104,7 +104,7 @@ def test_a_branch_counts_as_much_as_in_the_prediction(branch, images):
 def test_every_system_says_how_much_a_branch_counts(model, ensembling):
     network = build(model, ensembling=ensembling)
     for view in network.own_views:
-        network.look_at_own(view)
+        network.use_own_view(view)
     logits = {name: torch.randn(1, 4, requires_grad=True) for name in network.prediction}
     network.predict_logits(NetworkOutput(logits))[0, 0].backward()
     slopes = torch.stack([logits[name].grad[0, 0] for name in network.prediction])

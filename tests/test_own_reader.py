@@ -26,7 +26,7 @@ def write_reader(tmp_path, monkeypatch):
         (tmp_path / "mine.py").write_text(source, encoding="utf-8")
 
     monkeypatch.setattr(readers, "__path__", [*readers.__path__, str(tmp_path)])
-    monkeypatch.setattr(readers, "DATASETS", (*readers.DATASETS, "mine"))
+    monkeypatch.setattr(readers, "READERS", (*readers.READERS, "mine"))
     monkeypatch.setitem(config.DATASETS, "mine", {"epochs": 7})
     yield write
     sys.modules.pop(f"{readers.__name__}.mine", None)

@@ -18,7 +18,7 @@ from datasets import Pictures
 from networks import MODELS
 from networks.evidence import forward_with_evidence
 from networks.outputs import SEVERAL_PER_IMAGE
-from networks.views import OF_EVERY_SYSTEM, look_at_views, other_views
+from networks.views import OF_EVERY_SYSTEM, add_views, other_views
 from utils.data.cropping import pictures_alone
 from utils.data.pixels import load_pixels
 from utils.errors import UserError
@@ -62,7 +62,7 @@ def test_views_are_those_cut_by_hand(views: tuple[str, ...]) -> None:
 def test_a_system_is_ensembled_over_the_views_one_by_one(model: str) -> None:
     plain, network = Variant(model).evaluated, Variant(model).build().eval()
     images = make_images(2 * SIZE, batch=2)
-    assert look_at_views(network, ("mirror",)) == 2
+    assert add_views(network, ("mirror",)) == 2
     (output, passes), (own, passes_of_one) = run(network, images), run(plain, images)
     assert len(passes) == 2 * len(passes_of_one)
     assert_same(output, own, except_for=tuple(own.logits))  # boxes, masks and extras
@@ -89,7 +89,7 @@ def test_a_system_is_ensembled_over_the_views_one_by_one(model: str) -> None:
 def test_twelve_views_of_each_image_by_itself() -> None:
     variant = Variant("resnet")
     network, images = variant.build().eval(), make_images(SIZE, batch=3)
-    assert look_at_views(network, VIEWS) == 12
+    assert add_views(network, VIEWS) == 12
     found = network(images).logits["raw"].softmax(-1)
     for image, probabilities in zip(images, found, strict=True):
         each = [variant.evaluated(view[None]).logits["raw"].softmax(-1) for view in views_by_hand(image, VIEWS)]
@@ -99,7 +99,7 @@ def test_twelve_views_of_each_image_by_itself() -> None:
 def test_evidence_is_of_the_picture_for_what_all_views_predict() -> None:
     plain, network = Variant("mmal").evaluated, Variant("mmal").build().eval()
     images = make_images(SIZE, batch=2)
-    look_at_views(network, ("mirror",))
+    add_views(network, ("mirror",))
     output, evidence = forward_with_evidence(network, images, size=16)
     own, _ = forward_with_evidence(plain, images, size=16)
     assert torch.equal(output.object_boxes, own.object_boxes)
@@ -126,7 +126,7 @@ def test_five_crops_are_those_of_the_whole_resized_picture(rectangle, keep_aspec
     variant = Variant("resnet")
     for views, expected in ((("five_crops",), squares), (("five_crops", "mirror"), ten_crop(whole, [side, side]))):
         network = variant.build().eval()
-        assert look_at_views(network, views, corners=True) == len(expected)
+        assert add_views(network, views, corners=True) == len(expected)
         output, passes = run(network, sample.image[None] / 255)
         assert len(passes) == len(expected)
         each = variant.evaluated(torch.stack(list(expected)) / 255).logits["raw"].softmax(-1)
@@ -151,7 +151,7 @@ def test_evaluating_and_predicting_with_corners(tiny_run, tmp_path, picture_tree
 def test_unknown_views_are_refused() -> None:
     for view in ("upside_down", "three_crops"):  # of CAL only
         with pytest.raises(UserError, match=f"views has '{view}'; choose from mirror, five_crops$"):
-            look_at_views(Variant("resnet").evaluated, ("mirror", view))
+            add_views(Variant("resnet").evaluated, ("mirror", view))
 
 
 def test_evaluating_and_predicting_with_views(tiny_run, tmp_path, picture_tree, evaluation_script, capsys) -> None:

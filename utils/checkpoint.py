@@ -15,7 +15,7 @@ from torch import Tensor
 from networks.system import System
 from utils.checkpoint_content import NETWORK, TRAINING, problem_of
 from utils.errors import UserError, is_out_of_memory, tells_of_dead_loader
-from utils.files import SavingError, sync_folder, written_whole
+from utils.files import SavingError, atomic_write, sync_folder
 from utils.text import first_few
 
 BEGIN_ANEW = "start anew with --fresh, which moves the run aside"
@@ -34,7 +34,7 @@ def save_checkpoint(path: str | Path, content: Mapping[str, object]) -> None:
     Raises SavingError where that is impossible.
     """
     try:
-        with written_whole(path) as file:
+        with atomic_write(path) as file:
             torch.save(dict(content), file)
     except RuntimeError as error:  # torch's own writer turns whatever happens in it into one
         cause: BaseException = error

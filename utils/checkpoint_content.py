@@ -12,8 +12,8 @@ from torch import Tensor
 PLAIN_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-class Entry(NamedTuple):
-    """What an entry must be, for a test and in words."""
+class Expected(NamedTuple):
+    """What an entry must hold, for a test and in words."""
 
     holds: Callable[[Any], bool]
     words: str
@@ -79,38 +79,38 @@ def _is_loss_scale(value: object) -> bool:
 
 # In every checkpoint of a run, those to go on from and those to evaluate
 NETWORK = {
-    "settings": Entry(lambda value: isinstance(value, dict) and len(value) > 0, "settings by name"),
-    "class_names": Entry(lambda v: isinstance(v, list) and all(isinstance(n, str) for n in v), "names of classes"),
-    "epoch": Entry(_is_whole, "a number of epochs"),
-    "selected_on": Entry(lambda value: isinstance(value, str), "a text"),
-    "network": Entry(_are_weights, "weights by name"),
+    "settings": Expected(lambda value: isinstance(value, dict) and len(value) > 0, "settings by name"),
+    "class_names": Expected(lambda v: isinstance(v, list) and all(isinstance(n, str) for n in v), "names of classes"),
+    "epoch": Expected(_is_whole, "a number of epochs"),
+    "selected_on": Expected(lambda value: isinstance(value, str), "a text"),
+    "network": Expected(_are_weights, "weights by name"),
 }
 # What train.py needs to go on
 TRAINING = {
-    "training_images": Entry(lambda value: _is_whole(value, 1), "a number of images"),
-    "steps_per_epoch": Entry(lambda value: _is_whole(value, 1), "a number of steps"),
-    "best": Entry(_is_best, "the accuracy and the number of an epoch"),
-    "optimizer": Entry(lambda v: isinstance(v, dict) and {"state", "param_groups"} <= v.keys(), "its state"),
-    "schedule": Entry(lambda value: _has_names(value) and len(value) > 0, "its state"),
-    "progress": Entry(_is_progress, "None, or what an epoch has done"),
-    "skipped_steps": Entry(_is_whole, "a number of steps"),
+    "training_images": Expected(lambda value: _is_whole(value, 1), "a number of images"),
+    "steps_per_epoch": Expected(lambda value: _is_whole(value, 1), "a number of steps"),
+    "best": Expected(_is_best, "the accuracy and the number of an epoch"),
+    "optimizer": Expected(lambda v: isinstance(v, dict) and {"state", "param_groups"} <= v.keys(), "its state"),
+    "schedule": Expected(lambda value: _has_names(value) and len(value) > 0, "its state"),
+    "progress": Expected(_is_progress, "None, or what an epoch has done"),
+    "skipped_steps": Expected(_is_whole, "a number of steps"),
 }
 # What older versions did not write yet, and what only some runs have
 OPTIONAL = {
-    "ema": Entry(_are_weights, "averaged weights by name"),
-    "begun_with_epochs": Entry(lambda value: _is_whole(value, 1), "a number of epochs"),
-    "pictures": Entry(
+    "ema": Expected(_are_weights, "averaged weights by name"),
+    "begun_with_epochs": Expected(lambda value: _is_whole(value, 1), "a number of epochs"),
+    "pictures": Expected(
         lambda v: isinstance(v, Tensor) and v.dtype == torch.uint8 and v.ndim == 1, "a record of the run's pictures"
     ),
-    "found_boxes": Entry(_are_found_boxes, "boxes of the run's pictures"),
-    "loss_scale": Entry(_is_loss_scale, "the scale of a loss in fp16"),
+    "found_boxes": Expected(_are_found_boxes, "boxes of the run's pictures"),
+    "loss_scale": Expected(_is_loss_scale, "the scale of a loss in fp16"),
     # what test.py says of the epoch
     **{name: TRAINING[name] for name in ("best", "progress")},
-    "exit_threshold": Entry(_are_thresholds, "probabilities from 0 to 1 for the weights plain and ema"),
+    "exit_threshold": Expected(_are_thresholds, "probabilities from 0 to 1 for the weights plain and ema"),
 }
 
 
-def problem_of(content: Mapping[str, object], entries: Mapping[str, Entry]) -> str | None:
+def problem_of(content: Mapping[str, object], entries: Mapping[str, Expected]) -> str | None:
     """Return what is wrong with a checkpoint that should hold these entries, None where nothing is."""
     missing = [name for name in entries if name not in content]
     if missing:

@@ -37,7 +37,7 @@ class Parser(argparse.ArgumentParser):
         self.error(f"unrecognized arguments: {' '.join(unknown)}{advice(flag, self._option_string_actions)}")
 
 
-def named(word: str) -> Path:
+def nonempty_path(word: str) -> Path:
     """A path from the command line; an empty one would be the current folder."""
     if not word.strip() or "\0" in word:
         raise argparse.ArgumentTypeError(f"{shown(word)}; expected a path")

@@ -29,7 +29,7 @@ class UserError(ValueError):
     exit_code: ClassVar[int] = 2  # bad input
     agreed: ClassVar[bool] = False  # whether all processes of a run raise it together, so that one of them reports it
 
-    def told(self, elsewhere: str) -> str:
+    def message(self, elsewhere: str) -> str:
         """Return the sentence; `elsewhere`: the flag by which this program writes to another place."""
         return str(self)
 
@@ -56,7 +56,7 @@ def exit_with_one_sentence(
         yield
     except UserError as error:
         if rank == 0 or not error.agreed:
-            print(f"{process}error: {one_line(error.told(elsewhere))}", file=sys.stderr)
+            print(f"{process}error: {one_line(error.message(elsewhere))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:
         if error.errno not in MENDABLE:

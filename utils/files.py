@@ -40,9 +40,9 @@ class SavingError(UserError, OSError):
         if isinstance(reason, OSError):
             self.reason = reason.strerror or str(reason)
             self.advice = ADVICE.get(reason.errno, "see to that")
-        super().__init__(self.told("--checkpoint_dir"))
+        super().__init__(self.message("--checkpoint_dir"))
 
-    def told(self, elsewhere: str) -> str:
+    def message(self, elsewhere: str) -> str:
         return (
             f"{self.path} could not be written ({self.reason}): {self.advice} or write elsewhere ({elsewhere}); what "
             "was saved before is unharmed"
@@ -50,7 +50,7 @@ class SavingError(UserError, OSError):
 
 
 @contextlib.contextmanager
-def written_whole(path: str | Path) -> Iterator[BinaryIO]:
+def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """Open a file for writing that replaces `path` once the block has ended without an error and it is on the disk.
 
     Its name until then is its own, so that programs which write the same file at once do not meet. Raises SavingError
@@ -76,7 +76,7 @@ def written_whole(path: str | Path) -> Iterator[BinaryIO]:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file, UTF-8, whole or not at all."""
-    with written_whole(path) as file:
+    with atomic_write(path) as file:
         file.write(text.encode(errors="backslashreplace"))  # names may be of bytes that are no text
 
 

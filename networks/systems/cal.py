@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from networks.attention_crops import attended_pixels, draw_maps, padded_boxes, uniform
-from networks.attention_pooling import AttentionMaps, attention_pooling, false_attention
+from networks.attention_pooling import AttentionMaps, attention_pooling, counterfactual_attention
 from networks.backbone import Backbone
 from networks.centres import Centres
 from networks.classifier import Classifier
@@ -155,7 +155,7 @@ class CAL(System):
         """How the logits of several crops are combined: not to their sum, which would grow with their number."""
         return "mean_logits" if self.ensembling == "sum_logits" else self.ensembling
 
-    def look_at_own(self, view: str) -> int:
+    def use_own_view(self, view: str) -> int:
         """Crop three times as published, the crops each as much of the prediction as the picture."""
         self.crops = THREE_CROPS
         return 1 + len(self.crops)
@@ -183,7 +183,7 @@ class CAL(System):
         logits = self.classifier(SCALE * features)
         found = dict(zip(views, logits.unflatten(0, (len(views), -1)), strict=True))
         if any(view + EFFECT in wanted for view in views):
-            false = attention_pooling(final, false_attention(attention, random=self.training))
+            false = attention_pooling(final, counterfactual_attention(attention, random=self.training))
             effects = (logits - self.classifier(SCALE * false)).unflatten(0, (len(views), -1))
             found.update({view + EFFECT: effect for view, effect in zip(views, effects, strict=True)})
         return {name: value for name, value in found.items() if name in wanted}

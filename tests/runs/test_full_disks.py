@@ -132,7 +132,7 @@ def test_a_disk_that_is_full_of_figures_of_an_evaluation_is_one_sentence(tmp_pat
     ],
 )
 def test_advice_on_a_file_fits_the_reason_and_the_program(number, advice, tmp_path, capsys):
-    with pytest.raises(SystemExit), exit_with_one_sentence(elsewhere="--out"), files.written_whole(tmp_path / "a"):
+    with pytest.raises(SystemExit), exit_with_one_sentence(elsewhere="--out"), files.atomic_write(tmp_path / "a"):
         raise OSError(number, os.strerror(number))
     sentence = capsys.readouterr().err
     assert advice in sentence
@@ -142,7 +142,7 @@ def test_advice_on_a_file_fits_the_reason_and_the_program(number, advice, tmp_pa
 
 def test_programs_that_write_one_file_at_once_do_not_meet(tmp_path):
     path = tmp_path / ("n" * 250)  # as long as a name may be
-    with files.written_whole(path) as one, files.written_whole(path) as other, files.written_whole(path) as third:
+    with files.atomic_write(path) as one, files.atomic_write(path) as other, files.atomic_write(path) as third:
         for file, content in ((one, b"one"), (other, b"other"), (third, b"third")):
             file.write(content)
     assert path.read_bytes() == b"one"

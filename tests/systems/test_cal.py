@@ -19,7 +19,7 @@ from config import parse_settings
 from networks import attention_crops, build_network, centres
 from networks.attention_pooling import attention_pooling
 from networks.centres import Centres
-from networks.views import look_at_views
+from networks.views import add_views
 from utils.checkpoint import CheckpointError, load_checkpoint, load_published
 from utils.options import SettingsError
 from utils.reporting.metrics import EpochMeter
@@ -191,7 +191,7 @@ def test_eight_views_are_the_published_ones(pair, ensembling):
     network, reference = pair
     network, images = copy.deepcopy(network).eval(), make_images(3)
     network.ensembling = ensembling
-    assert look_at_views(network, ("mirror", "three_crops")) == 8
+    assert add_views(network, ("mirror", "three_crops")) == 8
     members = []
     for shown in (images, images.flip(-1)):
         logits, *_, attention = reference(shown)
@@ -236,7 +236,7 @@ def test_two_batches_equal_the_published_training(pair, lose_repeated_labels, mo
     shares = {(0.4, 0.6): [0.41, 0.48, 0.53, 0.6], (0.2, 0.5): [0.2, 0.3, 0.35, 0.49]}
     monkeypatch.setattr(cal, "draw_maps", lambda attention, count: attention[:, :count].detach())
     monkeypatch.setattr(cal, "uniform", lambda count, low, high, device: torch.tensor(shares[low, high]).double())
-    monkeypatch.setattr(cal, "false_attention", fake_attention)
+    monkeypatch.setattr(cal, "counterfactual_attention", fake_attention)
     batches = [make_images(4, 96).double(), make_images(4, 96).double().flip(-1)]
 
     plan = plan_epoch(network, 1, network.loss_weights, warmup_epochs=0)
@@ -294,12 +294,12 @@ def test_only_the_passes_and_crops_that_are_trained_are_computed():
 
 def test_false_attention_is_random_in_training_alone():
     attention = torch.zeros(40, 5, 10, 10)
-    drawn = cal.false_attention(attention, random=True)
+    drawn = cal.counterfactual_attention(attention, random=True)
     assert 0 <= drawn.min() < 0.01
     assert 1.99 < drawn.max() < 2
     assert drawn.mean() == pytest.approx(1, abs=0.02)
     assert drawn.std() == pytest.approx(2 / math.sqrt(12), abs=0.02)
-    assert torch.equal(cal.false_attention(attention, random=False), torch.ones_like(attention))
+    assert torch.equal(cal.counterfactual_attention(attention, random=False), torch.ones_like(attention))
     features = torch.randn(2, 6, 3, 3)
     averaged = features.mean(dim=(2, 3)).repeat(1, 5)
     averaged = averaged.sign() * (averaged.abs() + 1e-6).sqrt()

@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Sequence
 
 from networks.outputs import ENSEMBLINGS
-from utils.command_line import Parser, named
-from utils.reporting.exit_threshold import threshold
+from utils.command_line import Parser, nonempty_path
+from utils.reporting.exit_threshold import parse_threshold
 
 
 def parse_arguments(arguments: Sequence[str] | None, *, views: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -21,7 +21,9 @@ def parse_arguments(arguments: Sequence[str] | None, *, views: Sequence[str]) ->
         usage="test.py CHECKPOINT [--option value ...] | test.py --compare RUN RUN ...",
         allow_abbrev=False,
     )
-    parser.add_argument("checkpoint", type=named, nargs="?", help="best.pth or last.pth of a run, or a published file")
+    parser.add_argument(
+        "checkpoint", type=nonempty_path, nargs="?", help="best.pth or last.pth of a run, or a published file"
+    )
     parser.add_argument("--branches", nargs="+", help="report these beside the prediction (default: all that matter)")
     parser.add_argument("--embeddings", action="store_true", help="write TensorBoard's projector of the test images")
     parser.add_argument("--save_logits", action="store_true", help="write every branch's logits of the test images")
@@ -35,18 +37,22 @@ def parse_arguments(arguments: Sequence[str] | None, *, views: Sequence[str]) ->
         help="combine the branches otherwise (learned: weights from validation images)",
     )
     parser.add_argument("--views", nargs="+", choices=views, help="classify by these views of a picture, too; slower")
-    parser.add_argument("--out", type=named, metavar="DIR", help="folder of the report (default: the checkpoint's)")
+    parser.add_argument(
+        "--out", type=nonempty_path, metavar="DIR", help="folder of the report (default: the checkpoint's)"
+    )
     parser.add_argument("--include_trained", action="store_true", help="evaluate images of training as well, if met")
     early = parser.add_argument_group("early exit (sgkrl, sgkrl_published)")
     early.add_argument(
         "--exit_threshold",
-        type=threshold,
+        type=parse_threshold,
         metavar="P",
         help="surer images skip the windows (1: none does); learned: those that do in predict.py",
     )
     early.add_argument("--exit_curve", action="store_true", help="find the threshold that loses nothing on validation")
     comparison = parser.add_argument_group("compare")
-    comparison.add_argument("--compare", type=named, nargs="+", metavar="RUN", help="folders of runs, or report files")
+    comparison.add_argument(
+        "--compare", type=nonempty_path, nargs="+", metavar="RUN", help="folders of runs, or report files"
+    )
     comparison.add_argument(
         "--format", choices=("text", "csv", "markdown"), default="text", help="how to print the table (%(default)s)"
     )

@@ -19,7 +19,7 @@ from utils.training.engine import evaluate
 LEARNED = "learned"  # asks for the threshold that training has kept
 
 
-def threshold(text: str) -> float | str:
+def parse_threshold(text: str) -> float | str:
     """Read --exit_threshold; whether it is a probability is for `config.rebuilt` to say."""
     try:
         return text if text == LEARNED else float(text)

@@ -18,13 +18,13 @@ from utils.reporting.pictures import localization_panel, prediction_panel
 from utils.training.execution import Execution
 from utils.training.schedule import EpochPlan
 
-Entry = TypeVar("Entry")
+Item = TypeVar("Item")
 
 SHOWN = 8  # images of a panel
 PARTS_SHOWN = 3  # of each module that proposes parts, the best ones: more would hide each other
 
 
-def spread_over(entries: Sequence[Entry], count: int = SHOWN) -> list[Entry]:
+def spread_over(entries: Sequence[Item], count: int = SHOWN) -> list[Item]:
     """Return up to `count` of these, evenly spread over all."""
     places = torch.linspace(0, len(entries) - 1, min(count, len(entries)), dtype=torch.float64)
     return [entries[place] for place in places.long().tolist()]

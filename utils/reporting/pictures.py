@@ -13,7 +13,7 @@ from torch import Tensor
 
 from utils.data.kinds import WRITTEN_BY_US
 from utils.errors import UserError
-from utils.files import SavingError, written_whole
+from utils.files import SavingError, atomic_write
 from utils.reporting.drawing import (
     PREDICTED_BOX,
     TRUE_BOX,
@@ -176,7 +176,7 @@ def save_png(path: str | Path, image: Tensor) -> None:
         raise SavingError(path.parent, error) from error
     facts = PngInfo()
     facts.add_text("Software", WRITTEN_BY_US)
-    with written_whole(path) as file:
+    with atomic_write(path) as file:
         to_pillow(image).save(file, format="PNG", pnginfo=facts)
 
 

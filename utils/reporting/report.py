@@ -42,7 +42,7 @@ def write_report(
         mistakes: the surest wrong predictions, the surest first.
     """
     sections = [
-        ("Accuracy", accuracy_section(report, top5=tells_top5(report))),
+        ("Accuracy", accuracy_section(report, top5=shows_top5(report))),
         ("Surest mistakes", mistakes_section(mistakes)),
         ("Confusions", confusions_section(matrix, class_names)),
         ("Classes", classes_section(matrix, class_names)),
@@ -82,7 +82,7 @@ def epoch_of(report: Mapping) -> str:
     return f"{epoch}{weights.get(report.get('weights'), '')}, {chosen}"
 
 
-def tells_top5(report: Mapping) -> bool:
+def shows_top5(report: Mapping) -> bool:
     """Whether the five likeliest classes are not all that there are."""
     return report["classes"] > 5
 

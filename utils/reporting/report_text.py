@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from networks.outputs import ENSEMBLINGS
 from networks.system import System
-from utils.reporting.report import epoch_of, of_classes_with_images, order_where_it_matters, tells_top5
+from utils.reporting.report import epoch_of, of_classes_with_images, order_where_it_matters, shows_top5
 
 
 def weights_of_branches(network: System) -> dict[str, float] | None:
@@ -31,11 +31,11 @@ def as_text(report: dict) -> str:
         f"{report['images']} test images{order_where_it_matters(report)}, {epoch_of(report)}",
         f"prediction: {report['prediction']}",
         "",
-        f"{'branch':<10}{'top-1':>8}   95 % interval" + (f"    {'top-5':>8}" if tells_top5(report) else ""),
+        f"{'branch':<10}{'top-1':>8}   95 % interval" + (f"    {'top-5':>8}" if shows_top5(report) else ""),
     ]
     for name, values in report["branches"].items():
         low, high = values["top1_interval_95"]
-        top5 = f"  {values['top5']:>8.1%}" if tells_top5(report) else ""
+        top5 = f"  {values['top5']:>8.1%}" if shows_top5(report) else ""
         lines.append(f"{name:<10}{values['top1']:>8.1%}   {low:.1%} to {high:.1%}{top5}")
     mean = report["mean_per_class_accuracy"]
     lines += ["", f"mean per-class accuracy of the prediction: {mean:.1%}{of_classes_with_images(report)}"]

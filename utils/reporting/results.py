@@ -13,7 +13,7 @@ from torch import Tensor
 
 from networks.outputs import NetworkOutput
 from utils.errors import UserError
-from utils.files import write_text, written_whole
+from utils.files import atomic_write, write_text
 from utils.reporting.confusions import (
     classes_with_images,
     confusion_matrix,
@@ -143,7 +143,7 @@ class ResultCollector:
         """
         logits = {name: torch.cat(batches).numpy() for name, batches in self._logits.items()}
         about = {"pictures": self.paths, "labels": self.values()["label"].numpy(), "class_names": class_names}
-        with written_whole(path) as file:
+        with atomic_write(path) as file:
             numpy.savez(file, **{name: numpy.asarray(value) for name, value in (about | logits).items()})
 
 

@@ -84,7 +84,7 @@ class RunLog:
             _drop_later_epochs(self.path, resume_epoch)
         threading.excepthook = _except_of_writers
         self.first_epoch = 0 if resume_epoch is None else resume_epoch + 1
-        with _saying_where(self.path.parent):
+        with _naming_folder(self.path.parent):
             self.writer = SummaryWriter(str(folder), purge_step=self.first_epoch)
 
     def log_epoch(self, epoch: int, groups: Mapping[str, Mapping[str, float]]) -> None:
@@ -97,11 +97,11 @@ class RunLog:
             return
         numbers = {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
         line = json.dumps({"epoch": epoch} | {name: _strict(value) for name, value in numbers.items()}, allow_nan=False)
-        with _saying_where(self.path.parent):
+        with _naming_folder(self.path.parent):
             _add_scalars(self.writer, numbers, epoch)
             self.writer.flush()
         # one write of the whole line, on disk before the checkpoint that follows
-        with _saying_where(self.path.parent), self.path.open("a", encoding="utf-8") as file:
+        with _naming_folder(self.path.parent), self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -109,7 +109,7 @@ class RunLog:
     def log_pictures(self, tag: str, image: Tensor, epoch: int) -> None:
         """Show a picture, uint8 [3, H, W], under TensorBoard's Images."""
         if self.enabled:
-            with _saying_where(self.path.parent):
+            with _naming_folder(self.path.parent):
                 self.writer.add_image(tag, image, epoch)
                 self.writer.flush()
 
@@ -120,7 +120,7 @@ class RunLog:
         """
         if self.enabled:
             text = settings if isinstance(settings, str) else visible(_markdown_table(settings))
-            with _saying_where(self.path.parent):
+            with _naming_folder(self.path.parent):
                 self.writer.add_text("settings", text, self.first_epoch)
                 if not isinstance(settings, str):
                     self._log_row(settings)
@@ -136,7 +136,7 @@ class RunLog:
     def close(self) -> None:
         """Write what is still waiting and close the events file."""
         if self.enabled:
-            with _saying_where(self.path.parent):
+            with _naming_folder(self.path.parent):
                 self.writer.close()
 
     def __enter__(self) -> RunLog:
@@ -148,7 +148,7 @@ class RunLog:
 
 
 @contextlib.contextmanager
-def _saying_where(folder: Path) -> Iterator[None]:
+def _naming_folder(folder: Path) -> Iterator[None]:
     """A full disk's own words name no file."""
     try:
         yield
@@ -173,7 +173,7 @@ def log_evaluation(folder: str | Path, epoch: int, numbers: Mapping[str, float],
     """
     folder = Path(folder)
     threading.excepthook = _except_of_writers
-    with _saying_where(folder):
+    with _naming_folder(folder):
         for old in (*folder.glob("events.out.tfevents.*"), *folder.glob("projector_config.pbtxt")):
             old.unlink()
         for name in EMBEDDING_FILES:  # of an epoch; whatever else lies there stays
@@ -182,7 +182,7 @@ def log_evaluation(folder: str | Path, epoch: int, numbers: Mapping[str, float],
                 for place in (old.parent, old.parent.parent):
                     with contextlib.suppress(OSError):  # not empty
                         place.rmdir()
-    with _saying_where(folder), SummaryWriter(str(folder)) as writer:
+    with _naming_folder(folder), SummaryWriter(str(folder)) as writer:
         _add_scalars(writer, numbers, epoch)
         if embeddings:
             writer.add_embedding(global_step=epoch, tag=EMBEDDINGS, **embeddings)

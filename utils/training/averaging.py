@@ -48,7 +48,7 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
     return chain(module.parameters(), (b for name, b in module.named_buffers() if name != ENSEMBLE_WEIGHTS))
 
 
-def network_of(average: AveragedModel, beside: nn.Module) -> nn.Module:
+def build_averaged_network(average: AveragedModel, beside: nn.Module) -> nn.Module:
     """Return the averaged network, spread over GPUs as the one `beside` it; call it in every process."""
     share_buffers(average.module)
     return Replicas(average.module) if isinstance(beside, nn.DataParallel) else average.module

@@ -21,7 +21,7 @@ from utils.data.catalogue import (
 )
 from utils.data.errors import DataError, describe
 
-DATASETS = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
+READERS = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
 
 
 def read_catalogue(
@@ -30,7 +30,7 @@ def read_catalogue(
     """List a data set.
 
     Args:
-        dataset: one of `DATASETS`.
+        dataset: one of `READERS`.
         root: the data set's folder in a layout that its reader knows, or one that holds it; unused for "demo".
         classes: patterns over class names as in a shell ("*_Gull"); keeps the classes that match any of them, in the
             data set's own order, and numbers them anew.
@@ -40,8 +40,8 @@ def read_catalogue(
         DataError: unknown data set, missing or malformed files, a picture listed twice in different ways, two
             classes of one name, a class without pictures, a pattern without a class.
     """
-    if dataset not in DATASETS:
-        raise DataError(f"unknown data set {dataset!r}: expected one of {', '.join(DATASETS)}")
+    if dataset not in READERS:
+        raise DataError(f"unknown data set {dataset!r}: expected one of {', '.join(READERS)}")
     try:
         catalogue = _read(Source(dataset, root, **choices))
         if classes:
