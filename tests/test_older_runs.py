@@ -156,6 +156,14 @@ def test_every_own_setting_that_a_system_had_is_kept(model):
     assert options.keys() == known.keys()
 
 
+@pytest.mark.parametrize("form", [dict, as_json], ids=["checkpoint", "json"])
+def test_a_setting_that_was_renamed_keeps_its_value(form):
+    assert rebuilt(form(former("scrim", parts_in_answer=3))).options["parts_in_prediction"] == 3
+    later = dataclasses.asdict(complete(Settings(model="scrim", dataset="cub", data_root="somewhere")))
+    later["options"] = {"parts_in_answer": 3} | {n: v for n, v in later["options"].items() if "prediction" not in n}
+    assert rebuilt(form(later)).options["parts_in_prediction"] == 3
+
+
 @pytest.mark.parametrize("model", FORMER)
 def test_what_is_younger_than_a_run_has_the_value_that_it_had_before(model):
     saved = {name: value for name, value in former(model).items() if name not in YOUNG}

@@ -65,7 +65,7 @@ CONTRADICTIONS = [
     ("padding", {"padding": 224}, {"padding": 223}),
     ("padding", {"model": "pmg", "padding": 112, "input_size": 224}, {"input_size": 256}),
     ("jigsaw_blocks", {"model": "flrdf", "jigsaw_blocks": 15}, {"input_size": 480}),  # 448 pixels are 14 cells
-    ("parts_in_answer", {"model": "scrim", "parts_in_answer": 7}, {"part_proposals": 7}),
+    ("parts_in_prediction", {"model": "scrim", "parts_in_prediction": 7}, {"part_proposals": 7}),
     ("data_root", {"data_root": None}, {"dataset": "demo"}),
     ("data_root", {"data_root": ""}, {"dataset": "demo"}),
     ("data_root", {"data_root": "a\0b"}, {"data_root": "a"}),

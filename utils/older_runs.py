@@ -65,12 +65,15 @@ OPTIONS_BEFORE_OF_SYSTEM: dict[str, dict[str, object]] = {"resnet": {"localizati
 # The localization_threshold of a system where no other one is accepted any more, as nothing looks at it
 UNUSED_THRESHOLD = {"sgkrl": 1.2}  # left out: 1.0
 
+RENAMED = {"parts_in_answer": "parts_in_prediction"}
+
 # When every setting stood in one list, whatever the system was
 OF_SYSTEMS = {
     *("windows", "wiring", "graph_scope", "graph_neighbours", "graph_edges", "graph_residual", "spatial_weights"),
     *("without", "crop_gradient", "localization_stride", "localization_threshold", "suppression"),
-    *("classify_suppressed", "box_agreement", "jigsaw_blocks", "coarse_channels", "part_proposals", "parts_in_answer"),
-    *("part_max_iou", "parts_of_every_level", "anchor_sizes", "mask_from_epoch", "exit_threshold"),
+    *("classify_suppressed", "box_agreement", "jigsaw_blocks", "coarse_channels", "part_proposals"),
+    *("parts_in_prediction", "part_max_iou", "parts_of_every_level", "anchor_sizes"),
+    *("mask_from_epoch", "exit_threshold"),
 }
 
 
@@ -86,11 +89,11 @@ def in_current_form(saved: Mapping[str, object], own: Callable[[object], Collect
     options = saved.get("options", {}) if isinstance(saved, dict) else None
     if not isinstance(options, dict) or not all(isinstance(n, str) for n in (*saved, *options, saved.get("model", ""))):
         raise UnknownSettingsError("something else in place of its settings")
-    values = dict(saved)
+    values, options = ({RENAMED.get(n, n): value for n, value in given.items()} for given in (saved, options))
     if "options" not in saved:
         if saved.get("model") == "sgkrl" and saved.get("wiring") == "published":
             values["model"] = "sgkrl_published"
-        apart = {name: values.pop(name) for name in saved if name in OF_SYSTEMS}
+        apart = {name: values.pop(name) for name in tuple(values) if name in OF_SYSTEMS}
         options = {name: value for name, value in apart.items() if name in own(values.get("model"))}
         values |= {"prediction": values.pop("answer", None), "options": options}
     younger = OPTIONS_BEFORE | OPTIONS_BEFORE_OF_SYSTEM.get(values.get("model"), {})

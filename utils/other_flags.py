@@ -37,6 +37,7 @@ CALLED_HERE: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("gradient_accumulation_steps", "accumulation_steps", "accum_iter"), ("gradient_accumulation",)),
     **dict.fromkeys(("grad_accum_steps", "accumulate_grad_batches", "iter_size"), ("gradient_accumulation",)),
     **dict.fromkeys(("aa", "autoaugment", "trivial_augment", "rand_augment", "randaug", "ra"), ("auto_augment",)),
+    "parts_in_answer": ("parts_in_prediction",),  # its name in older versions
     "steps": ("milestones",),
     "random_seed": ("seed",),
     "ema": ("ema_decay",),

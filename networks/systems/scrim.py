@@ -32,7 +32,7 @@ FORMER_SCALES = ((1.0, 2 ** (1 / 3)), (1.0, 2 ** (1 / 3)), (1.0, 2 ** (1 / 3), 2
 class Options:
     coarse_channels: Count = 1024  # length of the features that the contrastive loss compares
     part_proposals: Count = 6  # regions that each of the two navigators proposes and learns to rank
-    parts_in_answer: Count = 4  # the best of them that join the final classification
+    parts_in_prediction: Count = 4  # the best of them that join the final classification
     part_max_iou: Share = 0.25  # a region that overlaps a better one by so much or more is dropped
     parts_of_every_level: bool = True  # a navigator's best small, middle and large region are always among them
     anchor_sizes: tuple[Count, Count, Count] = ANCHOR_SIZES  # sides of regions in pixels at 448, by level
@@ -40,7 +40,9 @@ class Options:
 
     def check(self, shared: Shared) -> None:
         at_most = f"at most part_proposals, {self.part_proposals}"
-        require(self.parts_in_answer <= self.part_proposals, "parts_in_answer", self.parts_in_answer, at_most)
+        require(
+            self.parts_in_prediction <= self.part_proposals, "parts_in_prediction", self.parts_in_prediction, at_most
+        )
         if shared.batch_size and (shared.loss_weights or {}).get("contrastive") != 0:
             require(
                 2 <= shared.images_per_class <= shared.batch_size // 2,
@@ -55,8 +57,8 @@ class SCRIM(System):
     """Branches `raw`, `part` (every proposed part by itself) and `concat` (picture and best parts), the prediction.
 
     Each of two modules weights the final map's channels for a part of its own and proposes `part_proposals` regions on
-    it; the best `parts_in_answer` of each go on. `anchor_sizes` are in pixels of a 448-pixel input, `part_max_iou` is
-    the overlap from which on a region is dropped; `parts_of_every_level`: see `networks.parts.PartProposals`.
+    it; the best `parts_in_prediction` of each go on. `anchor_sizes` are in pixels of a 448-pixel input, `part_max_iou`
+    is the overlap from which on a region is dropped; `parts_of_every_level`: see `networks.parts.PartProposals`.
     `anchors` "former": smaller regions on the first two levels, dropped only above `part_max_iou`.
     """
 
@@ -69,7 +71,7 @@ class SCRIM(System):
 
     def __init__(self, backbone: Backbone, num_classes: int, options: Options, shared: Shared):
         super().__init__(backbone, options, shared)
-        self.parts_in_answer = options.parts_in_answer
+        self.parts_in_prediction = options.parts_in_prediction
         self.loss_weights = {**dict.fromkeys(self.branches, 1.0), "ranking": 1.0, "contrastive": 0.5}
         channels = backbone.embedding_channels
         self.classifier = Classifier(channels, num_classes)
@@ -88,7 +90,7 @@ class SCRIM(System):
             every_level=options.parts_of_every_level,
         )
         self.part_classifier = Classifier(channels, num_classes)
-        self.concat_classifier = Classifier(channels * (1 + MODULES * options.parts_in_answer), num_classes)
+        self.concat_classifier = Classifier(channels * (1 + MODULES * options.parts_in_prediction), num_classes)
 
     def forward(
         self,
@@ -114,13 +116,13 @@ class SCRIM(System):
         part_maps, coarse_features = zip(*(coarse_part(raw.final) for coarse_part in self.coarse_parts), strict=True)
         scores = [navigator(part_map) for navigator, part_map in zip(self.navigators, part_maps, strict=True)]
         boxes, scores = self.proposals(torch.stack(scores, dim=1).flatten(0, 1))  # [2B, M, 4], [2B, M]
-        count = self.proposals.count if "part" in wanted else self.parts_in_answer
+        count = self.proposals.count if "part" in wanted else self.parts_in_prediction
         boxes, scores = boxes[:, :count].reshape(B, -1, 4), scores[:, :count].reshape(B, MODULES, count)
         parts = self.backbone(crop_windows(images, boxes, input_size=self.input_size, outside="zeros"), kind="part")
         embeddings = parts.embedding.unflatten(0, (B, MODULES, count))  # [B, 2, M, C]
         if "part" in wanted:
             logits["part"] = self.part_classifier(self.dropout(embeddings.flatten(1, 2)))
-        best = embeddings[:, :, : self.parts_in_answer].flatten(1)
+        best = embeddings[:, :, : self.parts_in_prediction].flatten(1)
         logits["concat"] = self.concat_classifier(self.dropout(torch.cat([raw.embedding, best], dim=1)))
         extras = {"part_scores": scores}
         if self.training:  # which alone compares them, in batches made for it

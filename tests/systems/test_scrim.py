@@ -146,7 +146,7 @@ def test_step_by_step(input_size: int, zoom: int) -> None:
 @pytest.mark.parametrize(("proposals", "in_prediction"), ((1, 1), (2, 1), (3, 3), (9, 2)))
 @pytest.mark.parametrize("every_level", (False, True))
 def test_step_by_step_with_other_settings(proposals: int, in_prediction: int, every_level: bool) -> None:
-    network = build(part_proposals=proposals, parts_in_answer=in_prediction, parts_of_every_level=every_level)
+    network = build(part_proposals=proposals, parts_in_prediction=in_prediction, parts_of_every_level=every_level)
     assert network.concat_classifier.in_features == CHANNELS * (1 + 2 * in_prediction)
     images = make_images(SIZE, batch=3)
     assert_step_by_step(network, images, proposals=proposals, in_prediction=in_prediction, every_level=every_level)
@@ -438,7 +438,7 @@ def test_every_parameter_learns_from_one_step() -> None:
 
 def test_ranking_teaches_every_level_where_each_is_proposed() -> None:
     """At first a level may lead; its best is among the parts all the same, and gets its share of the gradient."""
-    network = build(dropout=0.0, part_proposals=3, parts_in_answer=3).train()
+    network = build(dropout=0.0, part_proposals=3, parts_in_prediction=3).train()
     with torch.no_grad():
         for navigator in network.navigators:
             navigator.scores[0].bias += 100
@@ -488,9 +488,9 @@ def test_heads_are_all_but_the_backbone() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     (
-        ({"parts_in_answer": 0}, ("parts_in_answer", "0", "1")),
-        ({"parts_in_answer": 7}, ("parts_in_answer", "7", "6")),
-        ({"part_proposals": 3}, ("parts_in_answer", "4", "3")),
+        ({"parts_in_prediction": 0}, ("parts_in_prediction", "0", "1")),
+        ({"parts_in_prediction": 7}, ("parts_in_prediction", "7", "6")),
+        ({"part_proposals": 3}, ("parts_in_prediction", "4", "3")),
         ({"part_proposals": 130}, ("part_proposals", "130", "129")),
         ({"prediction": ("part",)}, ("part", "raw, concat")),
         ({"part_proposals": 0}, ("part_proposals", "0", "1")),
@@ -526,7 +526,7 @@ def test_built_by_its_name() -> None:
         input_size=96,
         coarse_channels=16,
         part_proposals=5,
-        parts_in_answer=2,
+        parts_in_prediction=2,
         part_max_iou=0.6,
         anchor_sizes=LARGE,
         parts_of_every_level=False,
