@@ -84,7 +84,7 @@ class Settings:
 
     # ---- Which images choose the best epoch -----------------------------------------------------------------------
     validation: Share = 0.1  # share of the training images of each class that is held back for it
-    select_on: Literal["validation", "test"] = "validation"  # test: trains on all images, and test figures flatter
+    select_on: Literal["validation", "test"] = "validation"  # test: trains on all; test figures are optimistic
     test_fraction: Fraction = 0.2  # data without a test part: share of each class that is held back for it
 
     # ---- Pictures -------------------------------------------------------------------------------------------------

@@ -48,7 +48,11 @@ with config_as_edited():
 def parse_arguments(arguments: Sequence[str] | None):
     parser = Parser(description="Name what is on pictures, and draw where the network looked.", allow_abbrev=False)
     parser.add_argument(
-        "pictures", nargs="+", type=nonempty_path, metavar="PICTURE_OR_FOLDER", help="folders with all below"
+        "pictures",
+        nargs="+",
+        type=nonempty_path,
+        metavar="PICTURE_OR_FOLDER",
+        help="folders are searched with all below",
     )
     parser.add_argument(
         "--checkpoint", type=nonempty_path, required=True, metavar="FILE", help="best.pth or last.pth of a run"
@@ -56,7 +60,7 @@ def parse_arguments(arguments: Sequence[str] | None):
     parser.add_argument(
         "--weights", choices=("plain", "ema"), help="of a run with ema_decay (default: ema, the average)"
     )
-    parser.add_argument("--views", nargs="+", choices=VIEWS, help="name by these views of a picture, too; slower")
+    parser.add_argument("--views", nargs="+", choices=VIEWS, help="classify by these views of a picture, too; slower")
     parser.add_argument(
         "--exit_threshold",
         type=parse_threshold,

@@ -140,12 +140,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     drawn = draw_mistakes(trained, mistaken)
     write_files(folder, ending, class_names, results, report, drawn, panel)
     if options.embeddings or (folder / "log.jsonl").exists():  # a run's folder, whose curves TensorBoard shows
-        shown = {name: v for name, v in figures.items() if name.startswith(("accuracy/", "box_iou/"))}
-        numbers = {name: v for name, v in shown.items() if name.removeprefix("accuracy/") not in copied}
-        numbers["calibration_error"] = report["calibration"]["expected_error"]
-        loader = evaluation_loader(settings, spread_over(entries, PROJECTED))
-        projected = project(trained, loader, class_names) if options.embeddings else {}
-        log_evaluation(folder / f"test{ending}", saved["epoch"], numbers, **projected)
+        shown = curves(figures, leave_out=copied) | {"calibration_error": report["calibration"]["expected_error"]}
+        projected = {}
+        if options.embeddings:
+            projected = project(trained, evaluation_loader(settings, spread_over(entries, PROJECTED)), class_names)
+        log_evaluation(folder / f"test{ending}", saved["epoch"], shown, **projected)
+
+
+def curves(figures: Mapping[str, float], *, leave_out: Sequence[str]) -> dict[str, float]:
+    """Return those of an evaluation's figures that TensorBoard shows, without these branches."""
+    shown = {name: value for name, value in figures.items() if name.startswith(("accuracy/", "box_iou/"))}
+    return {name: value for name, value in shown.items() if name.removeprefix("accuracy/") not in leave_out}
 
 
 def rebuild(options: argparse.Namespace, more: Sequence[str]) -> tuple[Trained, Evaluated]:

@@ -158,6 +158,15 @@ def evaluate_epoch(
     return evaluated, of_average
 
 
+def show_pictures(
+    run: Run, epoch: int, system: System, entries: Sequence[Entry], execution: Execution, plan: EpochPlan
+) -> None:
+    """Draw what the network finds in a few pictures, into the run's folder and TensorBoard."""
+    with run.pictures(epoch):
+        batch = load_batch(spread_over(entries), run.settings)
+        run.show_pictures(epoch, draw_panel(system, batch, execution, plan, run.facts["class_names"]))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     settings = given = parse_settings(arguments)
     keep_freed_memory()
@@ -193,8 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         loss_weights = weights_of_losses(settings, system)
         print_note(note_on_untrained(system, loss_weights))
         optimizer, schedule = build_learning(settings, system, steps_per_epoch=len(train_loader))
-        labels = [entry.label for entry in train_entries]
-        shown = images_shown(train_loader.sampler, labels, classes)
+        shown = images_shown(train_loader.sampler, [entry.label for entry in train_entries], classes)
         system.class_weights = class_weights_of(settings.class_weights, shown, device)
         mix = build_mixing(classes, mixup=settings.mixup, cutmix=settings.cutmix)
         average = Average(system, settings.ema_decay) if settings.ema_decay > 0 else None
@@ -235,10 +243,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 evaluated, of_average = evaluate_epoch(current, network, average, selection_loader, plan, execution)
             run.finish_epoch(epoch, trained, evaluated, of_average)
             if run.wants_pictures(epoch):
-                with run.pictures(epoch):
-                    batch = load_batch(spread_over(selection_entries), settings)
-                    result = average.module if average else system
-                    run.show_pictures(epoch, draw_panel(result, batch, execution, plan, catalogue.class_names))
+                result = average.module if average else system
+                show_pictures(run, epoch, result, selection_entries, execution, plan)
     best = f"{run.best['accuracy']:.1%} on {settings.select_on} at epoch {run.best['epoch']}"
     print_once(f"done: {best}; next: python test.py {folder / 'best.pth'}")
     cleanup()

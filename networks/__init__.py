@@ -164,12 +164,12 @@ def build_on_trunk(
         choices = [branch for branch in network.evaluated if branch not in SEVERAL_PER_IMAGE]
         if not prediction or not set(prediction) <= set(choices) or len(set(prediction)) < len(prediction):
             raise UserError(
-                f"prediction {prediction!r} came for {name}; choose from its branches {', '.join(choices)}, each once"
+                f"prediction is {prediction!r}; choose from the branches of {name}, {', '.join(choices)}, each once"
             )
         network.prediction = tuple(prediction)
     ensembling = ensembling or defaults_of(system, shared).get("ensembling", network.ensembling)
     if ensembling not in ENSEMBLINGS:
-        raise UserError(f"ensembling {shown(ensembling)} came; choose one of {', '.join(ENSEMBLINGS)}")
+        raise UserError(f"ensembling is {shown(ensembling)}; choose one of {', '.join(ENSEMBLINGS)}")
     network.ensemble_by(ensembling)
     return network
 
@@ -179,6 +179,6 @@ def _check_numbers(num_classes: int, shared: Shared) -> None:
     as_annotated("dropout", shared.dropout, Probability)
     input_size = as_annotated("input_size", shared.input_size, int)
     if num_classes < 2:
-        raise UserError(f"{num_classes} classes came; at least 2 are needed to tell apart")
+        raise UserError(f"num_classes is {num_classes}; expected at least 2")
     if input_size % STRIDE or input_size < 3 * STRIDE:
-        raise UserError(f"input_size {input_size} came; a multiple of {STRIDE} from {3 * STRIDE} up is needed")
+        raise UserError(f"input_size is {input_size}; expected a multiple of {STRIDE}, at least {3 * STRIDE}")

@@ -63,7 +63,7 @@ def refuse_unless_square(images: Tensor, size: int) -> None:
     height, width = images.shape[-2:]
     if height != width or height < size:
         raise UserError(
-            f"images of {height}x{width} pixels came, square ones of at least {size}x{size} were expected: "
+            f"images have {height}x{width} pixels; expected square ones of at least {size}x{size}: "
             "resize them first, or build the network with a smaller input_size"
         )
 

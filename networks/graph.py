@@ -125,7 +125,9 @@ class GraphHead(nn.Module):
         if scope not in ("image", "batch"):
             raise UserError(f"unknown graph_scope {scope!r}; choose image or batch")
         if edges != "equal" and scope == "batch":
-            raise UserError(f"graph_edges {edges!r} came with graph_scope 'batch', whose windows share no picture")
+            raise UserError(
+                f"graph_edges is {edges!r}; expected 'equal' with graph_scope 'batch', whose windows share no picture"
+            )
         self.edges = edges
         self.neighbours = neighbours
         self.neighbourhood = neighbourhood

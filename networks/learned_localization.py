@@ -1,4 +1,4 @@
-"""Where the object is, as the network that learns is taught by boxes which were found without labels.
+"""Localization that is learnt from boxes which colocalization has found without labels.
 
 Ours, after Zhang, Cao & Wu, "Rethinking the Route Towards Weakly Supervised Object Localization", CVPR 2020 (PSOL):
 deep descriptor transforming (`networks.colocalization`) finds the boxes of the training pictures once, and a network
@@ -25,7 +25,7 @@ FoundBy = Literal["channel_sum", "colocalization", "learned"]  # what finds obje
 
 
 class Found(NamedTuple):
-    """An object on a map: where what teaches says that it is, or as what was learnt tells it."""
+    """An object on a map: the teacher's box in training, otherwise what was predicted."""
 
     boxes: Tensor  # [B, 4] in pixels of the input, ends inclusive
     localization: Localization | None  # the cells that they are drawn round; None: they were given

@@ -50,8 +50,8 @@ class NetworkOutput(NamedTuple):
     unsure: Tensor | None = None  # [B] bool, with an early exit: images whose windows were looked at; None: all
 
 
-# Branches with several predictions of an image, of its regions or its pairs: no single one, only a mean over them.
-SEVERAL_PER_IMAGE = ("window", "part", "self", "other")
+# Branches with several predictions of an image, of its regions: no single one, only a mean over them.
+SEVERAL_PER_IMAGE = ("window", "part")
 
 
 def requested_branches(branches: tuple[str, ...] | None, available: tuple[str, ...]) -> set[str]:

@@ -134,7 +134,7 @@ class PartProposals(nn.Module):
     ):
         super().__init__()
         if len(sizes) != LEVELS or not all(size >= 1 for size in sizes):
-            raise UserError(f"anchor_sizes {tuple(sizes)!r} came; expected {LEVELS} sizes of at least 1 pixel")
+            raise UserError(f"anchor_sizes is {tuple(sizes)!r}; expected {LEVELS} sizes of at least 1 pixel")
         boxes, levels = anchor_boxes(grid_size, stride, sizes, scales), anchor_levels(grid_size, scales)
         if not 1 <= count <= len(boxes):
             raise UserError(f"part_proposals is {count}; expected 1 to {len(boxes)}, the number of anchors")

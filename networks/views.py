@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms.functional import five_crop
 
-from networks.outputs import SEVERAL_PER_IMAGE, NetworkOutput, combine_logits
+from networks.outputs import NetworkOutput, combine_logits
 from networks.system import System
 from utils.errors import UserError
 
@@ -100,7 +100,7 @@ class _AddViews:
             self.corners = ()
         logits = {
             name: own
-            if name in SEVERAL_PER_IMAGE
+            if own.ndim == 3  # region by region
             else combine_logits(torch.stack([f[name].float() for f in found]), rule)
             for name, own in output.logits.items()
         }

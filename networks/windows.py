@@ -165,7 +165,9 @@ class WindowSelector(nn.Module):
         """Return inclusive pixel boxes [B, N, 4] of the windows chosen on activation maps [B, g, g]."""
         if activation.shape[-2:] != (self.grid_size, self.grid_size):
             height, width = activation.shape[-2:]
-            raise UserError(f"maps of {height}x{width} cells came for windows on {self.grid_size}x{self.grid_size}")
+            raise UserError(
+                f"maps have {height}x{width} cells; expected {self.grid_size}x{self.grid_size}, those of the windows"
+            )
         chosen = []
         for index, (sizes, quota) in enumerate(self.window_set):
             boxes, conflicts = getattr(self, f"boxes{index}"), getattr(self, f"conflicts{index}")

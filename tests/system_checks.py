@@ -42,6 +42,8 @@ from utils.training.learning import Learning, Objective
 from utils.training.nonfinite import NonFiniteLossError
 from utils.training.schedule import plan_epoch
 
+BY_REGION_OR_PAIR = (*SEVERAL_PER_IMAGE, "self", "other")  # branches with several predictions of an image
+
 # ---- the output contract ------------------------------------------------------------------------------------------
 
 
@@ -53,7 +55,7 @@ def assert_contract(output: NetworkOutput, network: System, *, batch: int) -> No
         assert isinstance(value, Tensor), name
         assert value.shape[0] == batch, name
     for name, logits in output.logits.items():
-        assert logits.ndim == (3 if name in SEVERAL_PER_IMAGE else 2), name
+        assert logits.ndim == (3 if name in BY_REGION_OR_PAIR else 2), name
         assert logits.shape[-1] == CLASSES, name
         assert logits.dtype == torch.float32, name
         assert logits.isfinite().all(), name

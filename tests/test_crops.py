@@ -340,7 +340,7 @@ def test_low_precision_images_keep_their_coordinates() -> None:
 
 def test_pictures_that_are_not_square_are_refused() -> None:
     images, boxes = torch.zeros(1, 3, 96, 192), torch.tensor([[0.0, 0.0, 9.0, 9.0]])
-    with pytest.raises(UserError, match="images of 96x192 pixels came, square ones of at least 96x96"):
+    with pytest.raises(UserError, match="images have 96x192 pixels; expected square ones of at least 96x96"):
         crop_objects(images, boxes, input_size=96)
-    with pytest.raises(UserError, match="images of 96x192 pixels came, square ones of at least 96x96"):
+    with pytest.raises(UserError, match="images have 96x192 pixels; expected square ones of at least 96x96"):
         crop_windows(images, boxes[None], input_size=96)

@@ -261,7 +261,7 @@ def test_several_processes_learn_one_threshold(network, monkeypatch) -> None:
     """Also where one had no image."""
     outputs, labels = [run(network, pictures(n), 1.0)[0] for n in (2, 3)], torch.tensor([0, 1, 2, 3, 0])
     none, both = ExitCollector(network), ExitCollector(network)
-    with pytest.raises(UserError, match="no image came"):
+    with pytest.raises(UserError, match="there is no image"):
         none.curve()
     both.add(outputs[0].logits, labels[:2])
     both.add(outputs[1].logits, labels[2:])
@@ -437,7 +437,9 @@ def test_predict_py_refuses_what_is_no_threshold_here(tiny_run, trained, picture
     if asked == "0.5":
         train.main(tiny_run(tmp_path))
     checkpoint = tmp_path / "folder-resnet" / "best.pth" if asked == "0.5" else trained / "best.pth"
-    with pytest.raises(SettingsError, match="'soon' came; expected a prob" if asked == "soon" else "exit_threshold is"):
+    with pytest.raises(
+        SettingsError, match="it is 'soon'; expected a prob" if asked == "soon" else "exit_threshold is"
+    ):
         predict.main(["--checkpoint", str(checkpoint), str(picture_tree), "--exit_threshold", asked])
 
 

@@ -391,5 +391,5 @@ def test_no_synchronisation_on_a_gpu() -> None:
 
 def test_maps_of_another_grid_are_refused() -> None:
     selector = WindowSelector("birds", grid_size=14, stride=32)
-    with pytest.raises(UserError, match="maps of 14x12 cells came for windows on 14x14"):
+    with pytest.raises(UserError, match="maps have 14x12 cells; expected 14x14"):
         selector(torch.rand(1, 14, 12))

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and words that do not stand in their way."""
+"""Files that are written whole or not at all, locks on folders, and printing that outlives a closed pipe."""
 
 from __future__ import annotations
 

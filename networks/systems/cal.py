@@ -1,4 +1,4 @@
-"""CAL: attention maps that have to be better than attention that knows nothing.
+"""CAL: attention maps that have to be better than random (counterfactual) ones.
 
 Rao, Chen, Lu & Zhou, "Counterfactual Attention Learning for Fine-Grained Visual Categorization and Re-identification",
 ICCV 2021, on WS-DAN (Hu et al., "See Better Before Looking Closer", 2019). Logits, crops, drops and losses follow the

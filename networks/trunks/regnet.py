@@ -29,8 +29,8 @@ class RegNets(Family):
 
     @staticmethod
     def channels(trunk: nn.Module) -> dict[str, int]:
-        _, _, third, last = (next(stage[0].f.a.children()).in_channels for stage in trunk.trunk_output)
-        return {"stage2": third, "stage3": last, "final": trunk.fc.in_features}
+        _, _, into_stage3, into_stage4 = (next(stage[0].f.a.children()).in_channels for stage in trunk.trunk_output)
+        return {"stage2": into_stage3, "stage3": into_stage4, "final": trunk.fc.in_features}
 
     @staticmethod
     def remove_classifier(trunk: nn.Module) -> None:

@@ -101,7 +101,7 @@ def test_more_epochs_are_refused_where_the_schedule_spreads_over_them(finished, 
     with pytest.raises(CheckpointError) as refusal:
         train.main([*arguments, "--epochs", "5"])
     sentence = str(refusal.value)
-    assert "is of a run of 4 epochs whose schedule one_cycle spreads over all of them, and 5 came" in sentence
+    assert "is of a run of 4 epochs whose schedule one_cycle spreads over all of them, and epochs is 5 here" in sentence
     assert "--name" in sentence
     assert len(sentence.splitlines()) == 1
 

@@ -293,7 +293,7 @@ def test_its_recipe_is_the_published_one():
         (["--parts_in_prediction", "7"], "parts_in_prediction is 7; expected at most part_proposals, 6"),
         (["--anchor_sizes", "48", "96"], "anchor_sizes is [48, 96] (list); expected 3 whole numbers"),
         (["--prediction", "part"], "prediction"),
-        (["--parts_in_answer", "2"], "parts_in_answer is a setting of scrim, not of ntsnet"),
+        (["--coarse_channels", "2"], "coarse_channels is a setting of scrim, not of ntsnet"),
     ],
 )
 def test_what_cannot_be_is_refused(words, expected):
@@ -301,7 +301,9 @@ def test_what_cannot_be_is_refused(words, expected):
         settings = parse_settings([*CUB, *words])
         build_network("ntsnet", num_classes=3, backbone="resnet18", prediction=settings.prediction)
     assert str(refusal.value).startswith(expected)
-    assert isinstance(refusal.value, SettingsError) or "choose from its branches raw, concat" in str(refusal.value)
+    assert isinstance(refusal.value, SettingsError) or "choose from the branches of ntsnet, raw, concat" in str(
+        refusal.value
+    )
 
 
 @pytest.mark.slow

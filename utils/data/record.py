@@ -97,7 +97,7 @@ def _content_hash(source: Path | int) -> str:
 
 
 def repeated_pictures(record: Record, *, selected_on_test: bool) -> list[str]:
-    """Say how many pictures of one part have the same content as others: what is measured on them flatters."""
+    """Say how many pictures of one part have the same content as others: what is measured on them is optimistic."""
     trained = {picture.content for picture in record.training}
     looked_at = [("test", record.test, record.seen(selection=not selected_on_test))]
     if not selected_on_test:
@@ -108,7 +108,8 @@ def repeated_pictures(record: Record, *, selected_on_test: bool) -> list[str]:
         if again:
             said.append(
                 f"{len(again)} of {len(pictures)} {part} images seem to be in training or validation, too (same size, "
-                f"beginning, middle and end of the file), the first is {one_line(again[0])}: figures on them flatter"
+                f"beginning, middle and end of the file), the first is {one_line(again[0])}: figures on them are "
+                "optimistic"
             )
     return said
 

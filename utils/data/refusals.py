@@ -22,7 +22,7 @@ def without_classes(root: Path, tree: Path, class_names: Sequence[str]) -> DataE
     seen = f"{tree} holds no folder" if not class_names else f"{tree} holds the pictures of one class only"
     if not class_names and holds_pictures(tree):
         seen = f"{tree} holds pictures and no folder"
-    seen += class_names[0].join((" (", ")")) if class_names else ""
+    seen += f" ({class_names[0]})" if class_names else ""
     files = [path for level in levels(root, 2) for folder in level for path in sorted(folder.iterdir())]
     tables = [path for path in files if path.suffix.lower() in TABLES]
     if tables:

@@ -72,11 +72,11 @@ class BalancedSampler(Sampler[tuple[int, int]]):
             raise UserError(f"rank must be in 0..{world_size - 1} for a world of {world_size}, got {rank}")
         if images_per_class < 1 or batch_size < 1 or batch_size % (images_per_class * world_size):
             raise UserError(
-                f"batch_size {batch_size} came; expected a multiple of images_per_class x processes, "
+                f"batch_size is {batch_size}; expected a multiple of images_per_class x processes, "
                 f"{images_per_class} x {world_size}, all of at least 1"
             )
         if not len(labels):
-            raise UserError("no labels came; expected one for each image")
+            raise UserError("there are no labels; expected one for each image")
         self.labels, counts = np.unique(labels, return_counts=True)
         self.images = np.split(np.argsort(labels, kind="stable"), counts.cumsum()[:-1])  # of each class, in their order
         self.images_per_class = images_per_class

@@ -1,4 +1,4 @@
-"""Processes that load pictures: the run they belong to is another process's, and ends them."""
+"""Workers of a DataLoader: they leave signals to the process of the run, and end with it."""
 
 from __future__ import annotations
 

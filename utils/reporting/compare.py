@@ -87,7 +87,7 @@ def compare(places: Sequence[Path], form: str = "text", *, restore: Callable[[Ma
     """
     runs = [_read_run(place) for place in places]
     if len(runs) < 2:
-        raise ComparisonError(f"one run came, {places[0]}; expected at least two to compare")
+        raise ComparisonError(f"there is one run to compare, {places[0]}; expected at least two")
     header, rows = _table(runs, restore)
     if form == "csv":
         text = io.StringIO(newline="")

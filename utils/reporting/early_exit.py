@@ -96,7 +96,7 @@ def exit_curve(
     """
     images = len(confidence)
     if not images:
-        raise UserError("no image came; at least one is needed for a curve of accuracy against cost")
+        raise UserError("there is no image; expected at least one for a curve of accuracy against cost")
     order = confidence.double().argsort(descending=True, stable=True)
     confidence = confidence.double()[order]
     zero = torch.zeros(1, dtype=torch.long)

@@ -40,13 +40,15 @@ def parse_arguments(arguments: Sequence[str] | None, *, views: Sequence[str]) ->
     parser.add_argument(
         "--out", type=nonempty_path, metavar="DIR", help="folder of the report (default: the checkpoint's)"
     )
-    parser.add_argument("--include_trained", action="store_true", help="evaluate images of training as well, if met")
+    parser.add_argument(
+        "--include_trained", action="store_true", help="evaluate images that the run was trained on, too"
+    )
     early = parser.add_argument_group("early exit (sgkrl, sgkrl_published)")
     early.add_argument(
         "--exit_threshold",
         type=parse_threshold,
         metavar="P",
-        help="surer images skip the windows (1: none does); learned: those that do in predict.py",
+        help="images surer than P skip the windows (1: none does); learned: P as training has learnt it",
     )
     early.add_argument("--exit_curve", action="store_true", help="find the threshold that loses nothing on validation")
     comparison = parser.add_argument_group("compare")
@@ -59,7 +61,7 @@ def parse_arguments(arguments: Sequence[str] | None, *, views: Sequence[str]) ->
     machine = parser.add_argument_group("machine (default: as in training)")
     machine.add_argument("--data_root", metavar="DIR", help="where the data lie: the run's, or other pictures by class")
     machine.add_argument("--labels", metavar="FILE", help="dataset csv: the table of these pictures, all in one")
-    machine.add_argument("--class_level", type=int, metavar="N", help="folders: the level of those that are classes")
+    machine.add_argument("--class_level", type=int, metavar="N", help="how many levels deep the class folders lie")
     machine.add_argument("--device", help="cpu, cuda, cuda:1 ..., mps")
     machine.add_argument("--precision", choices=("auto", "float32", "bf16", "fp16"))
     machine.add_argument("--evaluation_batch_size", type=int, metavar="N", help="images at a time")

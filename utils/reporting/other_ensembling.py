@@ -42,7 +42,7 @@ def ensemble_otherwise(
         return trained
     if options.exit_threshold == LEARNED:
         raise SettingsError(
-            f"--exit_threshold {LEARNED} was learnt for the run's ensembling, {network.ensembling}, and {asked} came: "
+            f"--exit_threshold {LEARNED} was learnt for the run's ensembling, {network.ensembling}, not for {asked}: "
             "give a number, or --exit_curve"
         )
     images = validation() if asked == "learned" and len(network.prediction) > 1 else None

@@ -1,4 +1,4 @@
-"""Bringing what learns back to where a checkpoint says it was, and refusing a state of another form."""
+"""Load weights, optimizer and schedule from a checkpoint, and refuse states of another structure."""
 
 from __future__ import annotations
 

@@ -172,8 +172,8 @@ def _refuse_other_epochs(path: Path, saved: Mapping, theirs: Mapping[str, object
     if spreads_over_epochs(theirs["schedule"]):
         raise CheckpointError(
             f"{path} is of a run of {theirs['epochs']} epochs whose schedule {theirs['schedule']} spreads over all of "
-            f"them, and {ours['epochs']} came (with steps or exponential it could go on): leave epochs as it was, "
-            f"{REMEDY}"
+            f"them, and epochs is {ours['epochs']} here (with steps or exponential it could go on): leave epochs as it "
+            f"was, {REMEDY}"
         )
     if ours["epochs"] < begun:
         raise CheckpointError(f"{path} is in epoch {begun}, and epochs is {ours['epochs']} here: take more, {REMEDY}")

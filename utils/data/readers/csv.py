@@ -53,7 +53,7 @@ def read_table(
         notes.append(f"{path.name}: classes are those of the column {header[label]!r} (--label_column chooses another)")
     perhaps = split is not None and source.split_column is None and header[split].strip().lower() in OF_OTHER_THINGS
     if perhaps and not any(part_in(header[split], row[split]) for _, row in rows):
-        notes.append(f"{path.name}: no value of the column {header[split]!r} is a part, so that it is not heeded")
+        notes.append(f"{path.name}: no value of the column {header[split]!r} is a part, so it is ignored")
         split = None
     found, unlabelled = [], 0
     for place, row in rows:
