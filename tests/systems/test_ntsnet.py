@@ -300,10 +300,9 @@ def test_what_cannot_be_is_refused(words, expected):
     with pytest.raises(ValueError) as refusal:
         settings = parse_settings([*CUB, *words])
         build_network("ntsnet", num_classes=3, backbone="resnet18", prediction=settings.prediction)
-    assert str(refusal.value).startswith(expected)
-    assert isinstance(refusal.value, SettingsError) or "choose from the branches of ntsnet, raw, concat" in str(
-        refusal.value
-    )
+    sentence = str(refusal.value)
+    assert sentence.startswith(expected)
+    assert isinstance(refusal.value, SettingsError) or "choose from the branches of ntsnet, raw, concat" in sentence
 
 
 @pytest.mark.slow
