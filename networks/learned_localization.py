@@ -121,6 +121,10 @@ def add_localization(system: System, found_by: FoundBy, channels: int, stride: f
     elif found_by == "learned":
         system.learned_localization = LearnedLocalization(channels, stride)
         system.loss_weights = {**system.loss_weights, "localization": 1.0}
+        system.loss_descriptions = {
+            **system.loss_descriptions,
+            "localization": "Cross-entropy of the share of each cell that lies in the box that teaches.",
+        }
         system.warmup_branches = ("raw", "localization")
         system.needed_for = {"localization": ("raw",)}
 

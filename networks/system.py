@@ -57,6 +57,7 @@ class System(nn.Module):
     ensembling: str = "mean_probability"  # how, one of `outputs.ENSEMBLINGS`; `run_defaults` may choose another
     loss_weights: Mapping[str, float]  # the weight of each of its loss terms
     needed_for: Mapping[str, tuple[str, ...]] = {}  # loss terms of no one branch -> branches they need; left out: all
+    loss_descriptions: Mapping[str, str] = {}  # what TensorBoard says of loss terms of no one branch, a line each
     trained_through_others: ClassVar[tuple[str, ...]] = ()  # branches that learn without a loss of their own
     warmup_branches: tuple[str, ...] = ("raw",)  # loss terms that train in the first epochs; (): it has no warm-up
     needs_labels: ClassVar[bool] = False  # whether `forward` gets the step's targets as `labels` in training

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import plugin_data_pb2
 from tensorboard.summary.writer import event_file_writer
 
-from networks import MODELS, build_network
+from networks import MODELS, build_network, own_settings
 from utils.errors import UserError
 from utils.reporting.runlog import RunLog, describe, log_evaluation
 
@@ -141,22 +141,26 @@ CURVES = [
 
 
 def test_every_curve_says_what_it_means(tmp_path):
-    with RunLog(tmp_path) as log:
+    with RunLog(tmp_path, of_losses={"ranking": "Whether it is ranked as it classifies."}) as log:
         log.log_epoch(1, {"": dict.fromkeys(CURVES, 0.5)})
     events = _events(tmp_path)
     assert len(events.Tags()["scalars"]) == len(CURVES)
     descriptions = [events.SummaryMetadata(f"/{name}").summary_description for name in CURVES]
     assert all(len(text.splitlines()) == 1 for text in descriptions)
     assert len(set(descriptions)) == len(CURVES)
-    assert describe("something/else") == ""
+    assert describe("something/else", {}) == ""
 
 
 @pytest.mark.usefixtures("thin_trunk")
 @pytest.mark.parametrize("model", MODELS)
 def test_terms_that_are_no_branch_are_not_described_as_one(model):
-    network = build_network(model, num_classes=3, backbone="resnet18", input_size=96)
-    terms = network.loss_weights.keys() - set(network.branches) | {"localization"}
-    assert all(describe(f"train/loss/{name}") != describe("train/loss/raw") for name in terms)
+    learned = {"localization": "learned"} if "localization" in own_settings(model) and model != "resnet" else {}
+    for own in ({}, learned):
+        network = build_network(model, num_classes=3, backbone="resnet18", input_size=96, **own)
+        terms = network.loss_weights.keys() - set(network.branches)
+        assert network.loss_descriptions.keys() == terms
+        described = {describe(f"train/loss/{name}", network.loss_descriptions) for name in (*terms, "raw")}
+        assert len(described) == len(terms) + 1
 
 
 def _row(folder):
@@ -175,7 +179,7 @@ def test_a_run_is_a_row_of_the_table_of_runs(tmp_path):
     experiment = plugin_data_pb2.HParamsPluginData.FromString(metadata.plugin_data.content).experiment
     columns = {(info.name.group, info.name.tag) for info in experiment.metric_infos}
     assert {("test", "accuracy/prediction"), ("", "validation_ema/accuracy/prediction")} <= columns
-    assert all(describe(info.name.tag) for info in experiment.metric_infos)
+    assert all(describe(info.name.tag, {}) for info in experiment.metric_infos)
 
 
 def test_an_evaluation_replaces_the_one_before_it(tmp_path):

@@ -153,7 +153,9 @@ class Run:
         continuing = f"; continuing after epoch {self.epochs_done}{at}" if self.saved else ""
         print_once(f"best.pth is chosen by {self.facts['selected_on']}{continuing}")
         resumed = self.epochs_done if self.saved else None
-        self.log = self.stack.enter_context(RunLog(self.folder, resume_epoch=resumed, enabled=is_main()))
+        of_losses = self.system.loss_descriptions
+        log = RunLog(self.folder, resume_epoch=resumed, enabled=is_main(), of_losses=of_losses)
+        self.log = self.stack.enter_context(log)
         if is_main() and (self.saved is None or self._goes_further()):
             write_settings(self.folder, dataclasses.asdict(self.settings))
         if is_main() and self.saved is None:

@@ -79,6 +79,7 @@ class APINet(System):
         "map2.": "map2.",
         "fc.": "classifier.",
     }
+    loss_descriptions = {"priority": "Whether a picture's own gate makes its class likelier than its partner's gate."}
     needs_labels = True
 
     branches = ("raw", "self", "other")

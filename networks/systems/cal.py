@@ -70,6 +70,7 @@ class CAL(System):
         "feature_center": "centres.vectors",
     }
     absent_when_published = ("centres.vectors",)  # its best checkpoint is without
+    loss_descriptions = {"centre": "Distance of the features from the centre of their class."}
     warmup_branches = ()
 
     branches = ("raw", "crop", "drop", "raw_effect", "crop_effect", "drop_effect")

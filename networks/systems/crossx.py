@@ -59,6 +59,13 @@ class CrossX(System):
         "contrast": 0.0,
         "resize_size": lambda shared: round(shared.side_of_images * 600 / 448),
     }
+    loss_descriptions = {
+        **{
+            f"semantic_{level}": f"Whether vectors of one part ({level}) are closer to each other than to other parts'."
+            for level in LEVELS
+        },
+        "agreement": "Distance between the probabilities of the levels.",
+    }
     warmup_branches = ()
     trained_through_others = LEVELS
 

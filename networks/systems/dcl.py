@@ -81,6 +81,7 @@ class DCL(System):
         "classifier_swap.": "swap_classifier.",
         "Convmask.": "location.",
     }
+    loss_descriptions = {"location": "How far from their true places the blocks are located."}
     warmup_branches = ()
 
     branches = ("raw", "destroyed", "swap")

@@ -69,6 +69,7 @@ class MCLoss(System):
         **{f"backbone.{n}.": f"backbone.trunk.layer{n - 3}." for n in (4, 5, 6, 7)},
         "dense.": "classifier.",
     }
+    loss_descriptions = {"diversity": "How much the channels of a class look at the same places."}
     warmup_branches = ()
     smallest_batch = 2
 

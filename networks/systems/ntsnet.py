@@ -62,6 +62,7 @@ class NTSNet(System):
         "concat_net.": "concat_classifier.",
         "partcls_net.": "part_classifier.",
     }
+    loss_descriptions = {"ranking": "Whether parts that classify better are also ranked higher."}
 
     branches = ("raw", "concat", "part")
     evaluated = branches

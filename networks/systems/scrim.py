@@ -64,6 +64,10 @@ class SCRIM(System):
 
     Options = Options
     run_defaults = {"images_per_class": 2}  # its contrastive loss needs pairs
+    loss_descriptions = {
+        "ranking": "Whether regions that classify better are also ranked higher.",
+        "contrastive": "Whether parts of one class are closer to each other than to those of others.",
+    }
 
     branches = ("raw", "part", "concat")
     evaluated = branches

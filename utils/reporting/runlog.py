@@ -26,15 +26,6 @@ from utils.text import visible
 # What a curve means, by the beginning or the end of its name without the group; shown beside it in TensorBoard.
 DESCRIPTIONS = {
     "loss/total": "Weighted sum of the losses being trained. It rises where warm-up ends, since more is added up.",
-    "loss/ranking": "Whether the regions that classify better are also ranked higher.",
-    "loss/contrastive": "Whether parts of one class are closer to each other than to those of others.",
-    "loss/priority": "Whether a picture's own gate makes its class likelier than its partner's gate.",
-    "loss/centre": "Distance of the features from the centre of their class.",
-    "loss/location": "How far from their true places the blocks are located.",
-    "loss/diversity": "How much the channels of a class look at the same places.",
-    "loss/agreement": "Distance between the probabilities of the levels.",
-    "loss/semantic_": "Whether vectors of one part are closer to each other than to those of other parts.",
-    "loss/localization": "Cross-entropy of the share of each cell that lies in the box that teaches.",
     "loss/": "Cross-entropy of this branch, with label_smoothing and class_weights as trained, or a further term of "
     "the system. Validation rising while training falls: overfitting.",
     "accuracy/prediction": "Share of images that the system classifies rightly (top-1).",
@@ -72,10 +63,19 @@ class RunLog:
             log line and its checkpoint: they are dropped here and hidden in TensorBoard. None: a new run, which
             starts with an empty log and hides what an earlier one left in the folder.
         enabled: False: nothing is ever written (every process but the main one).
+        of_losses: what to say of loss terms, by name, see `System.loss_descriptions`.
     """
 
-    def __init__(self, folder: str | Path, *, resume_epoch: int | None = None, enabled: bool = True) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        resume_epoch: int | None = None,
+        enabled: bool = True,
+        of_losses: Mapping[str, str] | None = None,
+    ) -> None:
         self.enabled = enabled
+        self.of_losses = of_losses or {}
         if not enabled:
             return
         self.path = Path(folder) / "log.jsonl"
@@ -98,7 +98,7 @@ class RunLog:
         numbers = {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
         line = json.dumps({"epoch": epoch} | {name: _strict(value) for name, value in numbers.items()}, allow_nan=False)
         with _naming_folder(self.path.parent):
-            _add_scalars(self.writer, numbers, epoch)
+            _add_scalars(self.writer, numbers, epoch, self.of_losses)
             self.writer.flush()
         # one write of the whole line, on disk before the checkpoint that follows
         with _naming_folder(self.path.parent), self.path.open("a", encoding="utf-8") as file:
@@ -183,17 +183,17 @@ def log_evaluation(folder: str | Path, epoch: int, numbers: Mapping[str, float],
                     with contextlib.suppress(OSError):  # not empty
                         place.rmdir()
     with _naming_folder(folder), SummaryWriter(str(folder)) as writer:
-        _add_scalars(writer, numbers, epoch)
+        _add_scalars(writer, numbers, epoch, {})
         if embeddings:
             writer.add_embedding(global_step=epoch, tag=EMBEDDINGS, **embeddings)
 
 
-def _add_scalars(writer: SummaryWriter, numbers: Mapping[str, float], epoch: int) -> None:
+def _add_scalars(writer: SummaryWriter, numbers: Mapping[str, float], epoch: int, of_losses: Mapping[str, str]) -> None:
     """What SummaryWriter.add_scalar writes, each with its description."""
     for name, value in numbers.items():
         metadata = SummaryMetadata(
             display_name=name,
-            summary_description=describe(name),
+            summary_description=describe(name, of_losses),
             data_class=DATA_CLASS_SCALAR,  # without it TensorBoard's fast reader drops the description
             plugin_data=SummaryMetadata.PluginData(plugin_name="scalars"),
         )
@@ -202,10 +202,13 @@ def _add_scalars(writer: SummaryWriter, numbers: Mapping[str, float], epoch: int
     writer.flush()
 
 
-def describe(name: str) -> str:
-    """Return a line on what the curve of this name means, "" where nothing is known."""
+def describe(name: str, of_losses: Mapping[str, str]) -> str:
+    """Return a line on what the curve of this name means, "" where nothing is known; `of_losses`: see `RunLog`."""
+    group, _, term = name.rpartition("loss/")
+    if group and term in of_losses:
+        return of_losses[term]
     for known, description in DESCRIPTIONS.items():
-        if name.endswith(known) or (known.endswith(("/", "_")) and known in name):
+        if name.endswith(known) or (known.endswith("/") and known in name):
             return description
     return ""
 
