@@ -65,6 +65,20 @@ def test_a_trunk_to_find_objects_by_has_to_be_there(build, saved):
                 start_from(settings, network, BIRDS, restored)
 
 
+@pytest.mark.parametrize(("theirs", "ours"), [("per_pass", "shared"), ("per_pass", "frozen"), ("shared", "per_pass")])
+def test_statistics_of_the_trunk_that_finds_objects_are_carried_over_too(build, saved, theirs, ours):
+    finding = ("--localization", "colocalization", "--pretrained", "IMAGENET1K_V1", "--batch_norm")
+    path, state = saved("resnet", *finding, theirs)
+    settings, network = build("resnet", *finding, ours, "--initial_weights", path)
+    start_from(settings, network, BIRDS, restored)
+    found = {name: value for name, value in network.state_dict().items() if "colocalization.trunk" in name}
+    statistics = [name for name in found if name.endswith(("running_mean", "running_var"))]
+    assert statistics
+    for name in statistics:
+        expected = state[name][0] if theirs == "per_pass" else state[name].expand_as(found[name])
+        assert torch.equal(found[name], expected), name
+
+
 def split(network: System, before: dict, state: dict) -> tuple[set[str], set[str]]:
     """The names of what was loaded, and of what is as it was; all must be one or the other."""
     now = network.state_dict()

@@ -17,6 +17,8 @@ from utils.training.averaging import weights_of
 from utils.training.building import build_from_settings
 
 TRUNK = "backbone."  # how the names of a trunk's parameters begin
+FROZEN_TRUNK = "colocalization.trunk."  # of the trunk that finds the objects and does not learn
+COUNTERS = ("num_batches_tracked", "passes")  # of batch norms, which not all kinds of these have
 OF_TRUNK = ("backbone", "stride_on_first_conv")  # settings by which a weight means something else
 OF_IMAGES = ("normalization", "last_stride")  # by which the trunk sees or gives something else: a word is enough
 
@@ -52,7 +54,8 @@ def start_from(settings: Any, system: System, class_names: Sequence[str], restor
             fitting[name] = found
     if not any(name.startswith(TRUNK) for name in fitting):
         raise CheckpointError(f"initial_weights {path}: nothing in it fits this network ({settings.model})")
-    if system.takes_boxes and not any(name.startswith("colocalization.trunk.") for name in fitting):
+    of_frozen_trunk = {name for name in expected if name.startswith(FROZEN_TRUNK) and not name.endswith(COUNTERS)}
+    if system.takes_boxes and not (of_frozen_trunk and of_frozen_trunk <= fitting.keys()):
         such_a_run = "a run with that localization, or " if system.colocalization is not None else ""
         raise CheckpointError(
             f"initial_weights {path} has no frozen trunk that localization {system.options.localization!r} could find "
@@ -85,7 +88,8 @@ def _of_classes(settings: Any, state: Mapping[str, Tensor], num_classes: int) ->
 
 def _as_kept(found: Tensor | None, wanted: Tensor, name: str) -> Tensor | None:
     """A batch norm's statistics for each pass from those of all, or those of pictures for all."""
-    if found is None or not name.startswith(TRUNK) or not name.endswith(("running_mean", "running_var")):
+    of_statistics = name.startswith((TRUNK, FROZEN_TRUNK)) and name.endswith(("running_mean", "running_var"))
+    if found is None or not of_statistics:
         return found
     if wanted.ndim == found.ndim + 1:
         return found.expand_as(wanted)
