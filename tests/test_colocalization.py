@@ -18,6 +18,7 @@ from networks.colocalization import SHARE_OF_MAXIMUM, Colocalization
 from networks.outputs import Features
 from networks.system import System
 from utils.options import SettingsError
+from utils.reporting.early_exit import costs_of_passes
 
 SYSTEMS = {
     model: Variant(model, pretrained=None, localization="colocalization")
@@ -259,6 +260,18 @@ def test_images_that_exit_early_have_what_they_exit_with() -> None:
     network, images = copy.deepcopy(prepared("sgkrl")), make_images(SIZE, 2)
     network.exit_threshold = 0.0
     assert torch.equal(network(images, branches=("graph",)).logits["graph"], network(images).logits["graph"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("prediction", "looks"), [(("object", "graph"), False), (("raw", "graph"), True)])
+def test_an_early_exit_looks_at_the_picture_only_for_its_prediction(prediction: tuple[str, ...], looks: bool) -> None:
+    network, images = copy.deepcopy(prepared("sgkrl")), make_images(SIZE, 2)
+    network.prediction, network.exit_threshold = prediction, 0.0
+    output = network(images, branches=("object", "graph"))
+    assert ("raw" in output.logits) == looks
+    of_picture_and_copy = costs_of_passes(network)[0] - 1
+    network.prediction = ("raw", "object", "graph")
+    assert (of_picture_and_copy < costs_of_passes(network)[0] - 1) == (not looks)
 
 
 def test_boxes_of_a_learning_trunk_are_not_taken() -> None:

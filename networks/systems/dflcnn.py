@@ -100,8 +100,8 @@ class DFLCNN(System):
 
         `global` classifies every cell of the last map. The filters of the bank look at the map before it: `side` is how
         strongly those of each class respond where they do most, `parts` what a classifier makes of all of them.
-        `part_boxes` [B, filters_per_class, 4] are there the patches of the class that `side` chooses. DFL-CNN has no
-        mask: `mask_background` changes nothing.
+        `part_boxes` [B, filters_per_class, 4] are there the patches of the class that `side` chooses, those of the
+        strongest responses first. DFL-CNN has no mask: `mask_background` changes nothing.
         """
         wanted = requested_branches(branches, self.branches)
         features = self.backbone(resize_images(images, self.input_size))
@@ -117,8 +117,9 @@ class DFLCNN(System):
             logits["parts"] = self.part_classifier(responses)
         if "side" in wanted:
             logits["side"] = side
-        shown = self.bank.of_class(cells, side.argmax(dim=1))
-        return NetworkOutput(logits, part_boxes=self._patches(shown, features.stage3.shape[-1]))
+        strengths, places = (self.bank.of_class(values, side.argmax(dim=1)) for values in (responses, cells))
+        strongest_first = places.gather(1, strengths.argsort(dim=1, descending=True, stable=True))
+        return NetworkOutput(logits, part_boxes=self._patches(strongest_first, features.stage3.shape[-1]))
 
     def _patches(self, cells: Tensor, columns: int) -> Tensor:
         """Return boxes [B, N, 4] of PATCH x PATCH cells around cells [B, N] of a map with so many columns."""

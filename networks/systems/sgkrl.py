@@ -173,10 +173,10 @@ class SGKRL(System):
         boxes teach the localization: its logits `inside` [B, g, g], and these `boxes`.
         """
         wanted = requested_branches(branches, self.branches)
-        may_exit = not self.training and self.exit_threshold < 1
+        exits_by = set(self.prediction) if not self.training and self.exit_threshold < 1 else set()
         logits, extras = {}, None
-        # 1. Look at the picture, if only to find the object, or to be sure of it.
-        if wanted & {"raw", "fused"} or self.colocalization is None or may_exit:
+        # 1. Look at the picture, if only to find the object, or to exit early by what it shows.
+        if (wanted | exits_by) & {"raw", "fused"} or self.colocalization is None:
             raw = look_at_picture(self, images)
             logits["raw"] = self.classifier(self.dropout(raw.embedding))
             if wanted <= {"raw"} and not self.is_taught_by(boxes):

@@ -190,8 +190,10 @@ def test_patches_lie_where_the_filters_of_the_class_respond_most(pair):
     assert output.part_boxes.shape == (3, FILTERS, 4)
     for image, boxes in enumerate(output.part_boxes.tolist()):
         class_ = output.logits["side"][image].argmax().item()
-        for number, box in enumerate(boxes):
-            row, column = divmod(maps[0][image, class_ * FILTERS + number].argmax().item(), SIZE // 16)
+        of_class = maps[0][image, class_ * FILTERS : (class_ + 1) * FILTERS]
+        strongest_first = sorted(of_class, key=lambda responses: -responses.max())
+        for responses, box in zip(strongest_first, boxes, strict=True):
+            row, column = divmod(responses.argmax().item(), SIZE // 16)
             assert box == [16 * (column - 2), 16 * (row - 2), 16 * (column + 3) - 1, 16 * (row + 3) - 1]
 
 

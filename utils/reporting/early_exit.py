@@ -62,7 +62,8 @@ def costs_of_passes(network: System) -> tuple[float, float]:
     """Return what the trunk computes for an image before its windows, and for one window.
 
     In plain passes over one picture of input_size. Before the windows come the picture in its `raw_size`, on the finer
-    map where objects are found on that, a frozen copy's look for the object where there is one, and the object.
+    map where objects are found on that, a frozen copy's look for the object where there is one (then the picture is
+    left out where the prediction does without its branches), and the object.
     """
     backbone = copy.deepcopy(network.backbone).to("meta", torch.float32)  # to count operations, not to do them
 
@@ -73,7 +74,9 @@ def costs_of_passes(network: System) -> tuple[float, float]:
 
     side = network.input_size
     plain = count(side)
-    before = count(network.raw_size, dense=network.localization_stride < backbone.stride) + plain
+    before = plain
+    if network.colocalization is None or {"raw", "fused"} & set(network.prediction):
+        before += count(network.raw_size, dense=network.localization_stride < backbone.stride)
     if network.colocalization is not None:
         before += count(network.colocalization.size)
     window = count(side // 2)
