@@ -318,7 +318,10 @@ def test_mistakes_are_drawn_with_an_early_exit_too(tiny_run, tmp_path, evaluatio
     ending = "" if threshold == "1" else f"-exit_{threshold}"
     report = json.loads((tmp_path / f"report{ending}.json").read_text("utf-8"))
     wrong = round((1 - report["branches"]["prediction"]["top1"]) * 6)
-    assert (tmp_path / f"report{ending}.html").read_text("utf-8").count("<figure>") == wrong > 0
+    page = (tmp_path / f"report{ending}.html").read_text("utf-8")
+    assert page.count("<figure>") == wrong > 0
+    assert (report["exited"] is None) == (threshold == "1")
+    assert ("skip the windows" in page) == (threshold != "1")
 
 
 @pytest.mark.parametrize("scope", slow_but_for(["batch"], ["image", "batch"]))

@@ -41,6 +41,7 @@ def made_up_report(folder: Path, classes: int = 200) -> tuple[Path, list[str], t
         "data": {"root": "birds", "notes": [f"5 images of {HOSTILE} are left out"], "trained_on": 0},
         "prediction": "mean probability of raw, object",
         "images": len(labels),
+        "exited": None,
         "branches": {"prediction": values, "raw": values | {"top1": 0.25}, "object": values | {"top1": 0.125}},
         "mean_per_class_accuracy": share,
         "classes": classes,
@@ -136,6 +137,7 @@ def test_a_system_without_boxes_or_mistakes_has_a_page_too(tmp_path, boxes):
         "data": {"root": None, "notes": [], "trained_on": 0},
         "prediction": "raw",
         "images": 4,
+        "exited": None,
         "branches": {
             "prediction": {"top1": 1.0, "top1_interval_95": (0.5, 1.0), "top5": 1.0, "top5_interval_95": (0.5, 1.0)}
         },

@@ -52,6 +52,18 @@ def add_batch(collector: ResultCollector, logits: torch.Tensor, boxes: torch.Ten
     collector(batch, NetworkOutput({"raw": logits}, found), logits)
 
 
+def test_images_that_exit_early_are_counted() -> None:
+    collector, names = ResultCollector(32), ["a", "b", "c"]
+    add_batch(collector, torch.rand(2, 3), None, ["1.jpg", "2.jpg"])
+    assert collector.report(names)["exited"] is None
+    collector = ResultCollector(32)
+    for unsure in ([True, False], [False, False]):
+        batch = SimpleNamespace(labels=torch.zeros(2, dtype=torch.int64), paths=["a", "b"])
+        logits = torch.rand(2, 3)
+        collector(batch, NetworkOutput({"raw": logits}, unsure=torch.tensor(unsure)), logits)
+    assert collector.report(names)["exited"] == 3
+
+
 def test_images_without_a_true_box_are_left_out_of_its_figures_alone(tmp_path) -> None:
     """Some in a batch with others that have one, and a batch of which none has."""
     collector, known = ResultCollector(32), [0.0, 0, 32, 32]

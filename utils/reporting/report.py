@@ -117,6 +117,8 @@ def _tiles(report: Mapping) -> str:
         (f"{report['images']}", f"test images{order_where_it_matters(report)}"),
         (f"{report['images_per_second']:.1f}", "images a second"),
     ]
+    if report["exited"] is not None:
+        tiles.append((f"{report['exited'] / report['images']:.1%}", "of the images skip the windows (early exit)"))
     if report["boxes"]:
         tiles.insert(2, (f"{report['boxes']['share_at_0.5']:.1%}", "object boxes with IoU of 0.5 or more"))
     return '<div class="tiles">' + "".join(f"<div><b>{value}</b>{text}</div>" for value, text in tiles) + "</div>"

@@ -44,6 +44,8 @@ def as_text(report: dict) -> str:
         boxes = report["boxes"]
         of = f" ({boxes['images']} images have a true one)" if "images" in boxes else ""
         lines.append(f"object boxes{of}: IoU >= 0.5 for {boxes['share_at_0.5']:.1%}, mean IoU {boxes['mean']:.3f}")
+    if report["exited"] is not None:
+        lines.append(f"early exit: {report['exited'] / report['images']:.1%} of the images skip the windows")
     lines.append(f"{report['images_per_second']:.1f} images/s")
     if report["worst_confusions"]:
         lines += ["", "most frequent confusions:"]

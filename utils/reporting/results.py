@@ -61,6 +61,8 @@ class ResultCollector:
             true_boxes = true_boxes.to(prediction.device, non_blocking=True)
             scale = self.input_size / batch.images.shape[-1]
             values["box_iou"] = paired_box_iou(inclusive_to_edges(output.object_boxes), true_boxes * scale)
+        if output.unsure is not None:
+            values["exited"] = ~output.unsure
         for name, value in (values | {"finite": finite}).items():
             self._batches.setdefault(name, []).append(value)
         self.paths += batch.paths
@@ -71,9 +73,10 @@ class ResultCollector:
         refuse_nonfinite(finite, self.paths, "try --precision float32, or an earlier checkpoint")
 
     def values(self) -> dict[str, Tensor]:
-        """Return [images] tensors: label, prediction, probability, `top1/<branch>`, `top5/<branch>` and box_iou.
+        """Return [images] tensors: label, prediction, probability, `top1/<branch>`, `top5/<branch>`, box_iou, exited.
 
-        The last is NaN for an image without a true box, and left out where none has one.
+        box_iou is NaN for an image without a true box, and left out where none has one; exited is left out where no
+        image may exit early.
         """
         values = {name: torch.cat(batches).cpu() for name, batches in self._batches.items()}
         if "box_iou" in values and values["box_iou"].isnan().all():
@@ -101,6 +104,7 @@ class ResultCollector:
             }
         return {
             "images": total,
+            "exited": int(values["exited"].sum()) if "exited" in values else None,
             "branches": branches,
             "mean_per_class_accuracy": mean_per_class_accuracy(matrix),
             "classes": len(class_names),
