@@ -41,6 +41,20 @@ def test_a_mistake_is_the_one_that_was_counted(trained: Trained, predicted: int)
     assert [Path(mistake.picture) for mistake in mistakes] == [entry.source for entry, *_ in judged]
 
 
+def test_the_projector_shows_objects_however_many_parts_are_looked_at(trained: Trained, monkeypatch) -> None:
+    """With an early exit there may be as many windows as images, and no pass over the picture before the object's."""
+    network, objects = trained.network, []
+
+    def forward(images: torch.Tensor, **_) -> None:
+        objects.append(network.backbone(2 * images, kind="object").embedding)
+        network.backbone(3 * images, kind="part")
+
+    monkeypatch.setattr(network, "forward", forward)
+    catalogue, _ = load_catalogue(trained.settings)
+    shown = project(trained, evaluation_loader(trained.settings, catalogue.test), NAMES)
+    assert torch.equal(shown["mat"], torch.cat(objects))
+
+
 def test_classes_of_any_name_reach_the_projector(trained: Trained) -> None:
     catalogue, _ = load_catalogue(trained.settings)
     shown = project(trained, evaluation_loader(trained.settings, catalogue.test), NAMES)

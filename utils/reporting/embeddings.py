@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.data import DataLoader
 
+from networks.outputs import Features
 from utils.text import one_line
 from utils.training.building import Trained
 
@@ -18,7 +20,12 @@ def project(trained: Trained, loader: DataLoader, class_names: Sequence[str]) ->
     """Return what TensorBoard's projector shows of the test images: an embedding each, its class, a small picture."""
     network, plan, execution = trained.network, trained.plan, trained.execution
     embeddings, thumbnails, class_of = [], [], []
-    hook = network.backbone.register_forward_hook(lambda module, inputs, output: passes.append(output.embedding))
+
+    def keep(module: nn.Module, inputs: tuple, how: dict[str, object], output: Features) -> None:
+        if how.get("kind") != "part":
+            passes.append(output.embedding)
+
+    hook = network.backbone.register_forward_hook(keep, with_kwargs=True)
     try:
         for batch in loader:
             passes = []
