@@ -31,7 +31,7 @@ from datasets import (
     load_labelled,
     loading_of,
 )
-from networks.outputs import EXITING_SKIPS
+from networks.outputs import SKIPPED_BY_EXIT
 from networks.views import VIEWS, add_views
 from utils.checkpoint import CheckpointError, load_checkpoint, load_published
 from utils.config_slips import config_as_edited
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = let_exit_early(trained, options, shared, rebuilt=rebuilt, validation=partial(validation, "--exit_curve"))
     exits = network.can_exit_early and network.exit_threshold < 1
     # where images exit, these repeat other branches, so that no figure is theirs
-    copied = EXITING_SKIPS if exits else ()
+    copied = SKIPPED_BY_EXIT if exits else ()
     results = ResultCollector(network.input_size, leave_out=copied, keep_logits=options.save_logits)
     figures = evaluate(
         network,

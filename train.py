@@ -93,7 +93,8 @@ def prepare_network(
 ) -> None:
     """Prepare the network of a new run; where it takes boxes, give the loaders those of their pictures.
 
-    A new run finds them, one that goes on has them in its checkpoint, or, where that is older than this, does without.
+    A new run finds them, one that goes on has them in its checkpoint, or, where that is from before there were boxes,
+    does without.
     """
     cache = loaders["training"].dataset.cache
     if run.saved is None:

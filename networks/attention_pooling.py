@@ -1,7 +1,7 @@
 """Bilinear attention pooling: what the trunk sees, read once for each of several learnt attention maps.
 
 Hu, Qi, Huang & Lu, "See Better Before Looking Closer: Weakly Supervised Data Augmentation Network for Fine-Grained
-Visual Classification" (WS-DAN), 2019, section 3.1. The false attention to compare with: Rao, Chen, Lu & Zhou,
+Visual Classification" (WS-DAN), 2019, section 3.1. The counterfactual attention to compare with: Rao, Chen, Lu & Zhou,
 "Counterfactual Attention Learning for Fine-Grained Visual Categorization and Re-identification" (CAL), ICCV 2021.
 """
 

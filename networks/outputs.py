@@ -25,7 +25,7 @@ class Features(NamedTuple):
 
     stage2: Tensor  # [B, C2, H/8, W/8]
     stage3: Tensor  # [B, C3, H/16, W/16]
-    penultimate: Tensor | None  # [B, C, H/32, W/32], after the last stage's second-to-last block; None where it has one
+    penultimate: Tensor | None  # [B, C, H/32, W/32], after the last stage's second-to-last block; None: it has one
     final: Tensor  # [B, C, H/32, W/32], not negative
     embedding: Tensor  # [B, C], global average of `final`, before dropout
     stage3_split: Split | None = None  # residual and shortcut of the block that makes `stage3`, shaped like it
@@ -50,7 +50,7 @@ class NetworkOutput(NamedTuple):
     unsure: Tensor | None = None  # [B] bool, with an early exit: images whose windows were looked at; None: all
 
 
-# Branches with several predictions of an image, of its regions: no single one, only a mean over them.
+# Branches with several predictions of an image, one for each of its regions: no single one, only a mean over them.
 SEVERAL_PER_IMAGE = ("window", "part")
 
 
@@ -116,7 +116,7 @@ def object_confidence(logits: dict[str, Tensor]) -> Tensor:
     return logits["object"].float().softmax(dim=-1).amax(dim=-1)
 
 
-EXITING_SKIPS = ("window", "graph")  # branches that sure images do without, with an early exit
+SKIPPED_BY_EXIT = ("window", "graph")  # branches that sure images do without, with an early exit
 
 
 def early_prediction(
@@ -132,7 +132,7 @@ def early_prediction(
     the branches count alike.
     """
     ensembling = "mean_logits" if ensembling == "sum_logits" else ensembling
-    branches = tuple(name for name in prediction if name not in EXITING_SKIPS) or ("object",)
+    branches = tuple(name for name in prediction if name not in SKIPPED_BY_EXIT) or ("object",)
     if weights is not None and len(branches) > 1:
         left = torch.stack([weights[prediction.index(name)] for name in branches])
         weights = torch.where(left.sum() > 0, left / left.sum(), 1 / len(branches))

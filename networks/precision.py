@@ -1,4 +1,4 @@
-"""What is computed in float32 at least, also where autocast computes the rest in half of it."""
+"""What is computed in float32 at least, also where autocast computes the rest in half precision."""
 
 from __future__ import annotations
 

@@ -437,9 +437,7 @@ def test_predict_py_refuses_what_is_no_threshold_here(tiny_run, trained, picture
     if asked == "0.5":
         train.main(tiny_run(tmp_path))
     checkpoint = tmp_path / "folder-resnet" / "best.pth" if asked == "0.5" else trained / "best.pth"
-    with pytest.raises(
-        SettingsError, match="it is 'soon'; expected a prob" if asked == "soon" else "exit_threshold is"
-    ):
+    with pytest.raises(SettingsError, match="'soon'; expected a prob" if asked == "soon" else "exit_threshold is"):
         predict.main(["--checkpoint", str(checkpoint), str(picture_tree), "--exit_threshold", asked])
 
 

@@ -103,5 +103,5 @@ def test_weights_are_not_learnt_from_other_pictures(runs, picture_tree, tmp_path
 def test_the_exit_threshold_of_training_goes_with_its_ensembling(tiny_run, tmp_path, evaluation_script) -> None:
     train.main(tiny_run(tmp_path, "--warmup_epochs", "0", "--ensembling", "mean_probability", model="sgkrl"))
     best = str(tmp_path / "folder-sgkrl" / "best.pth")
-    with pytest.raises(SettingsError, match="was learnt for the run's ensembling, mean_probability, and mean_log"):
+    with pytest.raises(SettingsError, match="was learnt for the run's ensembling, mean_probability, not for mean_log"):
         evaluation_script.main([best, "--ensembling", "mean_logits", "--exit_threshold", "learned"])

@@ -110,7 +110,7 @@ def test_ensembling_is_the_users_choice_or_the_systems_own(monkeypatch: pytest.M
             assert network.ensembling == own
             network = build_network(model, num_classes=3, backbone="resnet18", input_size=96, ensembling="mean_logits")
             assert network.ensembling == "mean_logits"
-        with pytest.raises(UserError, match="ensembling 'median'.*mean_probability, mean_logits, sum_logits"):
+        with pytest.raises(UserError, match="ensembling is 'median'.*mean_probability, mean_logits, sum_logits"):
             build_network("mmal", num_classes=3, backbone="resnet18", input_size=96, ensembling="median")
     words = ["--dataset", "cub", "--data_root", "x"]
     assert parse_settings([*words, "--model", "pmg"]).ensembling == "sum_logits"

@@ -21,7 +21,7 @@ MENDABLE = {
 
 
 class UserError(ValueError):
-    """What a user can mend, in one sentence: what came, what was expected, what to do.
+    """What a user can mend, in one sentence: what it is, what was expected, what to do.
 
     Every error that this code raises on purpose is one; all others are faults of the code and keep their traceback.
     """
@@ -29,7 +29,8 @@ class UserError(ValueError):
     exit_code: ClassVar[int] = 2  # bad input
     agreed: ClassVar[bool] = False  # whether all processes of a run raise it together, so that one of them reports it
 
-    def message(self, elsewhere: str) -> str:
+    # Not called `message`: PyTorch raises a worker's error anew by that keyword, where the class has such an attribute.
+    def sentence(self, elsewhere: str) -> str:
         """Return the sentence; `elsewhere`: the flag by which this program writes to another place."""
         return str(self)
 
@@ -56,7 +57,7 @@ def exit_with_one_sentence(
         yield
     except UserError as error:
         if rank == 0 or not error.agreed:
-            print(f"{process}error: {one_line(error.message(elsewhere))}", file=sys.stderr)
+            print(f"{process}error: {one_line(error.sentence(elsewhere))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:
         if error.errno not in MENDABLE:

@@ -40,9 +40,9 @@ class SavingError(UserError, OSError):
         if isinstance(reason, OSError):
             self.reason = reason.strerror or str(reason)
             self.advice = ADVICE.get(reason.errno, "see to that")
-        super().__init__(self.message("--checkpoint_dir"))
+        super().__init__(self.sentence("--checkpoint_dir"))
 
-    def message(self, elsewhere: str) -> str:
+    def sentence(self, elsewhere: str) -> str:
         return (
             f"{self.path} could not be written ({self.reason}): {self.advice} or write elsewhere ({elsewhere}); what "
             "was saved before is unharmed"

@@ -65,6 +65,7 @@ OPTIONS_BEFORE_OF_SYSTEM: dict[str, dict[str, object]] = {"resnet": {"localizati
 # The localization_threshold of a system where no other one is accepted any more, as nothing looks at it
 UNUSED_THRESHOLD = {"sgkrl": 1.2}  # left out: 1.0
 
+# Former names of settings, of whatever system: none of them may come back
 RENAMED = {"parts_in_answer": "parts_in_prediction"}
 
 # When every setting stood in one list, whatever the system was

@@ -27,7 +27,7 @@ from networks.system import System
 from utils.options import Count
 
 SCALE = 100  # of the vectors of length 1 before the classifier
-EFFECT = "_effect"  # what a view's attention adds to what false attention knows
+EFFECT = "_effect"  # what a view's attention adds to what random attention knows
 # Shares of the attention's maximum, and margins in shares of the picture's side: paper's code, training and evaluation
 CROP_ABOVE, CROP_PADDING, DROP_ABOVE = (0.4, 0.6), 0.1, (0.2, 0.5)
 EVALUATED = ((0.1, 0.05),)
@@ -43,7 +43,8 @@ class Options:
 class CAL(System):
     """Branches `raw` and `crop`, in training also `drop` and `<branch>_effect`; the prediction is the mean of logits.
 
-    The effect is what the logits have more than those of false attention: random maps, weighted by the same classifier.
+    The effect is what the logits have more than those of counterfactual attention: random maps, weighted by the same
+    classifier.
     """
 
     Options = Options
@@ -184,8 +185,8 @@ class CAL(System):
         logits = self.classifier(SCALE * features)
         found = dict(zip(views, logits.unflatten(0, (len(views), -1)), strict=True))
         if any(view + EFFECT in wanted for view in views):
-            false = attention_pooling(final, counterfactual_attention(attention, random=self.training))
-            effects = (logits - self.classifier(SCALE * false)).unflatten(0, (len(views), -1))
+            without = attention_pooling(final, counterfactual_attention(attention, random=self.training))
+            effects = (logits - self.classifier(SCALE * without)).unflatten(0, (len(views), -1))
             found.update({view + EFFECT: effect for view, effect in zip(views, effects, strict=True)})
         return {name: value for name, value in found.items() if name in wanted}
 

@@ -100,7 +100,7 @@ class DFLCNN(System):
 
         `global` classifies every cell of the last map. The filters of the bank look at the map before it: `side` is how
         strongly those of each class respond where they do most, `parts` what a classifier makes of all of them.
-        `part_boxes` [B, filters_per_class, 4] are there the patches of the class that `side` chooses, those of the
+        `part_boxes` [B, filters_per_class, 4] are the patches of the class that `side` chooses, those of the
         strongest responses first. DFL-CNN has no mask: `mask_background` changes nothing.
         """
         wanted = requested_branches(branches, self.branches)

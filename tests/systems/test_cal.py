@@ -292,7 +292,7 @@ def test_only_the_passes_and_crops_that_are_trained_are_computed():
         assert (set(output.logits), shown) == (set(branches), expected)
 
 
-def test_false_attention_is_random_in_training_alone():
+def test_counterfactual_attention_is_random_in_training_alone():
     attention = torch.zeros(40, 5, 10, 10)
     drawn = cal.counterfactual_attention(attention, random=True)
     assert 0 <= drawn.min() < 0.01

@@ -26,7 +26,7 @@ class LoadingError(UserError):
 
 
 class DataError(LoadingError):
-    """The data are not as they should be: one sentence with what came, what was expected and what to do."""
+    """The data are not as they should be: one sentence with what is there, what was expected and what to do."""
 
 
 def describe(error: Exception) -> str:

@@ -22,7 +22,7 @@ Value = TypeVar("Value")
 
 
 def _quote(value: object) -> str:
-    """What came, for a message: a line of a file that is no list may be megabytes long."""
+    """What is there, for a message: a line of a file that is no list may be megabytes long."""
     text = str(value)
     return repr(text if len(text) <= 80 else text[:77] + "...")
 

@@ -24,7 +24,7 @@ def parse_threshold(text: str) -> float | str:
     try:
         return text if text == LEARNED else float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"it is {text!r}; expected a probability, or {LEARNED}") from None
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a probability, or {LEARNED}") from None
 
 
 def has_learned_threshold(saved: Mapping[str, Any]) -> bool:

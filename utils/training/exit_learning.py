@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Binomial
 
-from networks.outputs import EXITING_SKIPS, NetworkOutput
+from networks.outputs import SKIPPED_BY_EXIT, NetworkOutput
 from networks.system import System
 from utils.reporting.early_exit import ExitCollector
 from utils.training.distributed import gather
@@ -18,7 +18,7 @@ CONFIDENCE = 0.95
 
 def has_passes_to_skip(system: System) -> bool:
     """Whether a prediction may do without its last passes: with its early exit, where it looks at windows at all."""
-    return system.can_exit_early and not set(EXITING_SKIPS).isdisjoint(system.prediction)
+    return system.can_exit_early and not set(SKIPPED_BY_EXIT).isdisjoint(system.prediction)
 
 
 def safe_threshold(confidence: Tensor, early_correct: Tensor, full_correct: Tensor) -> float:
