@@ -13,6 +13,7 @@ from types import ModuleType
 import numpy
 import pytest
 import torch
+import torch.utils.data
 import torchvision
 from PIL import Image
 from thin_trunk import get_thin_model
@@ -28,6 +29,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in what a shell scri
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # there is a process for every core already
+# Where the garbage collector ends a loader that stands in a cycle, PyTorch waits so many seconds for each worker
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 1.0
 
 
 def pytest_collection_finish() -> None:
