@@ -37,6 +37,14 @@ NEEDED = (
     *("warmup_epochs", "images_per_class", "cache"),
 )
 
+# Where and how fast a run is computed, not what it is
+OF_THE_MACHINE = frozenset(
+    {
+        *("data_root", "checkpoint_dir", "device", "data_parallel", "workers", "prefetch", "cache"),
+        *("keep_checkpoints", "pictures_every"),
+    }
+)
+
 
 def can_be_folder(text: str) -> bool:
     """Whether a path is a folder that is there, or one that could be made."""

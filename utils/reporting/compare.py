@@ -16,16 +16,11 @@ import numpy
 
 from utils.errors import UserError
 from utils.reporting.results import read_predictions
+from utils.shared_settings import OF_THE_MACHINE
 from utils.text import cell
 
-# Where and how fast a run was computed, not what it is
-UNIMPORTANT = frozenset(
-    {
-        *("checkpoint_dir", "data_root", "device", "data_parallel", "workers", "prefetch", "cache"),
-        *("evaluation_batch_size", "fresh", "name", "pictures_every", "save_every_steps", "keep_checkpoints"),
-        "skip_nonfinite",
-    }
-)
+# What a comparison does not list
+UNIMPORTANT = OF_THE_MACHINE | {"evaluation_batch_size", "fresh", "name", "save_every_steps", "skip_nonfinite"}
 RESAMPLES = 10_000
 
 

@@ -12,14 +12,11 @@ from collections.abc import Mapping, Sequence
 from utils.data.record import Record
 from utils.errors import UserError
 from utils.options import shown
+from utils.shared_settings import OF_THE_MACHINE
 from utils.training.distributed import gather
 
-# Where files lie, and how a process computes: of pictures and labels the content is compared, weights are those of the
-# first process
-MAY_DIFFER = {
-    *("data_root", "checkpoint_dir", "labels", "validation_labels", "test_labels", "pretrained", "initial_weights"),
-    *("device", "data_parallel", "workers", "prefetch", "cache", "keep_checkpoints", "pictures_every"),
-}
+# Of pictures and labels the content is compared; weights are those of the first process
+MAY_DIFFER = OF_THE_MACHINE | {"labels", "validation_labels", "test_labels", "pretrained", "initial_weights"}
 
 
 class DifferentProcessesError(UserError):

@@ -13,21 +13,14 @@ from utils.checkpoint import BEGIN_ANEW, CheckpointError, load_last, load_to_con
 from utils.data.record import difference, differing_names, unpack
 from utils.older_runs import UnknownSettingsError
 from utils.options import SettingsError, shown
+from utils.shared_settings import OF_THE_MACHINE
 from utils.training.distributed import gather, is_main, world_size
 from utils.training.run_folder import epoch_files
 from utils.training.schedule import spreads_over_epochs
 
-# These may differ when a run is continued: they change where and how it is computed, not what.
-FREE_ON_RESUME = {
-    *("data_root", "checkpoint_dir", "device", "data_parallel", "workers", "prefetch", "cache", "pictures_every"),
-    *(
-        "save_every_steps",
-        "keep_checkpoints",
-        "on_bad_image",
-        "skip_nonfinite",
-        "fresh",
-        "exit_threshold",
-    ),
+# These may differ when a run is continued: they do not change what is computed
+FREE_ON_RESUME = OF_THE_MACHINE | {
+    *("save_every_steps", "on_bad_image", "skip_nonfinite", "fresh", "exit_threshold"),
     "patience",  # how far, not how: one that stopped goes on with more
     *("class_level", "labels", "validation_labels", "test_labels", "image_column", "label_column", "split_column"),
     # (what these make of the data is compared, not how it was asked for)
