@@ -159,6 +159,7 @@ class Settings:
     prefetch: Batches = 2  # batches that each of these processes keeps ready; 3 image_size^2 bytes an image, as uint8
     cache: Literal["none", "ram", "disk"] | None = None  # decoded pictures: worth it where JPEGs keep the GPU waiting
     evaluation_batch_size: Count = 16  # images at a time where nothing is learnt
+    log_every_steps: CountOrZero = 50  # steps between points of curves within epochs, and lines in a log file; 0: none
     pictures_every: CountOrZero = 5  # epochs between panels of boxes, masks and windows in TensorBoard; 0: never
 
 

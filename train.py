@@ -236,6 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     gradient_accumulation=settings.gradient_accumulation,
                     loss_scale=loss_scale,
                     mix=mix,
+                    step_log=run.step_log,
                     plan=plan,
                     execution=execution,
                     label_smoothing=settings.label_smoothing,

@@ -91,6 +91,7 @@ POSSIBLE = {
     "sync_batch_norm": st.booleans(),
     "cache": st.sampled_from(["none", "ram", "disk"]),
     "evaluation_batch_size": st.integers(1, 2**63 - 1),
+    "log_every_steps": COUNTS,
     "pictures_every": COUNTS,
 }
 

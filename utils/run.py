@@ -25,6 +25,7 @@ from utils.options import flat
 from utils.reporting.pictures import save_png
 from utils.reporting.report_text import figures_line, report_line
 from utils.reporting.runlog import RunLog
+from utils.reporting.step_log import StepLog
 from utils.training.current_epoch import CurrentEpoch
 from utils.training.distributed import any_process, is_main, print_once
 from utils.training.interruption import StopRequest
@@ -156,6 +157,16 @@ class Run:
         of_losses = self.system.loss_descriptions
         log = RunLog(self.folder, resume_epoch=resumed, enabled=is_main(), of_losses=of_losses)
         self.log = self.stack.enter_context(log)
+        done = self.progress["step"] if self.progress else 0
+        self.step_log = self.stack.enter_context(
+            StepLog(
+                self.folder / "steps",
+                every=self.settings.log_every_steps,
+                steps_done=self.epochs_done * self.facts["steps_per_epoch"] + done,
+                enabled=is_main(),
+                of_losses=of_losses,
+            )
+        )
         if is_main() and (self.saved is None or self._goes_further()):
             write_settings(self.folder, dataclasses.asdict(self.settings))
         if is_main() and self.saved is None:

@@ -24,7 +24,8 @@ READ = (
     *("frozen_trunk_epochs", "ema_decay", "clip_gradient_norm", "label_smoothing", "class_weights", "mixup"),
     *("cutmix", "loss_weights", "images_per_class", "warmup_epochs", "save_every_steps", "keep_checkpoints"),
     *("on_bad_image", "skip_nonfinite", "device", "data_parallel", "sync_batch_norm", "precision", "channels_last"),
-    *("compile", "workers", "picture_memory", "prefetch", "cache", "evaluation_batch_size", "pictures_every"),
+    *("compile", "workers", "picture_memory", "prefetch", "cache", "evaluation_batch_size", "log_every_steps"),
+    "pictures_every",
 )
 # Those that no run can do without, whatever is deleted from PUBLISHED in config.py
 NEEDED = (
@@ -41,7 +42,7 @@ NEEDED = (
 OF_THE_MACHINE = frozenset(
     {
         *("data_root", "checkpoint_dir", "device", "data_parallel", "workers", "prefetch", "cache"),
-        *("keep_checkpoints", "pictures_every"),
+        *("keep_checkpoints", "log_every_steps", "pictures_every"),
     }
 )
 

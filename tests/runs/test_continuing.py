@@ -48,6 +48,26 @@ def test_a_continued_run_equals_an_uninterrupted_one(finished, tiny_run, picture
         assert [(p.step, p.value) for p in points] == [(p.step, p.value) for p in whole]
 
 
+def test_curves_within_epochs_go_on_at_their_step(tiny_run, tmp_path, monkeypatch, capsys):
+    """Three steps an epoch, a point every two; stopped after the second step of epoch 2, the fifth of all."""
+    options = (*TWO_EPOCHS, "--log_every_steps", "2", "--cache", "ram")
+    train.main(tiny_run(tmp_path / "whole", *options))
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after_step(patch, 2, 2)
+        train.main(tiny_run(tmp_path / "parts", *options))
+    train.main(tiny_run(tmp_path / "parts", *options))
+    whole, parts = (read_events(tmp_path / name / "folder-resnet" / "steps") for name in ("whole", "parts"))
+    for tag in ("step/loss/raw", "step/loss/total", "step/accuracy/raw", "step/learning_rate"):
+        points = [(point.step, point.value) for point in whole.Scalars(tag)]
+        assert [step for step, _ in points] == [2, 4, 6]
+        gone_on = [(point.step, point.value) for point in parts.Scalars(tag)]
+        assert gone_on[:2] == points[:2]
+        assert gone_on[2][0] == 6  # of the sixth step, not of the fifth and sixth
+    rates = [point.value for point in whole.Scalars("step/learning_rate")]
+    assert rates == pytest.approx([0.05, 0.005, 0.005])
+    assert capsys.readouterr().out.count("epoch 2/2, step 1 of 3  loss ") == 2
+
+
 def test_a_run_stopped_in_every_epoch_equals_an_uninterrupted_one(short, tiny_run, tmp_path, monkeypatch):
     """The other schedule: the rate falls at an epoch's end, which is where the run is continued."""
     for epoch in (1, 2):

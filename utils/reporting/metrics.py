@@ -162,10 +162,24 @@ class EpochMeter:
         self.counts = dict(zip(names, counts[:-1], strict=True))
         self.images = counts[-1]
 
+    def copy(self) -> EpochMeter:
+        """What has been summed so far, which later batches do not change."""
+        meter = EpochMeter(self.device)
+        meter.sums, meter.counts, meter.images = dict(self.sums), dict(self.counts), self.images
+        return meter
+
+    def since(self, before: EpochMeter) -> EpochMeter:
+        """What has been added since the `copy` before."""
+        meter = EpochMeter(self.device)
+        meter.counts = {name: count - before.counts.get(name, 0) for name, count in self.counts.items()}
+        meter.counts = {name: count for name, count in meter.counts.items() if count > 0}
+        meter.sums = {name: self.sums[name] - before.sums.get(name, 0) for name in meter.counts}
+        meter.images = self.images - before.images
+        return meter
+
     def state_dict(self) -> dict[str, object]:
         """What has been summed so far, over all processes (each has to ask), as numbers."""
-        whole = EpochMeter(self.device)
-        whole.sums, whole.counts, whole.images = dict(self.sums), dict(self.counts), self.images
+        whole = self.copy()
         if not self.reduced:
             whole.reduce()
         return {

@@ -35,7 +35,9 @@ DESCRIPTIONS = {
     "box_iou/mean": "Mean overlap of predicted and true object boxes (intersection over union).",
     "box_iou/share_at_0.5": "Share of images whose object box overlaps the true one by 0.5 or more. "
     "Falling while training: the learning rate is too high.",
+    "step/learning_rate": "Learning rate of the backbone at this step.",
     "learning_rate": "Learning rate of the backbone at the beginning of the epoch.",
+    "step/images_per_second": "Images a second since the point before, loading included.",
     "images_per_second": "Images a second over the whole epoch, loading included.",
     "images": "Number of images in the epoch.",
     "calibration_error": "Expected calibration error: how far the prediction's probabilities are from its accuracy.",
@@ -84,7 +86,7 @@ class RunLog:
             _drop_later_epochs(self.path, resume_epoch)
         threading.excepthook = _except_of_writers
         self.first_epoch = 0 if resume_epoch is None else resume_epoch + 1
-        with _naming_folder(self.path.parent):
+        with naming_folder(self.path.parent):
             self.writer = SummaryWriter(str(folder), purge_step=self.first_epoch)
 
     def log_epoch(self, epoch: int, groups: Mapping[str, Mapping[str, float]]) -> None:
@@ -97,11 +99,11 @@ class RunLog:
             return
         numbers = {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
         line = json.dumps({"epoch": epoch} | {name: _strict(value) for name, value in numbers.items()}, allow_nan=False)
-        with _naming_folder(self.path.parent):
-            _add_scalars(self.writer, numbers, epoch, self.of_losses)
+        with naming_folder(self.path.parent):
+            add_scalars(self.writer, numbers, epoch, self.of_losses)
             self.writer.flush()
         # one write of the whole line, on disk before the checkpoint that follows
-        with _naming_folder(self.path.parent), self.path.open("a", encoding="utf-8") as file:
+        with naming_folder(self.path.parent), self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -109,7 +111,7 @@ class RunLog:
     def log_pictures(self, tag: str, image: Tensor, epoch: int) -> None:
         """Show a picture, uint8 [3, H, W], under TensorBoard's Images."""
         if self.enabled:
-            with _naming_folder(self.path.parent):
+            with naming_folder(self.path.parent):
                 self.writer.add_image(tag, image, epoch)
                 self.writer.flush()
 
@@ -120,7 +122,7 @@ class RunLog:
         """
         if self.enabled:
             text = settings if isinstance(settings, str) else visible(_markdown_table(settings))
-            with _naming_folder(self.path.parent):
+            with naming_folder(self.path.parent):
                 self.writer.add_text("settings", text, self.first_epoch)
                 if not isinstance(settings, str):
                     self._log_row(settings)
@@ -136,7 +138,7 @@ class RunLog:
     def close(self) -> None:
         """Write what is still waiting and close the events file."""
         if self.enabled:
-            with _naming_folder(self.path.parent):
+            with naming_folder(self.path.parent):
                 self.writer.close()
 
     def __enter__(self) -> RunLog:
@@ -148,8 +150,8 @@ class RunLog:
 
 
 @contextlib.contextmanager
-def _naming_folder(folder: Path) -> Iterator[None]:
-    """A full disk's own words name no file."""
+def naming_folder(folder: Path) -> Iterator[None]:
+    """Raise SavingError with the folder's name where writing in the block fails: a full disk's own words have none."""
     try:
         yield
     except OSError as error:
@@ -173,7 +175,7 @@ def log_evaluation(folder: str | Path, epoch: int, numbers: Mapping[str, float],
     """
     folder = Path(folder)
     threading.excepthook = _except_of_writers
-    with _naming_folder(folder):
+    with naming_folder(folder):
         for old in (*folder.glob("events.out.tfevents.*"), *folder.glob("projector_config.pbtxt")):
             old.unlink()
         for name in EMBEDDING_FILES:  # of an epoch; whatever else lies there stays
@@ -182,14 +184,14 @@ def log_evaluation(folder: str | Path, epoch: int, numbers: Mapping[str, float],
                 for place in (old.parent, old.parent.parent):
                     with contextlib.suppress(OSError):  # not empty
                         place.rmdir()
-    with _naming_folder(folder), SummaryWriter(str(folder)) as writer:
-        _add_scalars(writer, numbers, epoch, {})
+    with naming_folder(folder), SummaryWriter(str(folder)) as writer:
+        add_scalars(writer, numbers, epoch, {})
         if embeddings:
             writer.add_embedding(global_step=epoch, tag=EMBEDDINGS, **embeddings)
 
 
-def _add_scalars(writer: SummaryWriter, numbers: Mapping[str, float], epoch: int, of_losses: Mapping[str, str]) -> None:
-    """What SummaryWriter.add_scalar writes, each with its description."""
+def add_scalars(writer: SummaryWriter, numbers: Mapping[str, float], epoch: int, of_losses: Mapping[str, str]) -> None:
+    """Write what SummaryWriter.add_scalar does, each with its description (`describe`)."""
     for name, value in numbers.items():
         metadata = SummaryMetadata(
             display_name=name,

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from networks.outputs import NetworkOutput
 from utils.reporting.metrics import EpochMeter, inclusive_to_edges, of_known
+from utils.reporting.step_log import StepLog
 from utils.training.distributed import bar_disabled, evaluation_network, unwrap
 from utils.training.ensemble import EnsembleLearning
 from utils.training.execution import Execution
@@ -47,6 +48,7 @@ def train_one_epoch(
     gradient_accumulation: int = 1,
     loss_scale: GradScaler | None = None,
     mix: Mixing | None = None,
+    step_log: StepLog | None = None,
     description: str = "train",
 ) -> dict[str, float]:
     """Train on all `batches` once and return the epoch's averages (see `reporting.metrics.EpochMeter`) and images/s.
@@ -56,7 +58,8 @@ def train_one_epoch(
     `batches` that leave out what came before `first_step`. Steps count from 1 and are told to `before_step`; where
     `save_after` asks for it, `save` is called once it is sure that the step has not broken the weights (after a skipped
     step it is not asked). `average` is updated after every optimizer step. `loss_scale` is that of fp16, which goes on
-    from epoch to epoch (None: a new one). `mix` makes mixed pictures with shares of labels of a batch.
+    from epoch to epoch (None: a new one). `mix` makes mixed pictures with shares of labels of a batch. `step_log` shows
+    figures of the steps.
 
     Raises NonFiniteLossError, with the terms, the step and its images, where the loss shows NaN or infinity: before
     the weights are touched on a CPU, at one of the readings every few steps on a GPU.
@@ -74,6 +77,8 @@ def train_one_epoch(
         gradient_accumulation,
         loss_scale,
     )
+    if step_log is not None:
+        step_log.begin(meter, description, len(batches))
     with tqdm(
         total=len(batches) * batches.batch_size,
         initial=(first_step - 1) * batches.batch_size,
@@ -90,6 +95,8 @@ def train_one_epoch(
                 images, labels = mix(images, labels)
             boxes = boxes_to_look_at(batch, unwrap(network), execution.device)
             skipped = learning.learn_from(images, labels, step, batch.paths, meter, boxes)
+            if step_log is not None:
+                step_log.after_step(step, optimizer.param_groups[0]["lr"], as_line=bar.disable)
             schedule.step()
             bar.update(len(labels))
             if not learning.unread:
