@@ -105,7 +105,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="test",
         **shared,
     )
-
     results.check_finite()
 
     # Report.
@@ -141,9 +140,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     write_files(folder, ending, class_names, results, report, drawn, panel)
     if options.embeddings or (folder / "log.jsonl").exists():  # a run's folder, whose curves TensorBoard shows
         shown = curves(figures, leave_out=copied) | {"calibration_error": report["calibration"]["expected_error"]}
-        projected = {}
-        if options.embeddings:
-            projected = project(trained, evaluation_loader(settings, spread_over(entries, PROJECTED)), class_names)
+        seen = evaluation_loader(settings, spread_over(entries, PROJECTED))
+        projected = project(trained, seen, class_names) if options.embeddings else {}
         log_evaluation(folder / f"test{ending}", saved["epoch"], shown, **projected)
 
 

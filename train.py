@@ -84,6 +84,17 @@ def describe_data(
     }
 
 
+def build_for(run: Run, class_names: Sequence[str]) -> nn.Module:
+    """Return the network of a run on its device, with its first weights where it begins."""
+    settings, begins = run.settings, run.saved is None
+    other_run = begins and settings.initial_weights is not None
+    network = build_to_train(settings, len(class_names), run.device, load_weights=begins and not other_run)
+    if other_run:
+        print_once(start_from(settings, unwrap(network), class_names, restored))
+        share_weights(unwrap(network))
+    return network
+
+
 def prepare_network(
     run: Run,
     system: System,
@@ -192,14 +203,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings = run.settings
         # Network and optimizer, new or as they were. Nothing is written before all of it stands.
         seed_everything(settings.seed)
-        classes = len(catalogue.class_names)
-        begins = run.saved is None
-        network = build_to_train(settings, classes, device, load_weights=begins and settings.initial_weights is None)
-        system = unwrap(network)
+        network = build_for(run, catalogue.class_names)
+        system, classes = unwrap(network), len(catalogue.class_names)
         check_shares(network, train_loader, settings.gradient_accumulation)
-        if begins and settings.initial_weights is not None:
-            print_once(start_from(settings, system, catalogue.class_names, restored))
-            share_weights(system)
         loss_weights = weights_of_losses(settings, system)
         print_note(note_on_untrained(system, loss_weights))
         optimizer, schedule = build_learning(settings, system, steps_per_epoch=len(train_loader))
