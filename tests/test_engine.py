@@ -324,6 +324,37 @@ def make_stepping() -> Stepping:
     return Stepping()
 
 
+class Watched(Toy):
+    """Has a figure of its own beside its losses: how sure `raw` is."""
+
+    loss_weights = {**Toy.loss_weights, "sureness": 0.0}
+
+    def losses(self, output, targets, *, label_smoothing=0.0):
+        sureness = output.logits["raw"].softmax(dim=1).amax(dim=1).mean()
+        return {**super().losses(output, targets, label_smoothing=label_smoothing), "sureness": sureness}
+
+
+@pytest.mark.parametrize("plan", [EVERYTHING, WARM_UP], ids=["all", "warm-up"])
+def test_a_term_without_weight_is_averaged_and_not_trained(plan):
+    torch.manual_seed(0)
+    network, plain = Watched(), make_network()
+    loader, options = make_loader(make_samples(11), batch_size=4), {"plan": plan, "execution": CPU}
+    averages = []
+    for learner in (network, plain):
+        torch.manual_seed(5)
+        averages.append(train_one_epoch(learner, loader, *sgd(learner), **options))
+    assert_same_state(network, plain)
+    for figures in averages:
+        del figures["images_per_second"]
+    assert 1 / 3 < averages[0].pop("loss/sureness") < 1
+    assert averages[0] == averages[1]
+
+    evaluated = evaluate(network, loader, **options)["loss/sureness"]
+    with torch.no_grad():
+        logits = [plain.eval()(batch.images.to(memory_format=torch.channels_last)).logits["raw"] for batch in loader]
+    assert evaluated == pytest.approx(torch.cat(logits).softmax(dim=1).amax(dim=1).mean().item(), rel=1e-6)
+
+
 @pytest.mark.parametrize("absent", [True, False])
 def test_several_steps_equal_the_loop_written_out(absent):
     loader = make_loader(make_samples(10), batch_size=4)
