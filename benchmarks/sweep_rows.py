@@ -34,7 +34,7 @@ PUBLISHED = ("--model", "sgkrl_published", *UNMASKED)
 # left to those: dflcnn keeps the aspect ratio, and so sees central squares, and pmg normalises with 0.5
 INPUT_SIZE = "INPUT_SIZE"  # stands for what the common flags say
 # stands for as many epochs as take as long as those of the common flags take `trained`, a training step of which is
-# 4.3 plain ones (systems.py at 224 pixels)
+# 4.3 plain ones (systems.py at 224 pixels), those of a warm-up less
 EQUAL_EPOCHS = "EQUAL_EPOCHS"
 PLAIN_STEPS = 4.3
 SAME_PICTURES = (
@@ -82,7 +82,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "pmg": ("--model", "pmg", *SAME_PICTURES, "--learning_rate", "1e-3"),  # a quarter: four steps in every batch
     "resnet-equal-compute": (*RESNET, "--epochs", EQUAL_EPOCHS),
     "resnet-modern-aspect-10-epochs": (*RESNET, *MODERN, *ASPECT, "--epochs", "10"),
-    "resnet-10-epochs": (*RESNET, "--epochs", "10"),  # as long as 3 epochs of `trained`, whose first trains raw only
+    "resnet-10-epochs": (*RESNET, "--epochs", "10"),  # the arithmetic of 3 of `trained`, whose first is raw only
     "apinet-equal-compute": ("--model", "apinet", *SAME_PICTURES, "--epochs", EQUAL_EPOCHS),
     "published": PUBLISHED,
     "published-aspect": (*PUBLISHED, *ASPECT),

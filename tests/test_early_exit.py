@@ -177,6 +177,18 @@ def test_a_threshold_that_costs_a_right_prediction_is_not_chosen() -> None:
         exit_curve(torch.empty(0), torch.empty(0), torch.empty(0), early_cost=1, rest_cost=1)
 
 
+def test_a_threshold_as_printed_lets_as_many_exit() -> None:
+    """The surest of trained networks differ in the eighth digit only."""
+    confidence = 1 - torch.tensor([6e-8, 1.2e-7, 2.4e-7, 1e-6, 3e-6, 2e-5, 4e-5, 0.1, 0.10001, 0.26874])
+    right = torch.ones(10, dtype=torch.bool)
+    curve = exit_curve(confidence, right, right, early_cost=2, rest_cost=2)
+    assert len(curve) == 11
+    for line in curve_text(curve, curve[-1], rows=11).splitlines()[1:]:
+        threshold, share, *_ = line.split()
+        exits = confidence > float(threshold)  # as `look_where_unsure` compares them
+        assert f"{exits.double().mean().item():.1%}" == share
+
+
 def test_collected_batches_make_the_curve_of_all(network) -> None:
     images, labels = pictures(6), torch.tensor([0, 1, 2, 3, 0, 1])
     collector, whole = ExitCollector(network), ExitCollector(network)

@@ -123,9 +123,10 @@ def choose_threshold(curve: list[ExitPoint]) -> ExitPoint:
 def curve_text(curve: list[ExitPoint], chosen: ExitPoint, rows: int = 9) -> str:
     """The curve as a table of about so many rows, evenly spread over the share of exits, the chosen one marked."""
     steps = {round(i * (len(curve) - 1) / max(rows - 1, 1)) for i in range(rows)} | {curve.index(chosen)}
-    lines = [f"{'threshold':>9}{'skip windows':>14}{'accuracy':>10}{'passes per image':>18}"]
+    lines = [f"{'threshold':>11}{'skip windows':>14}{'accuracy':>10}{'passes per image':>18}"]
     for step in sorted(steps):
         point = curve[step]
         mark = "  <- chosen" if point == chosen else ""
-        lines.append(f"{point.threshold:>9.4f}{point.share:>14.1%}{point.accuracy:>10.1%}{point.cost:>18.2f}{mark}")
+        # nine digits tell float32 numbers apart: what is printed exits as many when it is given
+        lines.append(f"{point.threshold:>11.9g}{point.share:>14.1%}{point.accuracy:>10.1%}{point.cost:>18.2f}{mark}")
     return "\n".join(lines)
