@@ -21,6 +21,7 @@ import export
 from datasets import Entry, Pictures, collate, loading_of
 from networks import MODELS, build_network, find_system
 from utils.checkpoint import save_checkpoint
+from utils.data.image_batches import normalised
 from utils.errors import exit_with_one_sentence
 from utils.files import SavingError
 from utils.training.building import build_from_settings, load_trained
@@ -61,11 +62,16 @@ def random_images(count: int, size: int, seed: int = 0) -> torch.Tensor:
         ),
         pytest.param("mmal", {"batch_norm": "per_pass"}, marks=pytest.mark.slow),
         pytest.param("sgkrl", CELLS, marks=pytest.mark.slow),
+        pytest.param("sgkrl", {"pretrained": None, "localization": "colocalization"}, marks=pytest.mark.slow),
+        pytest.param("sgkrl", {"pretrained": None, "localization": "learned"}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
 def test_graphs_predict_as_the_eager_systems_do(model, options):
     pipeline = pipeline_of(model, **options)
+    if pipeline.network.takes_boxes:
+        pipeline.network.prepare([(normalised(random_images(4, 128)), torch.zeros(4, dtype=torch.int64))])
+        pipeline.network.objects_are_found()
     graph = export.trace(pipeline, 128).module()
     for count in (1, 2, 5):
         images = random_images(count, 128, seed=count)
