@@ -56,6 +56,7 @@ from utils.shared_settings import (
     SideOfInput,
     Weights,
     refuse_contradictions,
+    refuse_other_data_sets,
 )
 
 
@@ -401,4 +402,6 @@ def parse_settings(arguments: Sequence[str] | None = None, **overrides: object) 
         edited=_own_values(system, PUBLISHED, of_data, of_recipe, edited.options),
     )
     options = edited.options | own if isinstance(edited.options, dict) else edited.options
-    return complete(dataclasses.replace(edited, **values | overrides, options=options))
+    settings = complete(dataclasses.replace(edited, **values | overrides, options=options))
+    refuse_other_data_sets(settings, flags=values)
+    return settings

@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import SqueezeExcitation
 
+from networks.shared import Shared
 from networks.windows import greedy_selection, overlap_conflicts
 from utils.errors import UserError
+from utils.options import require
 
 REFERENCE_SIZE = 448  # pixels; the input size that anchor sizes are given for, as published
 ANCHOR_SIZES = (48, 96, 192)  # pixels, one for each level of the navigator
@@ -107,6 +109,15 @@ def anchor_levels(grid_size: int, scales: Scales = ANCHOR_SCALES) -> Tensor:
     per_cell = _anchors_per_cell(scales)
     counts = [math.ceil(grid_size / 2**level) ** 2 * count for level, count in enumerate(per_cell)]
     return torch.cat([torch.full((count,), level) for level, count in enumerate(counts)])
+
+
+def check_proposals(proposals: int, in_prediction: int, shared: Shared) -> None:
+    """Refuse settings under which a prediction has more parts than are proposed, or nothing ranks them."""
+    at_most = f"at most part_proposals, {proposals}"
+    require(in_prediction <= proposals, "parts_in_prediction", in_prediction, at_most)
+    if shared.batch_size and (shared.loss_weights or {}).get("ranking") != 0:
+        expected = "at least 2, as what proposes parts learns from their ranking"
+        require(proposals >= 2, "part_proposals", proposals, expected)
 
 
 class PartProposals(nn.Module):

@@ -28,6 +28,7 @@ from utils.data.catalogue import Catalogue
 from utils.errors import UserError
 from utils.options import SettingsError, flat, hints
 from utils.reporting.metrics import paired_box_iou
+from utils.shared_settings import OF_DATA_SET
 
 HINTS = hints(Settings)
 OWN = {model: hints(find_system(model).Options) for model in MODELS}  # the settings that each system alone has
@@ -155,9 +156,11 @@ def possible_settings(draw) -> Settings:
         values["batch_size"] = values["images_per_class"] * draw(st.integers(2, 9))
     if not values.get("sync_batch_norm") and draw(st.booleans()):
         values["batch_norm"] = draw(st.sampled_from(["shared", "per_pass"]))
-    if values.get("dataset", "demo") == "demo" and "backbone" not in values:
+    dataset = values.get("dataset", "demo")
+    if dataset == "demo" and "backbone" not in values:
         values["stride_on_first_conv"] = False  # the demo's backbone has no place for it
-    for name in sorted(HINTS.keys() - POSSIBLE.keys() - DRAWN):
+    other = {name for name, owner in OF_DATA_SET.items() if owner != dataset}
+    for name in sorted(HINTS.keys() - POSSIBLE.keys() - DRAWN - other):
         if draw(st.booleans()):
             edited = values | {name: draw(values_of(HINTS[name]), label=name)}
             try:
@@ -298,11 +301,11 @@ def plain_catalogue(tables: dict[str, list[tuple[str, ...]]], root: Path) -> tup
 
 
 def can_be_a_data_set(tables: dict[str, list[tuple[str, ...]]]) -> bool:
-    """Every class in use has a training picture, there are test pictures, and no picture is listed under two names."""
+    """Two classes or more, each with a training picture; there are test pictures, none is listed under two names."""
     train, test, names = plain_catalogue(tables, Path("x"))
     files = {file for _, file in tables["images"]}
     in_use = {entry.label for entry in train} == set(range(len(names)))
-    return in_use and len(test) > 0 and len(files) == len(tables["images"])
+    return in_use and len(names) > 1 and len(test) > 0 and len(files) == len(tables["images"])
 
 
 @examples(30)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
+from setting_values import edited_config
 
 from config import DATASETS, Settings, SettingsError, complete, parse_settings
 from networks import MODELS
+from utils.data import readers
 from utils.options import hints
+from utils.shared_settings import DATA_SETS, OF_DATA_SET
 
 CUB = ["--dataset", "cub", "--data_root", "somewhere"]
+FOLDER = ["--dataset", "folder", "--data_root", "somewhere"]
 SHARED = list(hints(Settings))
 
 
@@ -66,6 +73,12 @@ CONTRADICTIONS = [
     ("padding", {"model": "pmg", "padding": 112, "input_size": 224}, {"input_size": 256}),
     ("jigsaw_blocks", {"model": "flrdf", "jigsaw_blocks": 15}, {"input_size": 480}),  # 448 pixels are 14 cells
     ("parts_in_prediction", {"model": "scrim", "parts_in_prediction": 7}, {"part_proposals": 7}),
+    ("part_proposals", {"model": "scrim", "part_proposals": 1, "parts_in_prediction": 1}, {"part_proposals": 2}),
+    (
+        "part_proposals",
+        {"model": "ntsnet", "part_proposals": 1, "parts_in_prediction": 1},
+        {"loss_weights": {"ranking": 0.0}},
+    ),
     ("data_root", {"data_root": None}, {"dataset": "demo"}),
     ("data_root", {"data_root": ""}, {"dataset": "demo"}),
     ("data_root", {"data_root": "a\0b"}, {"data_root": "a"}),
@@ -100,6 +113,51 @@ def test_a_file_is_not_taken_for_a_folder(tmp_path):
         assert "folder" in refusal_of(name, **{name: str(tmp_path / "file" / "below")})
         assert complete(settings_of(**{name: str(tmp_path)}))
     assert complete(Settings(data_root=str(tmp_path / "file")))  # the demo does not look there
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--data_root", "birds"], "data_root is 'birds'; expected none for data set demo, which is drawn in memory"),
+        (["--data_root", "birds", "--labels", "train.csv"], "data_root is 'birds'; expected none for data set demo"),
+        (["--labels", "train.csv"], "labels is a setting of data set csv, not of demo: give --dataset csv, or leave"),
+        ([*CUB, "--test_labels", "test.csv"], "test_labels is a setting of data set csv, not of cub"),
+        ([*FOLDER, "--split_column", "split"], "split_column is a setting of data set csv, not of folder"),
+        ([*FOLDER, "--aircraft_level", "family"], "aircraft_level is a setting of data set aircraft, not of folder"),
+        (
+            [*FOLDER, "--dataset", "csv", "--class_level", "2"],
+            "class_level is a setting of data set folder, not of csv",
+        ),
+    ],
+    ids=str,
+)
+def test_settings_of_another_data_set_are_refused(words, sentence):
+    with pytest.raises(SettingsError) as refusal:
+        parse_settings(words)
+    assert sentence in str(refusal.value)
+
+
+def test_settings_of_a_data_set_may_stand_in_the_file_while_a_flag_chooses_another(tmp_path, monkeypatch):
+    edited = edited_config(tmp_path, monkeypatch, dataset="csv", data_root="birds", labels="train.csv")
+    assert edited.parse_settings([]).labels == "train.csv"
+    for words in (["--dataset", "demo"], ["--dataset", "folder"], CUB, [*FOLDER, "--class_level", "1"]):
+        edited.parse_settings(words)
+    forgotten = edited_config(tmp_path, monkeypatch, data_root="birds")
+    forgotten.parse_settings(["--dataset", "demo"])
+    for words in ([], ["--epochs", "20"]):
+        with pytest.raises(forgotten.SettingsError, match="data_root is 'birds'; expected none for data set demo"):
+            forgotten.parse_settings(words)
+    forgotten = edited_config(tmp_path, monkeypatch, dataset="folder", data_root="birds", label_column="species")
+    with pytest.raises(forgotten.SettingsError, match="label_column is a setting of data set csv, not of folder"):
+        forgotten.parse_settings([])
+
+
+def test_each_reader_reads_the_settings_of_its_data_set():
+    assert set(readers.READERS) == DATA_SETS
+    for name in readers.READERS:
+        source = Path(readers.__path__[0], f"{name}.py").read_text(encoding="utf-8")
+        read = set(re.findall(r"\bsource\.(\w+)", source)) & set(OF_DATA_SET)
+        assert read == {setting for setting, owner in OF_DATA_SET.items() if owner == name}, name
 
 
 def test_types_come_before_anything_else():

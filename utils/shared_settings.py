@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import re
 import stat
+from collections.abc import Container
 from pathlib import Path
 from typing import Annotated, Any
 
-from utils.options import Limit, require
+from utils.options import Limit, SettingsError, require
 
 # What the code reads of the settings in config.py, much of it late in a run
 READ = (
@@ -45,6 +46,14 @@ OF_THE_MACHINE = frozenset(
         *("keep_checkpoints", "log_every_steps", "pictures_every"),
     }
 )
+# Which data set of ours has a use for what only some readers read; one of a user's own may read any
+OF_DATA_SET = {
+    "class_level": "folder",
+    **dict.fromkeys(("labels", "validation_labels", "test_labels"), "csv"),
+    **dict.fromkeys(("image_column", "label_column", "split_column"), "csv"),
+    "aircraft_level": "aircraft",
+}
+DATA_SETS = frozenset(("demo", "cub", "cars", "aircraft", "dogs", "nabirds", "flowers", "pets", "folder", "csv"))
 
 
 def can_be_folder(text: str) -> bool:
@@ -87,6 +96,22 @@ Weights = Annotated[
 ]
 Processes = Annotated[int, Limit(lambda n: 0 <= n <= 1024, "a whole number from 0 to 1024, as each is a process")]
 Batches = Annotated[int, Limit(lambda n: 1 <= n <= 1024, "a whole number from 1 to 1024")]
+
+
+def refuse_other_data_sets(settings: Any, flags: Container[str]) -> None:
+    """Refuse complete settings that are for data which the chosen data set would not read. Raises SettingsError.
+
+    Where the data set is one of the `flags`, what was edited may be of the one that was edited.
+    """
+    dataset, root, chosen = settings.dataset, settings.data_root, "dataset" in flags
+    expected = "none for data set demo, which is drawn in memory: give --dataset, such as folder (pictures by class)"
+    require(dataset != "demo" or root is None or chosen, "data_root", root, expected)
+    for name, owner in OF_DATA_SET.items():
+        given = getattr(settings, name) not in (None, "variant") and (name in flags or not chosen)
+        if given and dataset in DATA_SETS - {owner}:
+            raise SettingsError(
+                f"{name} is a setting of data set {owner}, not of {dataset}: give --dataset {owner}, or leave it out"
+            )
 
 
 def refuse_contradictions(settings: Any, system: Any) -> None:

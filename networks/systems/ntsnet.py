@@ -19,10 +19,10 @@ from networks.classifier import Classifier
 from networks.crops import crop_windows, resize_images
 from networks.losses import ranking_loss
 from networks.outputs import NetworkOutput, requested_branches
-from networks.parts import ANCHOR_SIZES, Navigator, PartProposals
+from networks.parts import ANCHOR_SIZES, Navigator, PartProposals, check_proposals
 from networks.shared import Shared
 from networks.system import System
-from utils.options import Count, Share, require
+from utils.options import Count, Share
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,7 @@ class Options:
     dropout_in_evaluation: bool = False  # as published: what is predicted is random, and other at every call
 
     def check(self, shared: Shared) -> None:
-        at_most = f"at most part_proposals, {self.part_proposals}"
-        require(
-            self.parts_in_prediction <= self.part_proposals, "parts_in_prediction", self.parts_in_prediction, at_most
-        )
+        check_proposals(self.part_proposals, self.parts_in_prediction, shared)
 
 
 class NTSNet(System):

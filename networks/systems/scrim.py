@@ -19,7 +19,7 @@ from networks.classifier import Classifier
 from networks.crops import crop_windows, resize_images
 from networks.losses import contrastive_loss, ranking_loss
 from networks.outputs import NetworkOutput, requested_branches
-from networks.parts import ANCHOR_SCALES, ANCHOR_SIZES, CoarsePart, Navigator, PartProposals
+from networks.parts import ANCHOR_SCALES, ANCHOR_SIZES, CoarsePart, Navigator, PartProposals, check_proposals
 from networks.shared import Shared
 from networks.system import System
 from utils.options import Count, Share, require
@@ -39,10 +39,7 @@ class Options:
     anchors: Literal["published", "former"] = "published"  # regions as NTS-Net has them, or as older runs had
 
     def check(self, shared: Shared) -> None:
-        at_most = f"at most part_proposals, {self.part_proposals}"
-        require(
-            self.parts_in_prediction <= self.part_proposals, "parts_in_prediction", self.parts_in_prediction, at_most
-        )
+        check_proposals(self.part_proposals, self.parts_in_prediction, shared)
         if shared.batch_size and (shared.loss_weights or {}).get("contrastive") != 0:
             require(
                 2 <= shared.images_per_class <= shared.batch_size // 2,

@@ -160,6 +160,11 @@ def check_complete(dataset: str, catalogue: Catalogue) -> None:
         )
     if catalogue.validation == []:
         raise DataError(f"data set {dataset!r} has a validation part without pictures: add some, or remove the part")
+    if len(catalogue.class_names) == 1:
+        raise DataError(
+            f"data set {dataset!r} has one class only, {catalogue.class_names[0]!r}: expected two or more to tell"
+            " apart; add pictures of another, or name more with --classes"
+        )
     empty = set(range(len(catalogue.class_names))) - {entry.label for entry in catalogue.train}
     if empty:
         raise DataError(
