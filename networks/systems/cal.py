@@ -160,7 +160,7 @@ class CAL(System):
     def use_own_view(self, view: str) -> int:
         """Crop three times as published, the crops each as much of the prediction as the picture."""
         self.crops = THREE_CROPS
-        return 1 + len(self.crops)
+        return sum(map(self._times, self.prediction))
 
     def predict_logits(self, output: NetworkOutput) -> Tensor:
         """Return the prediction [B, classes]; each crop counts as much as the picture, unless weights are learnt."""

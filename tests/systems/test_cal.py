@@ -184,6 +184,13 @@ def test_the_published_network_at_its_own_size(tmp_path):
     assert_predicts_as_published(network, reference, make_images(3, 448), rtol=3e-4, atol=3e-4)
 
 
+@pytest.mark.parametrize(("prediction", "views"), [(("raw", "crop"), 4), (("raw",), 1), (("crop",), 3)])
+def test_views_are_those_that_the_prediction_looks_at(pair, prediction, views):
+    network = copy.deepcopy(pair[0])
+    network.prediction = prediction
+    assert add_views(network, ("three_crops",)) == views
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("ensembling", ["mean_logits", "mean_probability"])
 def test_eight_views_are_the_published_ones(pair, ensembling):
