@@ -259,7 +259,8 @@ EDGES = st.floats(0, 1e6) | st.integers(0, 500).map(float)
 @st.composite
 def birds(draw) -> dict[str, list[tuple[str, ...]]]:
     """The rows of the five lists, each in an order of its own, as texts."""
-    class_names = draw(st.dictionaries(KEYS, NAMES, min_size=1, max_size=4))
+    keys, names = (draw(st.lists(texts, min_size=2, max_size=4, unique=True)) for texts in (KEYS, NAMES))
+    class_names = dict(zip(keys, names, strict=False))
     files = draw(st.dictionaries(KEYS, st.tuples(NAMES, NAMES).map("/".join), min_size=2, max_size=6))
     images = list(files)
     classes = draw(st.lists(st.sampled_from(list(class_names)), min_size=len(images), max_size=len(images)))
@@ -301,7 +302,7 @@ def plain_catalogue(tables: dict[str, list[tuple[str, ...]]], root: Path) -> tup
 
 
 def can_be_a_data_set(tables: dict[str, list[tuple[str, ...]]]) -> bool:
-    """Two classes or more, each with a training picture; there are test pictures, none is listed under two names."""
+    """Two classes or more have pictures, and some to train on; there are test pictures, and none is listed twice."""
     train, test, names = plain_catalogue(tables, Path("x"))
     files = {file for _, file in tables["images"]}
     in_use = {entry.label for entry in train} == set(range(len(names)))
