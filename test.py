@@ -140,8 +140,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     write_files(folder, ending, class_names, results, report, drawn, panel)
     if options.embeddings or (folder / "log.jsonl").exists():  # a run's folder, whose curves TensorBoard shows
         shown = curves(figures, leave_out=copied) | {"calibration_error": report["calibration"]["expected_error"]}
-        seen = evaluation_loader(settings, spread_over(entries, PROJECTED))
-        projected = project(trained, seen, class_names) if options.embeddings else {}
+        seen = spread_over(entries, PROJECTED)
+        projected = project(trained, evaluation_loader(settings, seen), class_names) if options.embeddings else {}
         log_evaluation(folder / f"test{ending}", saved["epoch"], shown, **projected)
 
 

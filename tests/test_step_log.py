@@ -21,7 +21,9 @@ def _learn(meter: EpochMeter, loss: float, images: int = 2) -> None:
 
 
 def _points(folder, tag: str) -> dict[int, float]:
-    return {point.step: point.value for point in read_events(folder).Scalars(tag)}
+    points = {point.step: point.value for point in read_events(folder).Scalars(tag)}
+    assert len(points) == len(read_events(folder).Scalars(tag))  # what is hidden does not come back
+    return points
 
 
 def _log_epoch(log: StepLog, losses: list[float], *, first_step: int = 1, **options) -> None:

@@ -39,7 +39,7 @@ NEEDED = (
     *("warmup_epochs", "images_per_class", "cache"),
 )
 
-# Where and how fast a run is computed, not what it is
+# Where and how fast a run is computed, what it shows and keeps, not what it is
 OF_THE_MACHINE = frozenset(
     {
         *("data_root", "checkpoint_dir", "device", "data_parallel", "workers", "prefetch", "cache"),

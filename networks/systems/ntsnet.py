@@ -27,7 +27,7 @@ from utils.options import Count, Share
 
 @dataclass(frozen=True)
 class Options:
-    part_proposals: Count = 6  # parts that the navigator proposes and learns to rank
+    part_proposals: Count = 6  # parts that the navigator proposes and learns to rank, two or more
     parts_in_prediction: Count = 4  # the best of them that are classified together with the picture
     part_max_iou: Share = 0.25  # a part that overlaps a better one by so much or more is dropped
     anchor_sizes: tuple[Count, Count, Count] = ANCHOR_SIZES  # sides of parts in pixels at 448, by level

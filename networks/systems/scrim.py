@@ -31,7 +31,7 @@ FORMER_SCALES = ((1.0, 2 ** (1 / 3)), (1.0, 2 ** (1 / 3)), (1.0, 2 ** (1 / 3), 2
 @dataclass(frozen=True)
 class Options:
     coarse_channels: Count = 1024  # length of the features that the contrastive loss compares
-    part_proposals: Count = 6  # regions that each of the two navigators proposes and learns to rank
+    part_proposals: Count = 6  # regions that each of the two navigators proposes and learns to rank, two or more
     parts_in_prediction: Count = 4  # the best of them that join the final classification
     part_max_iou: Share = 0.25  # a region that overlaps a better one by so much or more is dropped
     parts_of_every_level: bool = True  # a navigator's best small, middle and large region are always among them
