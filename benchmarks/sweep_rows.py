@@ -87,6 +87,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "published": PUBLISHED,
     "published-aspect": (*PUBLISHED, *ASPECT),
     "published-modern-aspect": (*PUBLISHED, *MODERN, *ASPECT),
+    "published-modern-aspect-7-epochs": (*PUBLISHED, *MODERN, *ASPECT, "--epochs", "7"),
     "published-batch-graph": (*PUBLISHED, "--graph_scope", "batch"),
     "trained": UNMASKED,
     "trained-mean": (*UNMASKED, "--ensembling", "mean_probability"),  # what `trained` was until weights were learnt
