@@ -21,7 +21,7 @@ from thin_trunk import get_thin_model
 from datasets import Entry
 from networks import find_system
 
-pytest.register_assert_rewrite("small_systems", "system_checks", "object_checks", "whole_runs")
+pytest.register_assert_rewrite("small_systems", "system_checks", "object_checks", "toy_system", "whole_runs")
 
 PROJECT = Path(__file__).resolve().parent.parent
 

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cases import slow_but_for
-from test_engine import CPU, EVERYTHING, Toy, assert_same_state, make_loader, make_samples, make_stepping, sgd
 from torch import Tensor, nn
+from toy_system import CPU, EVERYTHING, Toy, assert_same_state, make_loader, make_samples, make_stepping, sgd
 
 from networks import build_network
 from networks.outputs import NetworkOutput

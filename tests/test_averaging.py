@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_engine import CPU, EVERYTHING, make_loader, make_network, make_samples, make_stepping, sgd
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from toy_system import CPU, EVERYTHING, make_loader, make_network, make_samples, make_stepping, sgd
 
 from utils.training.averaging import Average, build_averaged_network
 from utils.training.engine import train_one_epoch

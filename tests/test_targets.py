@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from small_systems import SIZE, Variant, make_images, training_steps
-from test_engine import CPU, make_loader, make_network, make_samples, sgd
 from torchvision.transforms import v2
+from toy_system import CPU, make_loader, make_network, make_samples, sgd
 
 from config import parse_settings
 from networks import MODELS, find_system
