@@ -7,6 +7,7 @@ import importlib.util
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -44,6 +45,23 @@ def thin_trunk():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torchvision.models, "get_model", get_thin_model)
         yield
+
+
+@pytest.fixture
+def no_hang() -> Iterator[None]:
+    """Whatever waits for ever (a pipe, a loop of links) ends as a failure instead."""
+    if not hasattr(signal, "alarm"):
+        yield
+        return
+
+    def fail(*_: object) -> None:
+        raise AssertionError("hangs")
+
+    previous = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(120)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, previous)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -20,6 +20,7 @@ def replace_line(path: Path, number: int, line: str) -> None:
     write_lines(path, lines)
 
 
+HTML = "<!DOCTYPE html>\n<html><body>404: not found</body></html>\n"  # what a server sends in place of a file
 BIRD_FILES = ["001.Auk/a 1.jpg", "001.Auk/b.jpg", "002.Möwe_Gull/ç.jpg", "002.Möwe_Gull/d.jpg", "003.Wren/e.jpg"]
 
 
