@@ -4,11 +4,12 @@ Run by tests/runs/test_stopped_runs.py in a forked process (tests/launching.py),
 has computed nothing yet.
 First an uninterrupted run into REFERENCE_DIR, then one into KILLED_DIR that is killed KILLS times and started again
 with the same arguments. Prints where each child was killed. A child counts its moments (steps, writes, renamings, log
-lines, evaluations) and kills itself with SIGKILL at a drawn one; every third is killed from outside after a drawn time.
+lines, evaluations) and kills itself with SIGKILL at a drawn one; every third is killed from outside, shortly after one.
 """
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import random
@@ -31,8 +32,11 @@ thin_trunk.install()
 os.fsync = lambda file_number: None  # a kill loses nothing that the system was given, and the disk may be slow
 
 
-def kill_at_moment(number: int, report: int) -> None:
-    """Make this process kill itself at its moment `number`, and write what it was about to do to the pipe `report`."""
+def kill_at_moment(number: int, report: int, *, from_outside: bool) -> None:
+    """Make this process kill itself at its moment `number`, and write what it was about to do to the pipe `report`.
+
+    `from_outside`: it only writes, and goes on.
+    """
     count = 0
 
     def moment(name: str) -> bool:
@@ -40,7 +44,7 @@ def kill_at_moment(number: int, report: int) -> None:
         count += 1
         if count == number:
             os.write(report, name.encode())
-        return count == number
+        return count == number and not from_outside
 
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -93,22 +97,19 @@ def finish(child: int) -> int:
 def main() -> None:
     kills, seed, reference, killed, *arguments = sys.argv[1:]
     draw = random.Random(int(seed))
-    start = time.monotonic()
     assert finish(run([*arguments, "--checkpoint_dir", reference])) == 0
-    duration = time.monotonic() - start
     arguments = [*arguments, "--checkpoint_dir", killed]
     for number in range(int(kills)):
         receive, report = os.pipe()
-        if number % 3 == 2:
-            child = run(arguments)
-            time.sleep(draw.uniform(0.1, 0.4) * duration)
+        from_outside = number % 3 == 2
+        prepare = functools.partial(kill_at_moment, draw.randint(1, 8), report, from_outside=from_outside)
+        child = run(arguments, prepare)
+        os.close(report)
+        moment = os.read(receive, 100).decode()  # nothing, where it ended before
+        if from_outside:
+            time.sleep(draw.uniform(0, 0.02))
             os.kill(child, signal.SIGKILL)
             moment = "some time"
-        else:
-            at = draw.randint(1, 8)
-            child = run(arguments, lambda at=at, report=report: kill_at_moment(at, report))
-            os.close(report)
-            moment = os.read(receive, 100).decode()
         code = finish(child)
         assert code in (0, -signal.SIGKILL), f"a killed run went on with exit code {code}"
         print("finished" if code == 0 else f"killed: {moment}", flush=True)

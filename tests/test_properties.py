@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import reference
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -35,8 +35,14 @@ OWN = {model: hints(find_system(model).Options) for model in MODELS}  # the sett
 
 
 def examples(count: int):
-    phases = (Phase.explicit, Phase.generate, Phase.shrink)
-    return settings(max_examples=count, derandomize=True, deadline=None, database=None, phases=phases)
+    return settings(
+        max_examples=count,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        phases=(Phase.explicit, Phase.generate, Phase.shrink),
+        suppress_health_check=[HealthCheck.too_slow],  # it measures the machine
+    )
 
 
 # ---- Settings -------------------------------------------------------------------------------------------------------
