@@ -77,6 +77,14 @@ class Batch(NamedTuple):
     augmentation: Tensor | None = None
     found_boxes: Tensor | None = None
 
+    def __reduce__(self) -> tuple:
+        """Leave only the images to the memory that processes share: there, a tensor that is kept keeps a file open."""
+        return _unpickled, (self.images, *(v.numpy() if isinstance(v, Tensor) else v for v in self[1:]))
+
+
+def _unpickled(images: Tensor, *values: object) -> Batch:
+    return Batch(images, *(torch.from_numpy(v) if isinstance(v, np.ndarray) else v for v in values))
+
 
 UNKNOWN = torch.full((4,), torch.nan)  # the box of an image that has none among others that have
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from datasets import DataError, Entry, Pictures, Sample, collate, comes_with_corners, loading_of
+from datasets import Batch, DataError, Entry, Pictures, Sample, collate, comes_with_corners, loading_of
 from networks.evidence import forward_with_evidence
 from networks.outputs import NetworkOutput
 from networks.views import VIEWS, add_views
@@ -109,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ReadablePictures(pictures, **loading, corners=corners),
         batch_size=options.batch_size,
         num_workers=min(options.workers, len(pictures) // 2),
-        collate_fn=list,
+        collate_fn=collate_readable,
         worker_init_fn=partial(start_loader, picture_memory=trained.settings.picture_memory),
     )
 
@@ -118,27 +118,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not options.no_drawings:
         make_output_folder(options.out)
     bar = tqdm(total=len(pictures), unit=" pictures", desc="predict", disable=None, leave=False)
-    for samples in loader:
-        good = [sample for sample in samples if isinstance(sample, Sample)]
-        for reason in (sample for sample in samples if isinstance(sample, str)):
-            bad += 1
+    for batch, reasons in loader:
+        bad += len(reasons)
+        for reason in reasons:
             tqdm.write(f"skipped: {reason}", file=sys.stderr)
-        bar.update(len(samples))
-        if not good:
+        bar.update(len(reasons))
+        if batch is None:
             continue
-        output, evidence = run_network(trained, collate(good).images, with_evidence=not options.no_drawings)
+        bar.update(len(batch.paths))
+        output, evidence = run_network(trained, batch.images, with_evidence=not options.no_drawings)
         logits = network.predict_logits(output)
-        refuse_nonfinite(logits.isfinite().all(dim=1), [s.path for s in good], "try an earlier checkpoint")
+        refuse_nonfinite(logits.isfinite().all(dim=1), batch.paths, "try an earlier checkpoint")
         probabilities = logits.float().softmax(dim=1)
         values, labels = (t.tolist() for t in probabilities.topk(min(options.top, len(class_names)), dim=1))
-        for index, sample in enumerate(good):
+        for index, path in enumerate(batch.paths):
             names = [class_names[label] for label in labels[index]]
-            drawing = None if options.no_drawings else drawings[Path(sample.path)]
+            drawing = None if options.no_drawings else drawings[Path(path)]
             box = None
             if options.json:  # in pixels of the file, which may be larger than what is decoded of it
-                box = box_in(seen_part(*read_size(sample.path), **loading), output, index, network)
+                box = box_in(seen_part(*read_size(path), **loading), output, index, network)
             if drawing is not None:
-                picture, _ = load_picture(sample.path)  # again, for all its detail
+                picture, _ = load_picture(path)  # again, for all its detail
                 panel = image_panel(
                     cut_out(picture, seen_part(*picture.size, **loading)),
                     output,
@@ -151,9 +151,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 )
                 save_png(drawing, panel)
             tqdm.write(
-                as_json(sample.path, names, values[index], box, drawing)
+                as_json(path, names, values[index], box, drawing)
                 if options.json
-                else f"{one_line(sample.path)}: {', '.join(map(share, names, values[index]))}"
+                else f"{one_line(path)}: {', '.join(map(share, names, values[index]))}"
             )
             sys.stdout.flush()
     bar.close()
@@ -238,6 +238,12 @@ class ReadablePictures(Dataset):
             return self.pictures[index]
         except DataError as error:
             return str(error)
+
+
+def collate_readable(samples: Sequence[Sample | str]) -> tuple[Batch | None, list[str]]:
+    """Return the batch of those that could be read, None where none could, and why the others could not."""
+    good = [sample for sample in samples if isinstance(sample, Sample)]
+    return collate(good) if good else None, [sample for sample in samples if isinstance(sample, str)]
 
 
 def box_in(seen: Box, output, index: int, network) -> list[float] | None:

@@ -16,7 +16,7 @@ from utils.text import let_every_name_pass, one_line
 MENDABLE = {
     *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE, errno.ELOOP),
-    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EPIPE, errno.ETIMEDOUT),
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EPIPE, errno.ETIMEDOUT),
 }
 
 
@@ -62,11 +62,11 @@ def exit_with_one_sentence(
     except OSError as error:
         if error.errno not in MENDABLE:
             raise
-        memory = _out_of_memory(error, less_memory)
-        print(f"{process}error: {one_line(memory or str(error))}", file=sys.stderr)
-        sys.exit(1 if memory else 2)
+        sentence = _out_of_memory(error, less_memory) or _too_little_of_something(error)
+        print(f"{process}error: {one_line(sentence or str(error))}", file=sys.stderr)
+        sys.exit(1 if sentence else 2)
     except (RuntimeError, MemoryError) as error:
-        sentence = _out_of_memory(error, less_memory) or _what_ended_the_run(error)
+        sentence = _out_of_memory(error, less_memory) or _too_little_of_something(error) or _what_ended_the_run(error)
         if sentence is None:
             raise
         goes_on = f"; a training run continues from its last checkpoint {again}" if training else ""
@@ -115,6 +115,33 @@ def _out_of_memory(error: BaseException, less_memory: str) -> str | None:
     return f"there is not enough memory on the {'GPU' if gpu else 'machine'}{wanted}: {less_memory}"
 
 
+# How PyTorch and NCCL say that processes could not hand something over; CUDA kernels have a shared memory, too
+SHARED_MEMORY_FULL = (
+    *("unable to allocate shared memory(shm)", "unable to resize file </torch_", "workers are out of shared memory"),
+    "shared memory segment /dev/shm",
+)
+TOO_MANY_FILES = ("Too many open files", "items of ancdata")
+
+
+def _too_little_of_something(error: BaseException) -> str | None:
+    """A sentence for what the machine, or a container on it, allows too little of; None for any other error."""
+    text = str(error)
+    if any(sign in text for sign in TOO_MANY_FILES):
+        where = f" ({error.filename})" if isinstance(error, OSError) and error.filename is not None else ""
+        return f"too many files are open at once{where}: allow for more (ulimit -n), or lower workers"
+    if any(sign in text for sign in SHARED_MEMORY_FULL):
+        return (
+            "the shared memory of this machine (/dev/shm) is too small for what processes hand each other: lower "
+            "workers, prefetch or batch_size, or give a container more (docker run --shm-size 8g)"
+        )
+    if isinstance(error, OSError) and error.filename is None:
+        if error.errno == errno.ENOSPC:
+            return f"{error}: make room on the disk, or in the machine's shared memory (/dev/shm)"
+        if error.errno == errno.EAGAIN:
+            return f"{error}: too many processes, most likely; allow for more (ulimit -u), or lower workers"
+    return None
+
+
 def _what_ended_the_run(error: RuntimeError) -> str | None:
     """A sentence for what PyTorch raises for other processes that are gone, and on MPS; None for any other error."""
     from torch.distributed import DistError  # here: scripts that refuse their flags need no torch
@@ -128,7 +155,7 @@ def _what_ended_the_run(error: RuntimeError) -> str | None:
         )
     if tells_of_dead_loader(error):
         return (
-            "a process that loads pictures died, most likely for lack of memory: lower workers, image_size or "
-            "batch_size"
+            "a process that loads pictures died: its own message, if any, says why; most likely memory was not "
+            "enough: lower workers, image_size or batch_size"
         )
     return None

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing.queues
 import os
 import signal
+import sys
 import threading
 from contextlib import suppress
+from typing import NoReturn
 
 from utils.data.decoding import limit_memory
 from utils.files import drop_inherited_locks
@@ -29,6 +32,13 @@ def start_loader(worker: int, picture_memory: float) -> None:
     """Start a loader's process: GB that one decoded picture may take; see `leave_run_to_the_main_process`."""
     limit_memory(picture_memory)
     leave_run_to_the_main_process(worker)
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_for_want_of_a_batch)
+
+
+def _end_for_want_of_a_batch(error: Exception, batch: object) -> NoReturn:
+    """End where a batch cannot be handed over: Python would drop it, and the run wait for it for ever."""
+    print(f"a process that loads pictures cannot hand them over: {error}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _end_with_the_parents_signal() -> None:
