@@ -196,10 +196,10 @@ def find_pictures(given: Sequence[Path], *, leave_out: Path) -> list[Path]:
             found.append(path)
         else:
             left_out.add(path)
-    if not found:
-        raise DataError(f"no picture in {', '.join(map(str, given))}: expected files such as *.jpg or *.png there")
     for sentence in left_out.sentences():
         print(f"note: {sentence}", file=sys.stderr)
+    if not found:
+        raise DataError(f"no picture in {', '.join(map(str, given))}: expected files such as *.jpg or *.png there")
     return list(dict.fromkeys(found))
 
 

@@ -162,6 +162,21 @@ def test_every_kind_that_pillow_opens_is_read(tmp_path: Path) -> None:
     assert "4 files" in left_out and "2 .heic_, 2 .txt" in left_out and str(tmp_path / "ant") in left_out
 
 
+def test_a_class_of_photographs_that_pillow_does_not_read_is_refused_with_that_reason(tmp_path: Path) -> None:
+    """As those of telephones."""
+    for name in ("ant", "bee"):
+        (tmp_path / name).mkdir()
+        for number in range(10):
+            (tmp_path / name / f"IMG_{number}.HEIC").write_bytes(b"something that Pillow cannot read")
+    reason = rf"20 .HEIC; the first is {tmp_path / 'ant'}.*\): convert the photographs among them, to JPEG"
+    with pytest.raises(DataError, match=rf"has 0 training and 0 test pictures: expected some of each; .*{reason}"):
+        read_catalogue("folder", tmp_path)
+    for number in range(10):
+        write_picture(tmp_path / "bee" / f"{number}.jpg")
+    with pytest.raises(DataError, match=rf"the first is 'ant': .* with --classes; .*{reason}"):
+        read_catalogue("folder", tmp_path)
+
+
 def test_a_kind_that_a_package_adds_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import utils.data.kinds
 

@@ -94,6 +94,8 @@ CHOICES = Source._fields[2:]  # the settings that readers have a use for
 def hold_back_test(catalogue: Catalogue, source: Source) -> Catalogue:
     """Return a catalogue without a test part with one, taken from the training part, and a note that says so."""
     catalogue = drop_repeated(catalogue)  # or a picture might come into both parts
+    if not catalogue.train:
+        return catalogue
     train, test = split_validation(catalogue.train, source.test_fraction, source.seed)
     note = (
         f"no test part is given: {len(test)} images are held back from training for it ({source.test_fraction:.0%} of "
@@ -152,11 +154,15 @@ def refuse_equal_names(dataset: str, class_names: Sequence[str]) -> None:
 
 
 def check_complete(dataset: str, catalogue: Catalogue) -> None:
-    """Raise DataError if a class or a part has no pictures, or if listed files are not on disk."""
+    """Raise DataError if a class or a part has no pictures, or if listed files are not on disk.
+
+    What the notes say may be the reason: of pictures that are none, say.
+    """
+    notes = "".join(f"; {note}" for note in catalogue.notes)
     if not catalogue.train or not catalogue.test:
         raise DataError(
             f"data set {dataset!r} has {len(catalogue.train)} training and {len(catalogue.test)} test pictures:"
-            " expected some of each"
+            f" expected some of each{notes}"
         )
     if catalogue.validation == []:
         raise DataError(f"data set {dataset!r} has a validation part without pictures: add some, or remove the part")
@@ -170,7 +176,7 @@ def check_complete(dataset: str, catalogue: Catalogue) -> None:
         raise DataError(
             f"data set {dataset!r}: {len(empty)} of {len(catalogue.class_names)} classes have no training picture,"
             f" the first is {catalogue.class_names[min(empty)]!r}: add some, remove the class, or name those to train"
-            " with --classes"
+            f" with --classes{notes}"
         )
     check_on_disk(catalogue)
 

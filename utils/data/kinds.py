@@ -20,6 +20,8 @@ NO_PICTURES = {
 }
 # Kinds that cannot be mistaken for others by how a file begins
 UNMISTAKABLE = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "TIFF", "BMP", "AVIF", "HEIF", "JPEG2000", "QOI", "PSD")
+# Photographs that Pillow does not read by itself
+TO_BE_CONVERTED = {".heic", ".heif", ".hif", ".jxl", ".dng", ".arw", ".cr2", ".cr3", ".nef", ".orf", ".raf", ".rw2"}
 CLUTTER = {"thumbs.db", "desktop.ini"}  # of file managers, not worth a word
 WRITTEN_BY_US = "fine-grained visual classification"  # in the Software field of every PNG that our programs write
 
@@ -79,7 +81,9 @@ class LeftOut:
             return []
         kinds = ", ".join(f"{count} {ending}" for ending, count in self.endings.most_common(5))
         more = ", ..." if len(self.endings) > 5 else ""
+        photographs = any(ending.lower() in TO_BE_CONVERTED for ending in self.endings)
+        convert = ": convert the photographs among them, to JPEG for example" if photographs else ""
         return [
             f"{self.endings.total()} files beside the pictures are left out, as Pillow {Image.__version__} reads no "
-            f"picture in them ({kinds}{more}; the first is {self.first})"
+            f"picture in them ({kinds}{more}; the first is {self.first}){convert}"
         ]
