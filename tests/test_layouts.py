@@ -168,8 +168,8 @@ def test_a_class_of_photographs_that_pillow_does_not_read_is_refused_with_that_r
         (tmp_path / name).mkdir()
         for number in range(10):
             (tmp_path / name / f"IMG_{number}.HEIC").write_bytes(b"something that Pillow cannot read")
-    reason = rf"20 .HEIC; the first is {tmp_path / 'ant'}.*\): convert the photographs among them, to JPEG"
-    with pytest.raises(DataError, match=rf"has 0 training and 0 test pictures: expected some of each; .*{reason}"):
+    reason = rf"20 .HEIC; the first is {tmp_path / 'ant'}.*\): convert the photographs among them, to JPEG for example"
+    with pytest.raises(DataError, match=rf"has 0 training and 0 test pictures: expected some of each; .*{reason}$"):
         read_catalogue("folder", tmp_path)
     for number in range(10):
         write_picture(tmp_path / "bee" / f"{number}.jpg")
