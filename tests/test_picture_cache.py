@@ -293,6 +293,18 @@ def test_too_little_memory_is_said_before_anything_is_decoded(
     assert picture_cache.free_memory() > 1e6
 
 
+def test_too_little_memory_that_processes_share_is_said(entries: list[Entry], tmp_path: Path, monkeypatch) -> None:
+    """Where they are not forked from the one that has the pictures."""
+
+    def refuse(values: torch.Tensor) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(picture_cache.multiprocessing, "get_start_method", lambda: "forkserver")
+    monkeypatch.setattr(torch.Tensor, "share_memory_", refuse)
+    with pytest.raises(CacheError, match=r"8 pictures need 0\.0 GB .*\(28\)\): set cache to disk or none"):
+        in_memory(entries, tmp_path)
+
+
 @pytest.mark.parametrize("build", [in_memory, on_disk])
 def test_an_unreadable_picture_is_named(build, entries: list[Entry], tmp_path: Path) -> None:
     entries[3].source.write_bytes(b"no picture")

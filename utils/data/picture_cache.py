@@ -122,7 +122,13 @@ def cache_in_memory(keys: Sequence[Hashable], shapes: Sequence[Shape], decode: D
     pixels = torch.empty(sum(3 * height * width for height, width in shapes), dtype=torch.uint8)
     boxes = torch.empty((len(keys), 4))
     if multiprocessing.get_start_method() != "fork":  # otherwise the processes that load pictures see the same pages
-        pixels.share_memory_(), boxes.share_memory_()
+        try:
+            pixels.share_memory_(), boxes.share_memory_()
+        except RuntimeError as error:
+            raise CacheError(
+                f"{len(keys)} pictures need {needed / 1e9:.1f} GB of memory that processes share (/dev/shm), and it is "
+                f"not to be had ({str(error).splitlines()[0]}): set cache to disk or none"
+            ) from None
     cache = PictureCache(keys, shapes, pixels, boxes)
     for row, (image, box) in enumerate(_decode_all(len(keys), decode)):
         cache.image(row).copy_(image)
