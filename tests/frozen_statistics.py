@@ -15,5 +15,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
 
-nn.BatchNorm2d.train = lambda module, mode=True: nn.Module.train(module, False)
-train.main(sys.argv[1:])
+if __name__ == "__main__":  # and not where a process that loads pictures imports this file
+    nn.BatchNorm2d.train = lambda module, mode=True: nn.Module.train(module, False)
+    train.main(sys.argv[1:])

@@ -23,9 +23,6 @@ from networks.system import System
 from utils.errors import exit_with_one_sentence
 
 trouble, at, *arguments = sys.argv[1:]
-if os.environ["RANK"] == "0":
-    arguments = [word for word in arguments if not word.startswith("1:")]
-arguments = [word.removeprefix("1:") for word in arguments]
 losses_of, steps, evaluated = System.losses, [], []
 
 
@@ -45,7 +42,10 @@ def troubled(*positional: object, **options: object) -> dict[str, torch.Tensor]:
     return losses
 
 
-thin_trunk.install()
-System.losses = troubled
-with exit_with_one_sentence(training=True):
-    train.main(arguments)
+if __name__ == "__main__":  # and not where a process that loads pictures imports this file
+    if os.environ["RANK"] == "0":
+        arguments = [word for word in arguments if not word.startswith("1:")]
+    thin_trunk.install()
+    System.losses = troubled
+    with exit_with_one_sentence(training=True):
+        train.main([word.removeprefix("1:") for word in arguments])

@@ -62,9 +62,10 @@ def exit_with_one_sentence(
     except OSError as error:
         if error.errno not in MENDABLE:
             raise
-        sentence = _out_of_memory(error, less_memory) or _too_little_of_something(error)
-        print(f"{process}error: {one_line(sentence or str(error))}", file=sys.stderr)
-        sys.exit(1 if sentence else 2)
+        memory = _out_of_memory(error, less_memory)
+        sentence = memory or _too_little_of_something(error) or str(error)
+        print(f"{process}error: {one_line(sentence)}", file=sys.stderr)
+        sys.exit(1 if memory else 2)
     except (RuntimeError, MemoryError) as error:
         sentence = _out_of_memory(error, less_memory) or _too_little_of_something(error) or _what_ended_the_run(error)
         if sentence is None:

@@ -21,11 +21,12 @@ from utils.files import FolderInUseError, locked
 from utils.training import resume
 
 
-def test_a_worker_that_dies_ends_the_run_with_a_sentence(tiny_run, tmp_path, monkeypatch, capsys):
-    class Dying(datasets.Pictures):
-        def __getitem__(self, key):
-            os.kill(os.getpid(), signal.SIGKILL)
+class Dying(datasets.Pictures):
+    def __getitem__(self, key):
+        os.kill(os.getpid(), signal.SIGKILL)
 
+
+def test_a_worker_that_dies_ends_the_run_with_a_sentence(tiny_run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(datasets, "Pictures", Dying)
     with pytest.raises(SystemExit) as ending, exit_with_one_sentence():
         train.main(tiny_run(tmp_path, "--workers", "1"))
