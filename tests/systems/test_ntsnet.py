@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from parts_by_hand import list_anchors, list_boxes, propose
 from small_systems import SIZE, Variant, flat, learners, make_images, run
-from test_parts import list_anchors, list_boxes, propose
 from torch import Tensor, nn
 
 import train

@@ -10,8 +10,8 @@ import system_checks
 import torch
 import torch.nn.functional as F
 from cases import slow_but_for
+from parts_by_hand import COUNTS, FORMER_SCALES, gate_by_hand, list_anchors, list_boxes, propose
 from small_systems import Variant, flat, learners, run
-from test_parts import COUNTS, FORMER_SCALES, gate_by_hand, list_anchors, list_boxes, propose
 from torch import Tensor, nn
 from tracing import traced
 
