@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
 import pickle
+import signal
 import sys
+import time
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -87,6 +91,27 @@ def test_a_batch_that_cannot_be_handed_over_ends_the_run(capfd):
     lines = capfd.readouterr().err.splitlines()
     assert "a process that loads pictures cannot hand them over: [Errno 24] Too many open files" in lines
     assert lines[-1].startswith("error: a process that loads pictures died: its own message, if any, says why")
+
+
+def load_and_be_killed(send: Connection) -> None:
+    """Start a loader's process by way of a fork server, name it, and go before it can be told to end."""
+    options = {"num_workers": 1, "collate_fn": collate, "worker_init_fn": START}
+    batches = iter(DataLoader(Samples(), 1, multiprocessing_context="forkserver", **options))
+    next(batches)
+    send.send(batches._workers[0].pid)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork server")
+def test_a_process_that_loads_pictures_ends_with_a_killed_run_whatever_stands_between():
+    """As from Python 3.14 on."""
+    receive, send = multiprocessing.Pipe(duplex=False)
+    run = multiprocessing.get_context("fork").Process(target=load_and_be_killed, args=(send,))
+    run.start()
+    worker = receive.recv()
+    run.join()
+    while Path(f"/proc/{worker}/stat").exists() and " Z " not in Path(f"/proc/{worker}/stat").read_text():
+        time.sleep(0.05)  # for ever, where it goes on: then `no_hang` ends this
 
 
 FULL = "unable to allocate shared memory(shm) for file </torch_7_1_0>: No space left on device (28)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -18,12 +19,15 @@ from utils.training.interruption import StopRequest
 
 def test_a_loader_ends_with_its_parents_signal_only():
     receive, ready = os.pipe()
-    child = os.fork()
-    if not child:
+
+    def load() -> None:
         leave_run_to_the_main_process(0)
         os.write(ready, b"!")
         time.sleep(60)
-        os._exit(1)
+
+    loader = multiprocessing.get_context("fork").Process(target=load)
+    loader.start()
+    child = loader.pid
     os.read(receive, 1)
     subprocess.run(["sh", "-c", f"kill -TERM {child}"], check=True)
     time.sleep(0.3)

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from contextlib import suppress
+from multiprocessing.process import BaseProcess
 from typing import NoReturn
 
 from utils.data.decoding import limit_memory
@@ -21,11 +22,14 @@ def leave_run_to_the_main_process(worker: int) -> None:
     that obeyed would take the run with it before that has saved.
     """
     drop_inherited_locks()
+    parent = multiprocessing.parent_process()
+    if parent.pid != os.getppid():  # PyTorch watches what stands between, the fork server, which lives as long as this
+        threading.Thread(target=_end_with, args=[parent], daemon=True).start()
     if hasattr(os, "setpgrp"):  # not on Windows
         os.setpgrp()
     if hasattr(signal, "sigwaitinfo"):  # not on Windows and macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        threading.Thread(target=_end_with_the_parents_signal, daemon=True).start()
+        threading.Thread(target=_end_with_the_parents_signal, args=[parent.pid], daemon=True).start()
 
 
 def start_loader(worker: int, picture_memory: float) -> None:
@@ -41,8 +45,13 @@ def _end_for_want_of_a_batch(error: Exception, batch: object) -> NoReturn:
     os._exit(1)
 
 
-def _end_with_the_parents_signal() -> None:
+def _end_with(parent: BaseProcess) -> NoReturn:
+    parent.join()
+    os._exit(1)
+
+
+def _end_with_the_parents_signal(parent: int) -> None:
     while True:
         with suppress(InterruptedError):
-            if signal.sigwaitinfo([signal.SIGTERM]).si_pid == os.getppid():
+            if signal.sigwaitinfo([signal.SIGTERM]).si_pid == parent:
                 os._exit(0)
