@@ -48,6 +48,15 @@ def thin_trunk():
 
 
 @pytest.fixture
+def real_birds() -> Path:
+    """The folder of 36 species of CUB-200-2011, which is not part of the project."""
+    root = Path(os.environ.get("FINEGRAINED_SHARED", PROJECT.parent / "shared")) / "data" / "cub36"
+    if not root.is_dir():
+        pytest.skip(f"no real birds in {root}: set FINEGRAINED_SHARED to the folder that holds data/cub36")
+    return root
+
+
+@pytest.fixture
 def no_hang() -> Iterator[None]:
     """Whatever waits for ever (a pipe, a loop of links) ends as a failure instead."""
     if not hasattr(signal, "alarm"):

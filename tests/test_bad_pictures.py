@@ -302,11 +302,7 @@ def test_a_sentence_out_of_a_worker_is_found_wherever_its_class_lives() -> None:
 
 
 @pytest.mark.slow
-def test_real_birds_are_good() -> None:
-    shared = Path(os.environ.get("FINEGRAINED_SHARED", Path(__file__).resolve().parents[2] / "shared"))
-    root = shared / "data" / "cub36"
-    if not root.is_dir():
-        pytest.skip(f"no real birds in {root}: set FINEGRAINED_SHARED to the folder that holds data/cub36")
-    catalogue = read_catalogue("cub", root)
+def test_real_birds_are_good(real_birds: Path) -> None:
+    catalogue = read_catalogue("cub", real_birds)
     entries = catalogue.train + catalogue.test
     assert find_bad_pictures(entries, thorough=False) == {} == find_bad_pictures(entries, thorough=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import pickle
 import random
 import re
@@ -410,12 +409,8 @@ def test_settings_decide_about_unreadable_pictures(picture_tree: Path, tmp_path:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_real_birds() -> None:
-    shared = Path(os.environ.get("FINEGRAINED_SHARED", Path(__file__).resolve().parents[2] / "shared"))
-    root = shared / "data" / "cub36"
-    if not root.is_dir():
-        pytest.skip(f"no real birds in {root}: set FINEGRAINED_SHARED to the folder that holds data/cub36")
-    catalogue = read_catalogue("cub", root)
+def test_real_birds(real_birds: Path) -> None:
+    catalogue = read_catalogue("cub", real_birds)
     assert (len(catalogue.train), len(catalogue.test), len(catalogue.class_names)) == (1078, 1054, 36)
     assert catalogue.has_boxes
     for entry in catalogue.train + catalogue.test:

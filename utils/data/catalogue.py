@@ -156,7 +156,7 @@ def refuse_equal_names(dataset: str, class_names: Sequence[str]) -> None:
 def check_complete(dataset: str, catalogue: Catalogue) -> None:
     """Raise DataError if a class or a part has no pictures, or if listed files are not on disk.
 
-    What the notes say may be the reason: of pictures that are none, say.
+    The sentence ends with the notes, which may name the reason, such as files that are no pictures.
     """
     notes = "".join(f"; {note}" for note in catalogue.notes)
     if not catalogue.train or not catalogue.test:

@@ -16,7 +16,7 @@ from utils.files import drop_inherited_locks
 
 
 def leave_run_to_the_main_process(worker: int) -> None:
-    """Set a loader's process apart: it keeps no lock, and only its parent can end it.
+    """Set a loader's process apart: it keeps no lock, only the run's process can end it, and it ends with that.
 
     The terminal's Ctrl-C goes to a process group, and batch systems send SIGTERM to every process of a job: a loader
     that obeyed would take the run with it before that has saved.
